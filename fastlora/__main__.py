@@ -1,0 +1,3 @@
+from fastlora.cli.main import main
+
+main()

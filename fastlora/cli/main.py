@@ -1,0 +1,51 @@
+"""The `fastlora` command."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+import fastlora
+from fastlora.errors import FastloraError
+
+# name -> what `fastlora --help` says of it; the module fastlora.cli.<name> is imported when it is called.
+COMMANDS = {
+    "run": "Train an adapter as a recipe says.",
+    "recipes": "List the bundled recipes, or show one.",
+    "merge": "Merge a finished run's adapter into 16-bit weights.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = import_module(f"fastlora.cli.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except FastloraError as error:
+            click.echo(click.style("error: ", fg="red") + str(error), err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fastlora.__version__, prog_name="fastlora")
+def cli() -> None:
+    """The fastest honest way to fine-tune a language model with LoRA/QLoRA on one GPU."""
+
+
+def main() -> None:
+    sys.exit(cli())

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Any
+
+import click
+
+from fastlora.recipe import library
+
+
+@click.command("run")
+@click.argument("recipe")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key, e.g. --set lora.rank=32.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the newest unfinished run of this recipe.")
+@click.option(
+    "--dry-run", is_flag=True, help="Prepare the data, show a row and the counts, and stop."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(
+    recipe: str, settings: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Train an adapter as RECIPE says: a bundled name (see `fastlora recipes`) or a .toml file.
+
+    File paths in a recipe are taken from its own folder; those in --set, and output.dir, from here.
+    """
+    from fastlora.recipe.load import load_recipe
+
+    path = library.find(recipe)
+    loaded = load_recipe(path, settings)
+
+    from rich.console import Console
+
+    from fastlora.train.session import Request, train_run
+    from fastlora.train.session import dry_run as rehearse
+    from fastlora.train.stop import Interrupted
+
+    # A bundled recipe's path may lie deep in an environment; its name resumes it as well.
+    request = Request(
+        loaded, recipe if recipe in library.bundled() else str(path), settings, resume
+    )
+    console = Console(stderr=True)
+    try:
+        # Libraries print banners to stdout, which is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            document = rehearse(request, console) if dry_run else train_run(request, console)
+    except Interrupted as stopped:
+        sys.exit(stopped.exit_code)
+    if as_json:
+        click.echo(json.dumps(document, default=str))
+    elif not dry_run:
+        _print_result(document)
+
+
+def _print_result(manifest: dict[str, Any]) -> None:
+    result, exact, merge = manifest["result"], manifest.get("exact_match"), manifest.get("merge")
+    click.echo(f"run       {manifest['path']}")
+    click.echo(
+        f"loss      {result['first_loss']:.4f} -> {result['last_loss']:.4f} in {result['steps']} steps"
+    )
+    if result["eval_losses"]:
+        click.echo(f"held out  {result['eval_losses'][0]:.4f} -> {min(result['eval_losses']):.4f}")
+    memory = f", peak {result['peak_reserved_gib']:.2f} GiB" if result["peak_reserved_gib"] else ""
+    click.echo(
+        f"speed     {result['tokens_per_s_median']:,.0f} tokens/s{memory}, {result['seconds']:.0f} s"
+    )
+    if exact:
+        rows = exact["rows"]
+        click.echo(
+            f"exact     {exact['before'] / rows:.1%} -> {exact['after'] / rows:.1%} of {rows} held-out rows"
+        )
+    click.echo(f"adapter   {manifest['path']}/adapter")
+    if merge:
+        same = (
+            f"; {merge['answers_same']} of {merge['answers']} answers as the adapter's"
+            if "answers" in merge
+            else ""
+        )
+        click.echo(
+            f"merged    {manifest['path']}/merged (logits within {merge['logit_error']:.2%}{same})"
+        )

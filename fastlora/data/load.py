@@ -1,0 +1,147 @@
+"""Reading rows: jsonl, json, csv, parquet or a Hub data set, each row with the place it came from."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlora.errors import DataError
+from fastlora.recipe.schema import SourceSection
+
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    number: int
+    """The line of a jsonl or csv file, else the row's place; from 1."""
+    value: dict[str, Any] | None
+    problem: str | None = None
+    """Why there is no value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    name: str
+    unit: str
+    """What Row.number counts: `line` or `row`."""
+    fingerprint: str
+    """sha256 of the file's bytes, or the Hub's fingerprint of the data set."""
+    rows: list[Row]
+
+
+def load_table(source: SourceSection) -> Table:
+    """Read one source whole.
+
+    Raises DataError: the file or data set is missing, of an unknown type or unreadable.
+    """
+    path = Path(source.path)
+    if path.suffix.lower() in FILE_TYPES:
+        return _load_file(path)
+    if path.exists():
+        raise DataError(f"{path}: not a data file; use one of {', '.join(FILE_TYPES)}")
+    return _load_hub(source)
+
+
+def _load_file(path: Path) -> Table:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    suffix = path.suffix.lower()
+    read = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix]
+    try:
+        rows = list(read(raw))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (ValueError, OSError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as {suffix[1:]}: {error}") from None
+    unit = "line" if suffix in (".jsonl", ".csv") else "row"
+    return Table(str(path), unit, f"sha256:{hashlib.sha256(raw).hexdigest()}", rows)
+
+
+def _row(number: int, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(number, value)
+    return Row(number, None, f"is {type(value).__name__}, not an object with fields")
+
+
+def _jsonl(raw: bytes) -> Iterator[Row]:
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    for number, line in enumerate(raw.decode("utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _row(number, json.loads(line))
+        except json.JSONDecodeError as error:
+            yield Row(number, None, f"not JSON: {error.msg} at column {error.colno}")
+
+
+def _json(raw: bytes) -> Iterator[Row]:
+    text = raw.decode("utf-8-sig")
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Extra data"):  # JSON lines under the name .json are common
+            yield from _jsonl(raw)
+            return
+        raise
+    if isinstance(document, dict):
+        lists = [value for value in document.values() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise ValueError("expected a list of objects, or an object that holds one such list")
+        document = lists[0]
+    if not isinstance(document, list):
+        raise ValueError("expected a list of objects")
+    for number, value in enumerate(document, start=1):
+        yield _row(number, value)
+
+
+def _csv(raw: bytes) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(raw.decode("utf-8-sig").splitlines(keepends=True), strict=True)
+    line = 2
+    for value in reader:
+        if None in value:
+            yield Row(
+                line, None, f"has more cells than the header's {len(reader.fieldnames or [])}"
+            )
+        elif None in value.values():
+            yield Row(
+                line, None, f"has fewer cells than the header's {len(reader.fieldnames or [])}"
+            )
+        else:
+            yield Row(line, dict(value))
+        line = reader.line_num + 1
+
+
+def _parquet(raw: bytes) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for number, value in enumerate(pq.read_table(pa.BufferReader(raw)).to_pylist(), start=1):
+        yield _row(number, value)
+
+
+def _load_hub(source: SourceSection) -> Table:
+    import datasets
+
+    name = source.path
+    try:
+        loaded = datasets.load_dataset(
+            name, source.subset, split=source.split, revision=source.revision
+        )
+    except Exception as error:  # the Hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{name}: no such file, and not loadable from the Hub ({reason}). Check the spelling; a path "
+            "in a recipe is taken from the recipe's folder. Offline, point data.sources at a local file."
+        ) from None
+    rows = [_row(number, value) for number, value in enumerate(loaded, start=1)]
+    return Table(f"{name}[{source.split}]", "row", f"hub:{loaded._fingerprint}", rows)

@@ -1,0 +1,402 @@
+"""The data side of a run: read, check, lay out, tokenize, mask, truncate, split, pack; with a cache.
+
+Nothing is dropped silently: what is skipped, cut or dropped is counted in DataStats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlora.data.format import BadRow, Chat, Plain, detect_format, to_example
+from fastlora.data.load import Table, load_table
+from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
+from fastlora.data.pack import best_fit_decreasing
+from fastlora.errors import DataError
+from fastlora.recipe.schema import DataFormat, Recipe, SourceSection
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Part of the cache key: raise it when the same input would give other tokens.
+CACHE_VERSION = 1
+_SHOWN_BAD_ROWS = 10
+_CHUNK = 1000  # rows per tokenizer call: enough for its threads, little memory
+
+Announce = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class SplitStats:
+    rows: int = 0
+    """Rows trained on, before packing."""
+    sequences: int = 0
+    """What the trainer sees: rows, or packed groups of rows."""
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest_row_tokens: int = 0
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    truncated_supervised_tokens: int = 0
+    unsupervised_rows: int = 0
+    """Dropped: truncation left them no supervised token."""
+
+
+@dataclass(slots=True)
+class DataStats:
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """Per source: name, format, fingerprint, rows, and bad_rows as [number, reason]."""
+    train: SplitStats = field(default_factory=SplitStats)
+    eval: SplitStats | None = None
+    stop_token: str = ""
+    preview: list[tuple[str, bool]] = field(default_factory=list)
+    """The first training row in pieces of text, each with whether it is supervised."""
+    key: str = ""
+
+    @property
+    def bad_rows(self) -> int:
+        return sum(len(source["bad_rows"]) for source in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    train: Dataset
+    """Columns input_ids and labels (lists of ints); when packed, seq_lengths too."""
+    eval: Dataset | None
+    """Never packed: held-out loss is per row, and answers are read from its rows."""
+    stats: DataStats
+
+
+def prepare_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, announce: Announce
+) -> Prepared:
+    """Turn a recipe's sources into token ids and labels, from the cache where it holds them.
+
+    Raises DataError: unreadable sources, bad rows (unless data.on_bad_row is "skip"), no rows, or no
+    supervised token.
+    """
+    encoder = Encoder(tokenizer, template=recipe.data.template, supervise=recipe.data.supervise)
+    loaded = [(source, load_table(source)) for source in recipe.data.sources]
+    loaded_eval = [(source, load_table(source)) for source in recipe.data.eval_sources]
+    key = _cache_key(recipe, encoder, [table for _, table in (*loaded, *loaded_eval)])
+    folder = _cache_folder() / key
+    prepared = _read_cache(folder)
+    if prepared is None:
+        prepared = _prepare(recipe, encoder, loaded, loaded_eval, key)
+        _write_cache(folder, prepared, announce)
+    else:
+        announce(f"data: tokens from the cache ({folder})")
+    _announce_stats(prepared.stats, recipe, announce)
+    if prepared.stats.stop_token != tokenizer.eos_token and encoder.template is not None:
+        announce(
+            f"data: the chat template ends an answer with {prepared.stats.stop_token!r}, while the tokenizer's EOS is "
+            f"{tokenizer.eos_token!r}; the saved model stops at both"
+        )
+    return prepared
+
+
+def _prepare(
+    recipe: Recipe,
+    encoder: Encoder,
+    loaded: Sequence[tuple[SourceSection, Table]],
+    loaded_eval: Sequence[tuple[SourceSection, Table]],
+    key: str,
+) -> Prepared:
+    stats = DataStats(key=key)
+    rows = _examples(recipe, encoder, loaded, stats)
+    eval_rows = _examples(recipe, encoder, loaded_eval, stats)
+    if not rows:
+        names = ", ".join(table.name for _, table in loaded)
+        raise DataError(
+            f"{names}: no rows to train on; the data set is empty or every row was skipped"
+        )
+    if recipe.data.eval_split:
+        rows, eval_rows = _split(rows, recipe.data.eval_split, recipe.train.seed)
+    limit = recipe.model.seq_len_tokens
+    stats.preview = _preview(rows[0], encoder)
+    stats.stop_token = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_token_id)
+    train = _truncate(_encode(encoder, rows), limit, stats.train)
+    if not stats.train.supervised_tokens:
+        raise DataError(_no_supervision(stats.train, limit))
+    dataset = _dataset(train, limit if recipe.data.packing else None)
+    stats.train.sequences = len(dataset)
+    held_out = None
+    if recipe.data.has_eval:
+        stats.eval = SplitStats()
+        held_out = _dataset(_truncate(_encode(encoder, eval_rows), limit, stats.eval), None)
+        stats.eval.sequences = len(held_out)
+        if not stats.eval.supervised_tokens:
+            raise DataError(
+                "the held-out rows hold no supervised token; hold out more rows or raise model.seq_len_tokens"
+            )
+    return Prepared(dataset, held_out, stats)
+
+
+def _no_supervision(stats: SplitStats, limit: int) -> str:
+    if stats.truncated_rows:
+        return (
+            f"no supervised token is left: all {stats.truncated_rows} rows reach their answer only after "
+            f"{limit} tokens. Raise model.seq_len_tokens (the longest row has {stats.longest_row_tokens} tokens)."
+        )
+    return 'no supervised token in the data; check that the assistant turns hold text, or set data.supervise = "all"'
+
+
+def _examples(
+    recipe: Recipe,
+    encoder: Encoder,
+    loaded: Sequence[tuple[SourceSection, Table]],
+    stats: DataStats,
+) -> list[Rendered]:
+    """Every good row of every source, laid out; the bad ones refused, or counted if so wished."""
+    rendered: list[Rendered] = []
+    refused: list[str] = []
+    for source, table in loaded:
+        data_format = _format_of(source, table)
+        if encoder.templated and data_format != "text":
+            encoder.require_template()
+        bad: list[tuple[int, str]] = []
+        good = 0
+        for row in table.rows:
+            try:
+                if row.value is None:
+                    raise BadRow(row.problem)
+                value = _renamed(row.value, source.columns)
+                example: Chat | Plain = to_example(value, data_format, templated=encoder.templated)
+                rendered.append(encoder.render(example))
+                good += 1
+            except BadRow as problem:
+                bad.append((row.number, str(problem)))
+        stats.sources.append(
+            {
+                "name": table.name,
+                "format": data_format,
+                "detected": source.format == "auto",
+                "fingerprint": table.fingerprint,
+                "rows": good,
+                "bad_rows": bad,
+            }
+        )
+        if bad and recipe.data.on_bad_row == "error":
+            refused += [
+                f"{table.name}: {table.unit} {number}: {why}"
+                for number, why in bad[:_SHOWN_BAD_ROWS]
+            ]
+            if len(bad) > _SHOWN_BAD_ROWS:
+                refused.append(
+                    f"{table.name}: and {len(bad) - _SHOWN_BAD_ROWS} more bad rows of {len(table.rows)}"
+                )
+    if refused:
+        raise DataError(
+            "\n".join(
+                [*refused, 'Mend the rows, or set data.on_bad_row = "skip" to leave them out.']
+            )
+        )
+    return rendered
+
+
+def _format_of(source: SourceSection, table: Table) -> DataFormat:
+    if source.format != "auto":
+        return source.format
+    values = [row.value for row in table.rows[:100] if row.value is not None]
+    found = detect_format(_renamed(value, source.columns) for value in values)
+    if found is None:
+        if not values:
+            raise DataError(f"{table.name}: no rows; the file is empty or none of it could be read")
+        raise DataError(
+            f"{table.name}: format not recognised from the columns {', '.join(map(str, values[0]))}. Known: "
+            "messages | conversations | instruction+output | prompt+completion | text. "
+            'Rename with data.sources = [{ path = "...", columns = { instruction = "question", output = "answer" } }].'
+        )
+    return found
+
+
+def _renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    if not columns:
+        return value
+    return {
+        **value,
+        **{field: value[column] for field, column in columns.items() if column in value},
+    }
+
+
+def _split(rows: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:
+    held_out = int(share) if share >= 1 else max(1, round(len(rows) * share))
+    if held_out >= len(rows):
+        raise DataError(
+            f"data.eval_split holds out {held_out} of {len(rows)} rows, which leaves none to train on"
+        )
+    chosen = set(random.Random(seed).sample(range(len(rows)), held_out))
+    return (
+        [row for place, row in enumerate(rows) if place not in chosen],
+        [row for place, row in enumerate(rows) if place in chosen],
+    )
+
+
+def _encode(encoder: Encoder, rows: Sequence[Rendered]) -> list[Encoded]:
+    encoded: list[Encoded] = []
+    for start in range(0, len(rows), _CHUNK):
+        encoded += encoder.encode(rows[start : start + _CHUNK])
+    return encoded
+
+
+def _truncate(rows: Sequence[Encoded], limit: int, stats: SplitStats) -> list[Encoded]:
+    kept = []
+    for row in rows:
+        length = len(row.input_ids)
+        stats.longest_row_tokens = max(stats.longest_row_tokens, length)
+        if length > limit:
+            stats.truncated_rows += 1
+            stats.truncated_tokens += length - limit
+            stats.truncated_supervised_tokens += _supervised(row.labels[limit:])
+            row = Encoded(row.input_ids[:limit], row.labels[:limit])
+        # The first token of a sequence is never predicted.
+        supervised = _supervised(row.labels[1:])
+        if not supervised:
+            stats.unsupervised_rows += 1
+            continue
+        stats.rows += 1
+        stats.tokens += len(row.input_ids)
+        stats.supervised_tokens += supervised
+        kept.append(row)
+    return kept
+
+
+def _supervised(labels: Sequence[int]) -> int:
+    return len(labels) - labels.count(IGNORED)
+
+
+def _dataset(rows: Sequence[Encoded], pack_tokens: int | None) -> Dataset:
+    from datasets import Dataset, Features, List, Value
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    if pack_tokens is None:
+        columns["input_ids"] = [row.input_ids for row in rows]
+        columns["labels"] = [row.labels for row in rows]
+    else:
+        columns["seq_lengths"] = []
+        for group in best_fit_decreasing([len(row.input_ids) for row in rows], pack_tokens):
+            members = [rows[place] for place in group]
+            columns["input_ids"].append([token for row in members for token in row.input_ids])
+            # Across a boundary the first token would be predicted from another row: not supervised.
+            columns["labels"].append(
+                [label for row in members for label in (IGNORED, *row.labels[1:])]
+            )
+            columns["seq_lengths"].append([len(row.input_ids) for row in members])
+    return Dataset.from_dict(
+        columns, features=Features({name: List(Value("int32")) for name in columns})
+    )
+
+
+def _preview(row: Rendered, encoder: Encoder) -> list[tuple[str, bool]]:
+    """The row's own tokens, put together again where supervision does not change."""
+    pieces: list[tuple[list[int], bool]] = []
+    encoded = encoder.encode([row])[0]
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        supervised = label != IGNORED
+        if not pieces or pieces[-1][1] is not supervised:
+            pieces.append(([], supervised))
+        pieces[-1][0].append(token)
+    decode = encoder.tokenizer.decode
+    return [(str(decode(ids, skip_special_tokens=False)), supervised) for ids, supervised in pieces]
+
+
+def _announce_stats(stats: DataStats, recipe: Recipe, announce: Announce) -> None:
+    for source in stats.sources:
+        how = "detected" if source["detected"] else "as the recipe says"
+        skipped = f", {len(source['bad_rows'])} bad rows skipped" if source["bad_rows"] else ""
+        announce(
+            f"data: {source['name']}: {source['rows']:,} rows, format {source['format']} ({how}){skipped}"
+        )
+    for name, split in (("train", stats.train), ("eval", stats.eval)):
+        if split is None:
+            continue
+        share = split.supervised_tokens / max(1, split.tokens)
+        announce(
+            f"data: {name}: {split.rows:,} rows, {split.sequences:,} sequences, {split.tokens:,} tokens, "
+            f"{split.supervised_tokens:,} supervised ({share:.0%})"
+        )
+        if split.truncated_rows:
+            announce(
+                f"data: {name}: {split.truncated_rows:,} rows cut at {recipe.model.seq_len_tokens} tokens, "
+                f"{split.truncated_tokens:,} tokens lost ({split.truncated_supervised_tokens:,} supervised); "
+                f"the longest row has {split.longest_row_tokens:,}"
+            )
+        if split.unsupervised_rows:
+            announce(
+                f"data: {name}: {split.unsupervised_rows:,} rows dropped: no supervised token is left in them"
+            )
+
+
+def _cache_folder() -> Path:
+    root = (
+        os.environ.get("FASTLORA_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlora"
+    )
+    return Path(root) / "tokens"
+
+
+def _cache_key(recipe: Recipe, encoder: Encoder, tables: Sequence[Table]) -> str:
+    tokenizer = encoder.tokenizer
+    parts = {
+        "version": CACHE_VERSION,
+        "data": recipe.data.model_dump(),
+        "tables": [table.fingerprint for table in tables],
+        "template": encoder.template,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "seq_len_tokens": recipe.model.seq_len_tokens,
+        "split_seed": recipe.train.seed if recipe.data.eval_split else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read_cache(folder: Path) -> Prepared | None:
+    """None where the cache holds nothing usable; a damaged entry is made again."""
+    from datasets import load_from_disk
+
+    try:
+        raw = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        raw["train"] = SplitStats(**raw["train"])
+        raw["eval"] = SplitStats(**raw["eval"]) if raw["eval"] else None
+        raw["preview"] = [(text, supervised) for text, supervised in raw["preview"]]
+        stats = DataStats(**raw)
+        train = load_from_disk(str(folder / "train"), keep_in_memory=True)
+        held_out = load_from_disk(str(folder / "eval"), keep_in_memory=True) if stats.eval else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    splits = ((train, stats.train), (held_out, stats.eval))
+    if any(rows is not None and split and len(rows) != split.sequences for rows, split in splits):
+        return None
+    return Prepared(train, held_out, stats)
+
+
+def _write_cache(folder: Path, prepared: Prepared, announce: Announce) -> None:
+    """Written beside and renamed, so that no reader ever sees half an entry. A full disk costs only the cache."""
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    scratch = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        prepared.train.save_to_disk(str(scratch / "train"))
+        if prepared.eval is not None:
+            prepared.eval.save_to_disk(str(scratch / "eval"))
+        (scratch / "stats.json").write_text(json.dumps(asdict(prepared.stats)), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+    except OSError as error:
+        announce(f"data: tokens not cached: {error}")
+    finally:
+        if scratch is not None and scratch.exists():
+            shutil.rmtree(scratch, ignore_errors=True)

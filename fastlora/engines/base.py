@@ -1,0 +1,154 @@
+"""What the trainer asks of an engine, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
+
+from fastlora.errors import EngineError
+from fastlora.recipe.schema import ModelSection, Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+Announce = Callable[[str], None]
+"""Tells the user and the manifest about a choice or a fallback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    needs_cuda: bool
+    checkpointing: tuple[str, ...]
+    """Values of train.checkpointing that it has, the default on a GPU first."""
+
+
+class Engine(Protocol):
+    name: str
+    capabilities: Capabilities
+
+    def prepare(self) -> None:
+        """Import the framework. Before transformers, trl and peft, which it may patch."""
+
+    def load(self, recipe: Recipe, announce: Announce) -> PeftModel:
+        """The base, quantized as the recipe says, with a new adapter in float32.
+
+        Raises EngineError: the model cannot be found, or the engine cannot do what is asked.
+        """
+
+    def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Model inputs that keep the rows of one packed sequence (batch 1) from attending to each other."""
+
+    def generating(self, model: PeftModel) -> AbstractContextManager[None]:
+        """Within it the model generates; after it the model trains on."""
+
+
+def choose_engine(name: str, announce: Announce) -> Engine:
+    """The engine of that name; `auto` is unsloth where a CUDA GPU and unsloth are there, else peft.
+
+    Raises EngineError: unsloth is asked for and cannot run here.
+    """
+    import torch
+
+    from fastlora.engines.peft import PeftEngine
+    from fastlora.engines.unsloth import UnslothEngine
+
+    cuda, installed = torch.cuda.is_available(), find_spec("unsloth") is not None
+    reason = "" if cuda and installed else "no CUDA GPU" if not cuda else "unsloth is not installed"
+    if name == "peft":
+        return PeftEngine()
+    if name == "unsloth" and reason:
+        fix = "pip install 'fastlora[cuda]'" if cuda else 'set engine = "peft"'
+        raise EngineError(f"engine: unsloth cannot run here: {reason}; {fix}")
+    if reason:
+        announce(f"engine: peft ({reason})")
+        return PeftEngine()
+    if name == "auto":
+        announce("engine: unsloth")
+    return UnslothEngine()
+
+
+def resolve_dtype(model: ModelSection) -> torch.dtype:
+    """The compute type that model.dtype stands for on this machine.
+
+    Raises EngineError: bfloat16 on a GPU without it.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if model.dtype == "auto":
+        if not cuda:
+            return torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
+    if (
+        model.dtype == "bfloat16"
+        and cuda
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise EngineError(
+            f'model.dtype: {torch.cuda.get_device_name()} has no bfloat16; set model.dtype = "auto" (float16 there)'
+        )
+    dtype = getattr(torch, model.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def resolve_checkpointing(recipe: Recipe, engine: Engine) -> str:
+    """The gradient checkpointing that train.checkpointing stands for.
+
+    Raises EngineError: the engine does not have it.
+    """
+    import torch
+
+    wanted = recipe.train.checkpointing
+    if wanted == "auto":
+        return engine.capabilities.checkpointing[0] if torch.cuda.is_available() else "none"
+    if wanted not in engine.capabilities.checkpointing:
+        raise EngineError(
+            f"train.checkpointing: the {engine.name} engine has no {wanted!r}; "
+            f"it has {', '.join(engine.capabilities.checkpointing)}"
+        )
+    return wanted
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, padding on the right.
+
+    Raises EngineError: it cannot be found.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # the Hub client and the tokenizers raise many unrelated types
+        raise EngineError(not_loadable(model.name, error)) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # Labels are masked by position, so padding with EOS teaches nothing wrong.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def not_loadable(name: str, error: Exception) -> str:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"model.name: {name} cannot be loaded ({reason}). Check the spelling of the Hub id or the path; a gated "
+        "model needs `hf auth login`; without internet, download it first and give the folder's path."
+    )
+
+
+def new_position_ids(seq_lengths: Sequence[int]) -> torch.Tensor:
+    """Positions that start again at every row of a packed sequence: shape (1, sum of lengths)."""
+    import torch
+
+    return torch.cat([torch.arange(length) for length in seq_lengths]).unsqueeze(0)

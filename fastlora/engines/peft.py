@@ -1,0 +1,87 @@
+"""The peft engine: transformers, PEFT and bitsandbytes; on a CPU as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fastlora.engines.base import (
+    Announce,
+    Capabilities,
+    new_position_ids,
+    not_loadable,
+    resolve_dtype,
+)
+from fastlora.errors import EngineError
+from fastlora.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+
+class PeftEngine:
+    name = "peft"
+    capabilities = Capabilities(needs_cuda=False, checkpointing=("full", "none"))
+
+    def prepare(self) -> None:
+        import peft  # noqa: F401  (nothing is patched: this only moves the cost of the import here)
+
+    def load(self, recipe: Recipe, announce: Announce) -> PeftModel:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+
+        dtype = resolve_dtype(recipe.model)
+        quantization = {
+            "none": None,
+            "int8": BitsAndBytesConfig(load_in_8bit=True),
+            "nf4": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            ),
+        }[recipe.model.quantization]
+        try:
+            base = AutoModelForCausalLM.from_pretrained(
+                recipe.model.name,
+                revision=recipe.model.revision,
+                trust_remote_code=recipe.model.trust_remote_code,
+                dtype=dtype,
+                quantization_config=quantization,
+                device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
+                attn_implementation="sdpa",
+            )
+        except (OSError, ValueError) as error:
+            raise EngineError(not_loadable(recipe.model.name, error)) from error
+        set_seed(recipe.train.seed)
+        lora = recipe.lora
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            bias=lora.bias,
+        )
+        try:
+            return get_peft_model(base, config, autocast_adapter_dtype=True)
+        except ValueError as error:  # PEFT: target modules not found
+            raise EngineError(f"lora.target_modules: {error}") from error
+
+    def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        # transformers reads the row boundaries off the positions when no attention mask is given.
+        return {"position_ids": new_position_ids(seq_lengths)}
+
+    @contextmanager
+    def generating(self, model: PeftModel) -> Iterator[None]:
+        was_training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)

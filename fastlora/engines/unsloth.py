@@ -1,0 +1,140 @@
+"""The unsloth engine: FastLanguageModel with its fused kernels and its gradient checkpointing.
+
+Importing unsloth patches transformers, peft and trl for the whole process, so a process has one engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlora.engines.base import (
+    Announce,
+    Capabilities,
+    new_position_ids,
+    not_loadable,
+    resolve_checkpointing,
+    resolve_dtype,
+)
+from fastlora.errors import EngineError
+from fastlora.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+# The architectures whose LoRA layers unsloth 2026.10 fuses; others run its general path.
+FUSED = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
+
+
+class UnslothEngine:
+    name = "unsloth"
+    capabilities = Capabilities(needs_cuda=True, checkpointing=("unsloth", "full", "none"))
+
+    def prepare(self) -> None:
+        """Raises EngineError when unsloth cannot be imported: a version that does not fit, mostly."""
+        cache = Path(
+            os.environ.get("FASTLORA_CACHE") or Path.home() / ".cache" / "fastlora"
+        ).absolute()
+        # Read at import: no phoning home; compiled modules go to a cache, not to the user's folder.
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache / "unsloth_compiled"))
+        inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        try:
+            import unsloth  # noqa: F401
+        except Exception as error:
+            raise EngineError(
+                f"unsloth cannot be imported ({type(error).__name__}: {error}). Install the versions that "
+                "fastlora is tested with: pip install 'fastlora[cuda]'; or set engine = \"peft\""
+            ) from error
+        if inductor:  # unsloth drops it at import
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor
+
+    def load(self, recipe: Recipe, announce: Announce) -> PeftModel:
+        from unsloth import FastLanguageModel
+
+        model, lora = recipe.model, recipe.lora
+        # A relative path that looks like a repository is looked up on the Hub even if the folder exists.
+        name = str(Path(model.name).absolute()) if Path(model.name).is_dir() else model.name
+        checkpointing: Any = {"unsloth": "unsloth", "full": True, "none": False}[
+            resolve_checkpointing(recipe, self)
+        ]
+        try:
+            base, _ = FastLanguageModel.from_pretrained(
+                name,
+                max_seq_length=model.seq_len_tokens,
+                dtype=resolve_dtype(model),
+                load_in_4bit=model.quantization == "nf4",
+                load_in_8bit=model.quantization == "int8",
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                use_exact_model_name=True,
+                use_gradient_checkpointing=checkpointing,
+                random_state=recipe.train.seed,
+            )
+        except (OSError, ValueError) as error:
+            raise EngineError(not_loadable(model.name, error)) from error
+        for reason in slow_path_reasons(recipe, base.config.model_type):
+            announce(f"engine: not on unsloth's fused path: {reason}")
+        if recipe.data.packing and base.config.model_type == "gemma2":
+            raise EngineError(
+                "data.packing: unsloth does not keep packed rows apart for gemma2; set data.packing = false"
+            )
+        return FastLanguageModel.get_peft_model(
+            base,
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            bias=lora.bias,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            use_gradient_checkpointing=checkpointing,
+            random_state=recipe.train.seed,
+        )
+
+    def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {
+            "position_ids": new_position_ids(seq_lengths),
+            "packed_seq_lengths": torch.tensor(seq_lengths, dtype=torch.int32),
+        }
+
+    @contextmanager
+    def generating(self, model: PeftModel) -> Iterator[None]:
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
+        try:
+            yield
+        finally:
+            FastLanguageModel.for_training(
+                model, use_gradient_checkpointing=model._unsloth_gradient_checkpointing
+            )
+
+
+def slow_path_reasons(recipe: Recipe, model_type: str) -> list[str]:
+    """Why parts of this run do not use unsloth's fused LoRA kernels; empty if all do."""
+    lora, reasons = recipe.lora, []
+    if model_type not in FUSED:
+        reasons.append(f"model type {model_type}")
+    if recipe.model.quantization == "int8":
+        reasons.append("int8 base")
+    if lora.dora:
+        reasons.append("DoRA")
+    if lora.bias != "none":
+        reasons.append(f"trained biases ({lora.bias})")
+    if lora.target_modules != "all-linear":
+        targets = set(lora.target_modules)
+        for group in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj", "down_proj"}):
+            if targets & group and not targets >= group:
+                reasons.append(
+                    f"only {', '.join(sorted(targets & group))} of {', '.join(sorted(group))}"
+                )
+    if model_type == "qwen2":
+        reasons.append("q_proj, k_proj and v_proj of qwen2, which have biases")
+    return reasons

@@ -1,0 +1,1 @@
+"""From an adapter to a model that others can load, checked against the adapter."""

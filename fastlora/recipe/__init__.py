@@ -1,0 +1,1 @@
+"""Recipes: what a user asks for, validated once, before anything heavy is imported."""

@@ -1,0 +1,53 @@
+"""The bundled recipes. Imports neither pydantic nor torch: `fastlora recipes` must answer at once."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from fastlora.errors import UsageError
+
+# A wheel carries the recipes inside the package; a checkout keeps them beside it.
+_PACKAGE = Path(__file__).parents[1]
+_FOLDERS = (_PACKAGE / "bundled_recipes", _PACKAGE.parent / "recipes")
+
+
+def recipes_folder() -> Path:
+    return next(folder for folder in _FOLDERS if folder.is_dir())
+
+
+def bundled() -> dict[str, Path]:
+    """Recipe name -> file, by name."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.toml"))}
+
+
+def describe(path: Path) -> list[str]:
+    """The header comment of a recipe file: title, launch command, memory."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return lines
+
+
+def find(name: str) -> Path:
+    """A bundled name (`llama31`) or a path (`recipes/llama31.toml`) -> the file.
+
+    Raises UsageError with the nearest names where there is neither.
+    """
+    path, known = Path(name), bundled()
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    if name in known:
+        return known[name]
+    if path.suffix == ".toml":
+        hint = (
+            f"; the bundled recipe of that name: fastlora run {path.stem}"
+            if path.stem in known
+            else ""
+        )
+        raise UsageError(f"{name}: no such file{hint}")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"{name}: no bundled recipe of that name; {hint}Known: {', '.join(known)}")

@@ -1,0 +1,1 @@
+"""A run's folder: manifest, metrics, checkpoints, adapter. Every write is atomic."""

@@ -1,0 +1,255 @@
+"""The run directory.
+
+    runs/llama31/3/
+      manifest.json   recipe as resolved, versions, data, GPU, seed, commit, fallbacks, result
+      metrics.jsonl   one line per logged step
+      loss.png
+      checkpoints/checkpoint-N/   with the file COMPLETE, written last
+      adapter/        PEFT format
+      merged/         the merged model, if asked for
+
+A second run never writes into a first: runs are numbered, and the number is taken by mkdir.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastlora.errors import RunDirError
+
+COMPLETE = "COMPLETE"
+
+
+def write_atomic(path: Path, content: str) -> None:
+    """Write beside, flush to the disk, rename: a reader sees the old content or the new, never half."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename or a new file survives a power cut only once its folder is flushed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a scratch folder to fill; it becomes `target` when all of it is on the disk."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        sync_tree(scratch)
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, is a full disk. safetensors and torch put the text in a
+    RuntimeError of their own, so the text is looked at too."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        text = str(error)
+        if (
+            "No space left on device" in text
+            or "os error 28" in text
+            or "file write failed" in text
+        ):
+            return True
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return False
+
+
+class RunDir:
+    """One run's folder, locked for as long as the process lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = {}
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, parent: Path) -> RunDir:
+        """Take the next free number under `parent`. Raises RunDirError where that is not writable."""
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            number = max((int(path.name) for path in _runs(parent)), default=0)
+            while True:
+                number += 1
+                run = cls(parent / str(number))
+                try:
+                    run.path.mkdir()
+                    break
+                except FileExistsError:
+                    continue
+            run.checkpoints.mkdir()
+        except OSError as error:
+            raise RunDirError(
+                f"{parent}: a run cannot be made here: {error.strerror}; set output.dir"
+            ) from None
+        run._take_lock()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """The run in `path`. Raises RunDirError: not a run's folder, or in use."""
+        run = cls(path)
+        try:
+            run.manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunDirError(f"{path}: not a run's folder ({error})") from None
+        run._take_lock()
+        return run
+
+    @classmethod
+    def open_unfinished(cls, parent: Path) -> RunDir:
+        """The newest run under `parent` that did not finish.
+
+        Raises RunDirError: there is none, or a live process is writing to it.
+        """
+        for path in sorted(_runs(parent), key=lambda path: -int(path.name)):
+            run = cls(path)
+            try:
+                run.manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue  # stopped before it had begun
+            except (OSError, ValueError) as error:
+                raise RunDirError(f"{run.manifest_path}: not readable: {error}") from None
+            if run.manifest.get("status") != "finished":
+                run._take_lock()
+                return run
+        raise RunDirError(
+            f"{parent}: no unfinished run to resume; leave out --resume to start a new one"
+        )
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise RunDirError(
+                f"{self.path}: another process is training here; wait for it or stop it"
+            ) from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def update(self, **entries: Any) -> None:
+        """Set manifest entries and write it."""
+        self.manifest.update(entries)
+        write_atomic(self.manifest_path, json.dumps(self.manifest, indent=2, default=str) + "\n")
+
+    def append_metrics(self, entry: dict[str, Any]) -> None:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every whole line; a line torn by a crash is left out."""
+        entries = []
+        if self.metrics_path.exists():
+            for line in self.metrics_path.read_text(
+                encoding="utf-8", errors="replace"
+            ).splitlines():
+                try:
+                    entries.append(json.loads(line))
+                except ValueError:
+                    continue
+        return entries
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run logs it again."""
+        kept = [entry for entry in self.read_metrics() if entry.get("step", 0) <= step]
+        write_atomic(self.metrics_path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of each checkpoint that was written to its end, oldest first."""
+        found = []
+        for path in self.checkpoints.glob("checkpoint-*"):
+            step = path.name.rpartition("-")[2]
+            if step.isdigit() and (path / COMPLETE).exists():
+                found.append((int(step), path))
+        return sorted(found)
+
+    def mark_complete(self, checkpoint: Path) -> None:
+        """Flush every file of the checkpoint to the disk, then say so in it."""
+        sync_tree(checkpoint)
+        write_atomic(checkpoint / COMPLETE, "")
+
+    def drop_incomplete_checkpoints(self) -> list[Path]:
+        """Remove what a crash left half-written; returns what was removed."""
+        whole = {path for _, path in self.complete_checkpoints()}
+        torn = [path for path in self.checkpoints.glob("checkpoint-*") if path not in whole]
+        for path in torn:
+            shutil.rmtree(path, ignore_errors=True)
+        return torn
+
+    def rotate(self, keep: int, best_step: int | None) -> None:
+        """Remove all but the newest `keep` complete checkpoints and the best one."""
+        complete = self.complete_checkpoints()
+        for step, path in complete[:-keep]:
+            if step != best_step:
+                (path / COMPLETE).unlink(
+                    missing_ok=True
+                )  # first: a crash must not leave half a checkpoint marked whole
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(parent: Path) -> Iterator[Path]:
+    if parent.is_dir():
+        yield from (path for path in parent.iterdir() if path.name.isdigit() and path.is_dir())

@@ -1,0 +1,52 @@
+"""SIGINT and SIGTERM: the first ends training after the step in hand, the second leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(BaseException):
+    """A stop signal; `exit_code` is 128 + its number. Not an Exception: no handler may swallow it."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+        super().__init__(signal.Signals(signal_number).name)
+
+
+class StopSignals:
+    """Within it, SIGINT and SIGTERM raise Interrupted; while `deferred`, they only set `pending`."""
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+        self.deferred = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.pending is not None:
+            os._exit(128 + number)
+        self.pending = number
+        if not self.deferred:
+            raise Interrupted(number)
+        # write(2) and not print: the signal may have come in the middle of a print.
+        os.write(
+            sys.__stderr__.fileno() if sys.__stderr__ else 2,
+            b"\nstopping after this step; again to leave at once\n",
+        )
+
+    def raise_pending(self) -> None:
+        if self.pending is not None:
+            raise Interrupted(self.pending)

@@ -1,0 +1,185 @@
+"""TRL's SFTTrainer, wired: every argument that changes training is written out.
+
+Unsloth changes several of TRL's defaults (lr, weight decay, batch), so a default left alone would
+make one recipe mean two trainings.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastlora.data.prepare import Prepared
+from fastlora.engines.base import Engine, resolve_checkpointing, resolve_dtype
+from fastlora.recipe.schema import Recipe
+from fastlora.rundir.store import RunDir
+from fastlora.train.callbacks import TokenCounter
+from fastlora.train.collate import Collator
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from trl import SFTConfig
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
+
+def build_trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared,
+    run: RunDir,
+    engine: Engine,
+    counter: TokenCounter,
+    callbacks: list[TrainerCallback],
+    epochs: float,
+) -> Trainer:
+    """The trainer, ready for `train()`. `epochs` holds where the recipe gives neither epochs nor steps."""
+    import torch
+    from transformers import PrinterCallback, ProgressCallback, Trainer
+    from trl import (
+        SFTTrainer,
+    )  # here and not above: unsloth, when it is the engine, has replaced it
+
+    class CountingTrainer(SFTTrainer):  # type: ignore[misc]
+        def training_step(
+            self, model: Any, inputs: dict[str, torch.Tensor], *rest: Any, **named: Any
+        ) -> Any:
+            counter.add(inputs)
+            return super().training_step(model, inputs, *rest, **named)
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            # TRL's loss runs a Triton kernel, which a CPU build of torch does not have; transformers' own
+            # is the same sum, over logits that a CPU's memory holds.
+            method = (
+                super().compute_loss
+                if torch.cuda.is_available()
+                else partial(Trainer.compute_loss, self)
+            )
+            return method(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """None: TRL would write one at every checkpoint, into a folder that is not the adapter's."""
+
+    trainer = CountingTrainer(
+        model=model,
+        args=training_arguments(recipe, engine, run, has_eval=data.eval is not None, epochs=epochs),
+        data_collator=Collator(int(tokenizer.pad_token_id), engine),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    # TRL casts the adapter of a quantized model to bfloat16, where updates below 1/256 of a weight are
+    # lost; unsloth keeps it in float32. The same recipe is to mean the same training.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)  # they print to stdout, which is for results
+    return trainer
+
+
+def training_arguments(
+    recipe: Recipe, engine: Engine, run: RunDir, *, has_eval: bool, epochs: float
+) -> SFTConfig:
+    import torch
+    from trl import SFTConfig
+
+    train, cuda = recipe.train, torch.cuda.is_available()
+    dtype = resolve_dtype(recipe.model)
+    checkpointing = resolve_checkpointing(recipe, engine)
+    optimizer = OPTIMIZERS[train.optimizer] if cuda else "adamw_torch"
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        # length and batch
+        num_train_epochs=train.epochs or epochs,
+        max_steps=train.steps or -1,
+        per_device_train_batch_size=train.micro_batch,
+        per_device_eval_batch_size=train.micro_batch,
+        gradient_accumulation_steps=train.accumulation_steps,
+        # optimizer
+        optim=optimizer,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.scheduler,
+        lr_scheduler_kwargs=None,
+        warmup_steps=train.warmup_fraction,  # below 1 it is a fraction of all steps
+        weight_decay=train.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        max_grad_norm=train.max_grad_norm,
+        label_smoothing_factor=0.0,
+        neftune_noise_alpha=None,
+        average_tokens_across_devices=False,
+        # numbers and memory
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16 and cuda,
+        bf16_full_eval=False,
+        fp16_full_eval=False,
+        tf32=None,
+        use_cpu=not cuda,
+        gradient_checkpointing=checkpointing != "none",
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing == "full" else None,
+        activation_offloading=False,
+        torch_compile=False,
+        use_liger_kernel=False,
+        auto_find_batch_size=False,
+        torch_empty_cache_steps=None,
+        # seeds and order
+        seed=train.seed,
+        data_seed=train.seed,
+        full_determinism=False,
+        train_sampling_strategy="random",
+        dataloader_drop_last=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=cuda,
+        ignore_data_skip=False,
+        # data: prepared by us
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        packing=False,
+        eval_packing=False,
+        padding_free=False,
+        max_length=recipe.model.seq_len_tokens,
+        shuffle_dataset=False,
+        completion_only_loss=False,
+        assistant_only_loss=False,
+        loss_type="nll",
+        pad_to_multiple_of=None,
+        # cadence
+        logging_strategy="steps",
+        logging_steps=train.log_every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if not has_eval else "steps" if train.eval_every_steps else "epoch",
+        eval_steps=train.eval_every_steps,
+        eval_on_start=False,
+        prediction_loss_only=True,
+        save_strategy="steps" if train.save_every_steps else "epoch",
+        save_steps=train.save_every_steps or 500,
+        save_total_limit=None,  # Checkpoints removes old ones, once the new one is whole
+        save_only_model=False,
+        load_best_model_at_end=False,  # done by us, after an interrupt it would be wasted
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
+        restore_callback_states_from_checkpoint=True,
+        # reports
+        report_to=list(recipe.output.report_to) or "none",
+        disable_tqdm=True,
+        include_num_input_tokens_seen="no",
+        push_to_hub=False,
+    )

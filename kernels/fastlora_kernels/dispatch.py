@@ -1,0 +1,33 @@
+"""Which implementation of an op runs: Triton on a GPU, Triton's interpreter on request, else PyTorch."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+Backend = Literal["triton", "interpret", "reference"]
+
+
+def choose_backend(device: torch.device, available: tuple[Backend, ...]) -> Backend:
+    """The backend for tensors on `device`, among those an op has (`available`, never empty).
+
+    The environment variable FASTLORA_KERNELS (triton, interpret or reference) overrides the choice.
+    Raises ValueError: an unknown name, or a backend that the op or the machine does not have.
+    """
+    wanted = os.environ.get("FASTLORA_KERNELS")
+    if wanted is None:
+        on_gpu = device.type == "cuda" and find_spec("triton") is not None
+        return "triton" if on_gpu and "triton" in available else "reference"
+    for backend in available:
+        if backend == wanted:
+            if backend == "triton" and device.type != "cuda":
+                raise ValueError(
+                    f"FASTLORA_KERNELS=triton: the tensors are on {device}, and Triton needs a GPU"
+                )
+            return backend
+    raise ValueError(
+        f"FASTLORA_KERNELS={wanted}: not a backend of this op; it has {', '.join(available)}"
+    )

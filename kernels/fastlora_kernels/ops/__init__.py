@@ -1,0 +1,1 @@
+"""One module per op. Shapes: T tokens, K inputs, N outputs, R rank."""
