@@ -6,7 +6,7 @@ import contextlib
 import gc
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,8 @@ from fastlora.train.stop import Interrupted, StopSignals
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+OnTrained = Callable[["PeftModel", dict[str, Any]], None]
 
 _PROBE_TOKENS = 512  # of the first training row: what the merged model's logits are compared on
 
@@ -77,8 +79,12 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     }
 
 
-def train_run(request: Request, console: Console) -> dict[str, Any]:
+def train_run(
+    request: Request, console: Console, on_trained: OnTrained | None = None
+) -> dict[str, Any]:
     """Train as the recipe says; returns the manifest.
+
+    `on_trained` is called with the trained model and the manifest when the adapter is on the disk.
 
     Raises Interrupted after a stop signal, with the run saved; FastloraError for everything that the
     user can mend. In both cases the message ends with the command that resumes, if there is a run.
@@ -103,7 +109,7 @@ def train_run(request: Request, console: Console) -> dict[str, Any]:
         console.print(f"run: {run.path}")
         try:
             _begin(run, request, engine, tokenizer, data, notes)
-            _train(run, request, engine, tokenizer, data, notes, signals, console)
+            _train(run, request, engine, tokenizer, data, notes, signals, console, on_trained)
             return run.manifest
         except Interrupted as stopped:
             run.update(status="interrupted", ended=_now())
@@ -259,6 +265,7 @@ def _train(
     notes: _Notes,
     signals: StopSignals,
     console: Console,
+    on_trained: OnTrained | None,
 ) -> None:
     from transformers import EarlyStoppingCallback
 
@@ -333,6 +340,8 @@ def _train(
         | {"best_step": trainer.state.best_global_step if recipe.train.keep_best else None},
         notes=notes.said,
     )
+    if on_trained is not None:
+        on_trained(model, run.manifest)
     if asked:
         after, _ = _ask(run, recipe, engine, model, tokenizer, asked)
         run.update(exact_match=run.manifest["exact_match"] | {"after": after})
