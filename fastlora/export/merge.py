@@ -11,15 +11,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlora.errors import FastloraError, GateError, RunDirError
 from fastlora.export.answers import answer, read_answers
 from fastlora.rundir.store import RunDir, whole_folder
 
-# bf16 weights after the merge are rounded once more (relative 2^-9 each); over the layers of the models
-# measured that moves the logits by 0.3 to 2 % of their RMS. A wrong merge moves them by tens of percent.
-MAX_LOGIT_ERROR = 0.05
+if TYPE_CHECKING:
+    import torch
+
+# Merged weights are rounded to 16 bits once more, and the logits of both models carry 16-bit noise: 0.5 % of
+# their RMS on the tiny model, 5 % on a random 1B one. So noise alone cannot tell a small adapter that was
+# merged from one that was forgotten; its share along the adapter's own effect can, where noise averages out.
+MAX_LOGIT_ERROR = 0.15
+CARRIED = (0.9, 1.1)
 
 
 def merge_in_new_process(run: RunDir) -> dict[str, Any]:
@@ -53,9 +58,11 @@ def merge_run(run: RunDir) -> dict[str, Any]:
     The merged model is read back from the disk and its logits are compared with those of base + adapter
     on the run's probe rows; its answers with those that the adapter gave in training. It takes the
     name `merged` only when they agree. Report: dtype, logit_error (RMS of the difference over RMS of
-    the logits), top1_agreement (share of positions), answers, answers_same.
+    the logits), carried (how much of what the adapter changes in the logits the merged model changes
+    too: 1 is all, 0 is a forgotten adapter), top1_agreement (share of positions), answers, answers_same.
 
-    Raises GateError: logit_error above MAX_LOGIT_ERROR. RunDirError: the run has no adapter.
+    Raises GateError: logit_error above MAX_LOGIT_ERROR or carried outside CARRIED.
+    RunDirError: the run has no adapter.
     """
     import torch
     from peft import PeftModel
@@ -78,6 +85,8 @@ def merge_run(run: RunDir) -> dict[str, Any]:
     adapted = PeftModel.from_pretrained(base, str(run.adapter)).eval().to(device)
     with torch.no_grad():
         wanted = adapted(input_ids=probe.to(device)).logits.float().cpu()
+        with adapted.disable_adapter():
+            unadapted = adapted(input_ids=probe.to(device)).logits.float().cpu()
     merged = adapted.merge_and_unload(safe_merge=True)
     stop_token_ids = run.manifest["stop_token_ids"]
     merged.generation_config.eos_token_id = (
@@ -94,14 +103,14 @@ def merge_run(run: RunDir) -> dict[str, Any]:
         again = load(str(folder)).to(device)
         with torch.no_grad():
             got = again(input_ids=probe.to(device)).logits.float().cpu()
-        report["logit_error"] = float(
-            (got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
-        )
-        report["top1_agreement"] = float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
-        if not report["logit_error"] <= MAX_LOGIT_ERROR:  # NaN fails too
+        report |= _agreement(got, wanted, unadapted)
+        error, carried = report["logit_error"], report["carried"]
+        # Written so that NaN fails.
+        if not (error <= MAX_LOGIT_ERROR and CARRIED[0] <= carried <= CARRIED[1]):
             raise GateError(
-                f"the merged model's logits differ from the adapter's by {report['logit_error']:.1%} of their RMS "
-                f"(allowed {MAX_LOGIT_ERROR:.0%}); it was not kept"
+                f"the merged model does not agree with the adapter: its logits differ by {error:.1%} of their RMS "
+                f"(allowed {MAX_LOGIT_ERROR:.0%}) and carry {carried:.0%} of the adapter's effect (90 to 110% "
+                "allowed); it was not kept"
             )
         answers_path = run.path / "answers.json"
         if answers_path.exists():
@@ -113,6 +122,20 @@ def merge_run(run: RunDir) -> dict[str, Any]:
                 left == right for left, right in zip(answers, given, strict=True)
             )
     return report
+
+
+def _agreement(
+    got: torch.Tensor, wanted: torch.Tensor, unadapted: torch.Tensor
+) -> dict[str, float]:
+    """Logits (1, tokens, vocabulary) of the merged model, of base + adapter, and of the base."""
+    effect, achieved = wanted - unadapted, got - unadapted
+    size = float(effect.square().sum())
+    return {
+        "logit_error": float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()),
+        # An adapter that changes nothing is carried whole by anything.
+        "carried": float((achieved * effect).sum()) / size if size > 0 else 1.0,
+        "top1_agreement": float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
+    }
 
 
 def _device_for(model: Any) -> Any:

@@ -119,6 +119,9 @@ class TrainSection(Section):
     """Stop after so many evaluations in a row without a lower loss."""
     checkpointing: Literal["auto", "unsloth", "full", "none"] = "auto"
     """Gradient checkpointing; auto is unsloth's on its engine, full on other GPUs, none on a CPU."""
+    chunked_loss: bool = False
+    """peft engine on a GPU: take the loss in chunks, without ever holding the logits. Measured on a 1B
+    Llama, 2 x 2,048 tokens: 2.1 GiB instead of 8.6, 17 % slower. The unsloth engine always does."""
     seed: int = Field(default=3407, ge=0)
 
     @model_validator(mode="after")

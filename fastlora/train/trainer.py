@@ -46,6 +46,8 @@ def build_trainer(
         SFTTrainer,
     )  # here and not above: unsloth, when it is the engine, has replaced it
 
+    cuda = torch.cuda.is_available()
+
     class CountingTrainer(SFTTrainer):  # type: ignore[misc]
         def training_step(
             self, model: Any, inputs: dict[str, torch.Tensor], *rest: Any, **named: Any
@@ -60,13 +62,10 @@ def build_trainer(
             return_outputs: bool = False,
             num_items_in_batch: Any = None,
         ) -> Any:
-            # TRL's loss runs a Triton kernel, which a CPU build of torch does not have; transformers' own
-            # is the same sum, over logits that a CPU's memory holds.
-            method = (
-                super().compute_loss
-                if torch.cuda.is_available()
-                else partial(Trainer.compute_loss, self)
-            )
+            # TRL's own loss never holds the logits, at a price, and needs Triton (see train.chunked_loss);
+            # unsloth replaces it with one that is fast as well.
+            plain = engine.name == "peft" and not (recipe.train.chunked_loss and cuda)
+            method = partial(Trainer.compute_loss, self) if plain else super().compute_loss
             return method(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )

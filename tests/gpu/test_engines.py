@@ -93,5 +93,5 @@ def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
     # The same kernels give the same logits; unsloth's own round differently in bfloat16.
     assert again["logit_error"] <= (1e-3 if engine == "peft" else 0.03)
     assert again["logit_error"] < 0.2 * again["base_distance"]
-    assert trained["merge"]["logit_error"] <= 0.05
+    assert abs(trained["merge"]["carried"] - 1) <= 0.05
     assert overhead <= 0.03

@@ -1,0 +1,157 @@
+"""Every row format from every file type, and rows that are refused with their place."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fastlora.data.format import BadRow, Chat, Plain, detect_format, to_example
+from fastlora.data.load import FILE_TYPES, load_table
+from fastlora.errors import DataError
+from fastlora.recipe.schema import SourceSection
+
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello, \u201cyou\u201d"},
+]
+ROWS: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "Say hello.", "input": "to Ann", "output": "Hello, Ann"},
+    "messages": {"messages": TURNS},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    },
+    "prompt_completion": {"prompt": "Hi", "completion": "Hello"},
+    "text": {"text": 'Once upon a time\nthere was, "a" line.'},
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                for row in rows:
+                    writer.writerow(
+                        {k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()}
+                    )
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", FILE_TYPES)
+@pytest.mark.parametrize("name", ROWS)
+def test_each_format_from_each_file_type(name: Any, suffix: str, tmp_path: Path) -> None:
+    table = load_table(SourceSection(path=str(write(tmp_path / f"rows{suffix}", [ROWS[name]] * 3))))
+    assert len(table.rows) == 3
+    values = [row.value for row in table.rows if row.value is not None]
+    assert detect_format(values) == name
+    example = to_example(values[0], name, templated=True)
+    if name == "text":
+        assert example == Plain(ROWS["text"]["text"])
+    else:
+        assert isinstance(example, Chat)
+        assert [turn["role"] for turn in example.messages] == ["user", "assistant"]
+        assert example.messages[0]["content"] == {"alpaca": "Say hello.\n\nto Ann"}.get(name, "Hi")
+
+
+def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [ROWS["text"]])
+    before = load_table(SourceSection(path=str(path))).fingerprint
+    write(path, [ROWS["text"], ROWS["text"]])
+    assert load_table(SourceSection(path=str(path))).fingerprint != before
+
+
+def test_bad_lines_keep_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": \n[1]\n{"text": "b\u2028c"}\n')
+    rows = load_table(SourceSection(path=str(path))).rows
+    assert [row.number for row in rows] == [1, 3, 4, 5]
+    assert rows[1].problem is not None
+    assert rows[1].problem.startswith("not JSON")
+    assert rows[2].problem == "is list, not an object with fields"
+    assert rows[3].value == {"text": "b\u2028c"}
+
+
+def test_csv_lines_count_line_breaks_in_cells(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text,n\n"two\nlines",1\nshort\nthree,2,3\nlast,4\n')
+    rows = load_table(SourceSection(path=str(path))).rows
+    assert [(row.number, row.value is None) for row in rows] == [
+        (2, False),
+        (4, True),
+        (5, True),
+        (6, False),
+    ]
+
+
+def test_json_lines_under_the_name_json(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert len(load_table(SourceSection(path=str(path))).rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.jsonl", None, "No such file"),
+        ("rows.json", b"{", "not readable as json"),
+        ("rows.json", b'{"a": 1}', "a list of objects"),
+        ("rows.parquet", b"nonsense", "not readable as parquet"),
+        ("rows.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+        ("rows.txt", b"hello", "not a data file"),
+        ("org/no-such-set", None, "not loadable from the Hub"),
+    ],
+)
+def test_unreadable_sources(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_table(SourceSection(path=name if "/" in name else str(path)))
+
+
+@pytest.mark.parametrize(
+    ("row", "data_format", "reason"),
+    [
+        ({"instruction": "x"}, "alpaca", "has no output"),
+        ({"instruction": "x", "output": " "}, "alpaca", "output is empty"),
+        ({"instruction": 3, "output": "y"}, "alpaca", "instruction is int, not text"),
+        ({"messages": []}, "messages", "messages is empty"),
+        ({"messages": "not json"}, "messages", "not JSON"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages", "no assistant turn"),
+        ({"messages": [{"role": "boss", "content": "hi"}]}, "messages", "role 'boss'"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "message 1 is empty"),
+        ({"messages": ["hi"]}, "messages", "message 1 is str"),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, "sharegpt", "content of type int"),
+        ({"text": None}, "text", "has no text"),
+    ],
+)
+def test_bad_rows_say_why(row: dict[str, Any], data_format: Any, reason: str) -> None:
+    with pytest.raises(BadRow, match=reason):
+        to_example(row, data_format, templated=True)
+
+
+def test_detection_goes_with_most_rows_and_may_find_nothing() -> None:
+    rows = [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}]
+    assert detect_format(rows) == "prompt_completion"
+    assert detect_format([{"question": "a"}]) is None
+
+
+def test_without_template_pairs_stay_plain_and_conversations_are_refused() -> None:
+    assert to_example(ROWS["prompt_completion"], "prompt_completion", templated=False) == Plain(
+        "Hello", "Hi"
+    )
+    with pytest.raises(BadRow, match="conversation"):
+        to_example(ROWS["messages"], "messages", templated=False)
