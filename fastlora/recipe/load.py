@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,7 +53,21 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def _apply_settings(table: TomlTable, settings: Iterable[str]) -> Iterator[str]:
+# Two ways to say one thing: --set of the one puts the file's other aside.
+_ALTERNATIVES = (
+    ("train.epochs", "train.steps"),
+    ("train.accumulation", "train.effective_batch"),
+    ("data.eval_split", "data.eval_sources"),
+)
+
+
+def _apply_settings(table: TomlTable, settings: Sequence[str]) -> Iterator[str]:
+    keys = {setting.partition("=")[0].strip() for setting in settings}
+    for pair in _ALTERNATIVES:
+        for given, other in (pair, pair[::-1]):
+            section, _, name = other.partition(".")
+            if given in keys and other not in keys and isinstance(table.get(section), dict):
+                table[section].pop(name, None)
     for setting in settings:
         key, equals, text = setting.partition("=")
         parts = [part.strip() for part in key.split(".")]

@@ -63,6 +63,23 @@ def test_defaults_and_set(tmp_path: Path) -> None:
     assert recipe.model.quantization == "nf4"
 
 
+def test_set_of_one_alternative_puts_the_other_aside(tmp_path: Path) -> None:
+    text = MINIMAL.replace(
+        "[output]", "eval_split = 0.1\n[train]\nepochs = 2\naccumulation = 8\n[output]"
+    )
+    settings = [
+        "train.steps=20",
+        "train.effective_batch=16",
+        'data.eval_sources=["held_out.jsonl"]',
+    ]
+    recipe = load_recipe(write(tmp_path, text), settings)
+    assert (recipe.train.epochs, recipe.train.steps) == (None, 20)
+    assert recipe.train.accumulation_steps == 8
+    assert (recipe.data.eval_split, len(recipe.data.eval_sources)) == (0, 1)
+    found = problems(tmp_path, text, "train.steps=20", "train.epochs=1")
+    assert found == ["train.epochs: give either epochs or steps, not both"]
+
+
 def test_set_values_are_toml() -> None:
     assert [parse_value(text) for text in ("8", "1e-4", "true", '"8"', "[1, 2]", "plain words")] == [
         8, 1e-4, True, "8", [1, 2], "plain words",
