@@ -20,11 +20,12 @@ from fastlora.rundir.store import RunDir, whole_folder
 if TYPE_CHECKING:
     import torch
 
-# Merged weights are rounded to 16 bits once more, and the logits of both models carry 16-bit noise: 0.5 % of
-# their RMS on the tiny model, 5 % on a random 1B one. So noise alone cannot tell a small adapter that was
-# merged from one that was forgotten; its share along the adapter's own effect can, where noise averages out.
-MAX_LOGIT_ERROR = 0.15
-CARRIED = (0.9, 1.1)
+# What 16-bit merged weights cost: 0.7 % of the logits' RMS on the tiny model, 16 % on a random 8B one after
+# 20 steps at a high rate, where a forgotten adapter is 99 %. So the allowance is half the adapter's own
+# effect, or 5 % where the effect is smaller than the noise; there `carried`, in which noise averages out,
+# still tells a merged adapter from a forgotten or doubled one.
+NOISE = 0.05
+CARRIED = (0.8, 1.2)
 
 
 def merge_in_new_process(run: RunDir) -> dict[str, Any]:
@@ -56,61 +57,67 @@ def merge_run(run: RunDir) -> dict[str, Any]:
     """Write run.merged: base + adapter in the base's 16-bit type, with the tokenizer.
 
     The merged model is read back from the disk and its logits are compared with those of base + adapter
-    on the run's probe rows; its answers with those that the adapter gave in training. It takes the
-    name `merged` only when they agree. Report: dtype, logit_error (RMS of the difference over RMS of
-    the logits), carried (how much of what the adapter changes in the logits the merged model changes
-    too: 1 is all, 0 is a forgotten adapter), top1_agreement (share of positions), answers, answers_same.
+    on the run's probe row; its answers with those that the adapter gave in training. It takes the name
+    `merged` only when they agree. Report: dtype; compared_in; logit_error, RMS of the difference over RMS
+    of the logits; effect, the same between adapter and bare base; carried, how much of the effect the
+    merged model has too (1 is all, 0 is a forgotten adapter); top1_agreement, share of positions;
+    answers and answers_same.
 
-    Raises GateError: logit_error above MAX_LOGIT_ERROR or carried outside CARRIED.
+    Raises GateError: logit_error above both NOISE and half of effect, or carried outside CARRIED.
     RunDirError: the run has no adapter.
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if not (run.adapter / "adapter_model.safetensors").exists():
         raise RunDirError(f"{run.path}: holds no adapter; the run has not finished")
     model = run.manifest["recipe"]["model"]
     probe = torch.tensor([run.manifest["probe_ids"]])
     dtype = getattr(torch, run.manifest["merge_dtype"])
+    options = {"revision": model["revision"], "trust_remote_code": model["trust_remote_code"]}
+    device, compute = _room_for(AutoConfig.from_pretrained(model["name"], **options), dtype)
 
     def load(name: str, **options: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", **options
-        ).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=compute, device_map={"": str(device)}, attn_implementation="sdpa", **options
+        )
+        return loaded.eval()
 
-    options = {"revision": model["revision"], "trust_remote_code": model["trust_remote_code"]}
     base = load(model["name"], **options)
-    device = _device_for(base)
-    adapted = PeftModel.from_pretrained(base, str(run.adapter)).eval().to(device)
+    adapted = PeftModel.from_pretrained(base, str(run.adapter)).eval()
     with torch.no_grad():
         wanted = adapted(input_ids=probe.to(device)).logits.float().cpu()
         with adapted.disable_adapter():
             unadapted = adapted(input_ids=probe.to(device)).logits.float().cpu()
-    merged = adapted.merge_and_unload(safe_merge=True)
+    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
+    merged.config.dtype = dtype
     stop_token_ids = run.manifest["stop_token_ids"]
     merged.generation_config.eos_token_id = (
         stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
     )
     tokenizer = AutoTokenizer.from_pretrained(str(run.adapter))
-    report: dict[str, Any] = {"dtype": run.manifest["merge_dtype"]}
+    report: dict[str, Any] = {
+        "dtype": run.manifest["merge_dtype"],
+        "compared_in": str(compute).removeprefix("torch."),
+    }
     with whole_folder(run.merged) as folder:
         merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         del base, adapted, merged
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        again = load(str(folder)).to(device)
+        again = load(str(folder))
         with torch.no_grad():
             got = again(input_ids=probe.to(device)).logits.float().cpu()
         report |= _agreement(got, wanted, unadapted)
-        error, carried = report["logit_error"], report["carried"]
+        error, effect, carried = report["logit_error"], report["effect"], report["carried"]
         # Written so that NaN fails.
-        if not (error <= MAX_LOGIT_ERROR and CARRIED[0] <= carried <= CARRIED[1]):
+        if not (error <= max(NOISE, effect / 2) and CARRIED[0] <= carried <= CARRIED[1]):
             raise GateError(
-                f"the merged model does not agree with the adapter: its logits differ by {error:.1%} of their RMS "
-                f"(allowed {MAX_LOGIT_ERROR:.0%}) and carry {carried:.0%} of the adapter's effect (90 to 110% "
-                "allowed); it was not kept"
+                f"the merged model does not agree with the adapter: its logits differ by {error:.1%} of their RMS, "
+                f"of which the adapter's whole effect is {effect:.1%}, and carry {carried:.0%} of that effect; "
+                "it was not kept"
             )
         answers_path = run.path / "answers.json"
         if answers_path.exists():
@@ -129,27 +136,35 @@ def _agreement(
 ) -> dict[str, float]:
     """Logits (1, tokens, vocabulary) of the merged model, of base + adapter, and of the base."""
     effect, achieved = wanted - unadapted, got - unadapted
-    size = float(effect.square().sum())
+    size, scale = float(effect.square().sum()), float(wanted.square().mean().sqrt())
     return {
-        "logit_error": float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()),
+        "logit_error": float((got - wanted).square().mean().sqrt()) / scale,
+        "effect": float(effect.square().mean().sqrt()) / scale,
         # An adapter that changes nothing is carried whole by anything.
         "carried": float((achieved * effect).sum()) / size if size > 0 else 1.0,
         "top1_agreement": float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
     }
 
 
-def _device_for(model: Any) -> Any:
-    """The GPU if the model fits there with room to spare, else the CPU."""
+def _room_for(config: Any, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Where to merge and in which type: float32, which rounds once and compares without noise, on the
+    GPU or the CPU, if it fits there with room to spare; else in `dtype`."""
+    import psutil
     import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    places = [(torch.device("cpu"), psutil.virtual_memory().available)]
     if torch.cuda.is_available():
-        needed = sum(
-            parameter.numel() * parameter.element_size() for parameter in model.parameters()
-        )
-        free, _ = torch.cuda.mem_get_info()
-        if free > 1.3 * needed + 2**30:
-            return torch.device("cuda", 0)
-    return torch.device("cpu")
+        places.insert(0, (torch.device("cuda", 0), torch.cuda.mem_get_info()[0]))
+    for compute in (torch.float32, dtype):
+        for device, free in places:
+            if free > 1.3 * parameters * compute.itemsize + 2**30:
+                return device, compute
+    return torch.device("cpu"), dtype
 
 
 def main(run_path: str) -> int:

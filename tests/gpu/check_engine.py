@@ -133,7 +133,7 @@ def bare(arguments: list[str]) -> dict[str, Any]:
     batch, accumulation = recipe.train.micro_batch, recipe.train.accumulation_steps
     torch.cuda.reset_peak_memory_stats()
     speeds, losses, place = [], [], 0
-    for _ in range(recipe.train.steps or 20):
+    for _ in range(10):
         torch.cuda.synchronize()
         started, tokens, total = time.perf_counter(), 0, 0.0
         for _ in range(accumulation):

@@ -93,5 +93,6 @@ def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
     # The same kernels give the same logits; unsloth's own round differently in bfloat16.
     assert again["logit_error"] <= (1e-3 if engine == "peft" else 0.03)
     assert again["logit_error"] < 0.2 * again["base_distance"]
-    assert abs(trained["merge"]["carried"] - 1) <= 0.05
+    # Random weights amplify the rounding of the merged ones; a forgotten adapter has 0 carried, 1 effect.
+    assert trained["merge"]["logit_error"] <= 0.25 * trained["merge"]["effect"]
     assert overhead <= 0.03
