@@ -48,7 +48,10 @@ def train(arguments: list[str]) -> dict[str, Any]:
     request, out = load(arguments)
 
     def keep_logits(model: Any, manifest: dict[str, Any]) -> None:
-        torch.save(probe(model, manifest["probe_ids"][:256]), out / "logits.pt")
+        ids = manifest["probe_ids"][:256]
+        with model.disable_adapter():
+            bare_base = probe(model, ids)
+        torch.save({"adapted": probe(model, ids), "base": bare_base}, out / "logits.pt")
 
     manifest = train_run(request, Console(stderr=True), on_trained=keep_logits)
     (out / "run.txt").write_text(manifest["path"])
@@ -89,13 +92,17 @@ def reload(arguments: list[str]) -> dict[str, Any]:
     ids = manifest["probe_ids"][:256]
     plain = probe(base, ids)
     got = probe(PeftModel.from_pretrained(base, str(run / "adapter")), ids)
-    wanted = torch.load(out / "logits.pt")
+    saved = torch.load(out / "logits.pt")
+    wanted = saved["adapted"]
 
     def distance(left: Any, right: Any) -> float:
         return float((left - right).square().mean().sqrt() / right.square().mean().sqrt())
 
     return {
         "logit_error": distance(got, wanted),
+        "base_error": distance(
+            plain, saved["base"]
+        ),  # the engine's own rounding, without the adapter
         "base_distance": distance(plain, wanted),  # what a forgotten adapter would give
         "top1": float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
     }

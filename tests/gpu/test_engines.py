@@ -90,9 +90,10 @@ def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
         with open(os.environ["FASTLORA_GPU_RESULTS"], "a") as file:
             file.write(json.dumps(figures) + "\n")
     assert trained["losses"][-1] < trained["losses"][0] - 0.5
-    # The same kernels give the same logits; unsloth's own round differently in bfloat16.
-    assert again["logit_error"] <= (1e-3 if engine == "peft" else 0.03)
-    assert again["logit_error"] < 0.2 * again["base_distance"]
+    # The same kernels give the same logits. Unsloth's own round differently in bfloat16, on the bare base
+    # as much as with the adapter, and depth amplifies that: 1.7 % on 16 layers, 4.3 % on 32.
+    assert again["logit_error"] <= max(1e-3, 2 * again["base_error"])
+    assert again["logit_error"] < 0.1 * again["base_distance"]
     # Random weights amplify the rounding of the merged ones; a forgotten adapter has 0 carried, 1 effect.
     assert trained["merge"]["logit_error"] <= 0.25 * trained["merge"]["effect"]
     assert overhead <= 0.03

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from fastlora.errors import RunDirError
+from fastlora.rundir.report import plot_loss
+from fastlora.rundir.store import COMPLETE, RunDir, is_disk_full, whole_folder, write_atomic
+
+
+def test_runs_are_numbered_and_never_shared(tmp_path: Path) -> None:
+    runs = [RunDir.create(tmp_path / "runs") for _ in range(3)]
+    assert [run.path.name for run in runs] == ["1", "2", "3"]
+
+
+def test_a_run_is_locked(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path)
+    run.update(status="running")
+    with pytest.raises(RunDirError, match="another process"):
+        RunDir.open_unfinished(tmp_path)
+    run.close()
+    assert RunDir.open_unfinished(tmp_path).path == run.path
+
+
+def test_resume_takes_the_newest_unfinished(tmp_path: Path) -> None:
+    for status in ("interrupted", "failed", "finished"):
+        run = RunDir.create(tmp_path)
+        run.update(status=status)
+        run.close()
+    assert RunDir.open_unfinished(tmp_path).path.name == "2"
+    with pytest.raises(RunDirError, match="no unfinished run"):
+        RunDir.open_unfinished(tmp_path / "elsewhere")
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match=r"output\.dir"):
+        RunDir.create(tmp_path / "file" / "runs")
+
+
+def test_atomic_write_keeps_the_old_content_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "manifest.json"
+    write_atomic(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+
+    def fill(content: str, fail: bool) -> None:
+        with whole_folder(target) as folder:
+            (folder / "weights").write_text(content)
+            if fail:
+                raise OSError("cut")
+
+    with pytest.raises(OSError, match="cut"):
+        fill("half", fail=True)
+    assert list(tmp_path.iterdir()) == []
+    fill("one", fail=False)
+    with pytest.raises(OSError, match="cut"):
+        fill("two", fail=True)
+    assert (target / "weights").read_text() == "one"
+    fill("two", fail=False)
+    assert (target / "weights").read_text() == "two"
+
+
+def test_checkpoints_count_only_when_complete(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path)
+    for step in (5, 10, 15, 20):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("x")
+        if step != 20:
+            run.mark_complete(folder)
+    assert [step for step, _ in run.complete_checkpoints()] == [5, 10, 15]
+    assert [path.name for path in run.drop_incomplete_checkpoints()] == ["checkpoint-20"]
+    run.rotate(keep=1, best_step=5)
+    assert [step for step, _ in run.complete_checkpoints()] == [5, 15]
+    assert not (run.checkpoints / "checkpoint-10").exists()
+    assert (run.checkpoints / "checkpoint-5" / COMPLETE).exists()
+
+
+def test_metrics_forget_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path)
+    for step in range(1, 6):
+        run.append_metrics({"step": step, "loss": 1 / step})
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert [entry["step"] for entry in run.read_metrics()] == [1, 2, 3, 4, 5]
+    run.rewind_metrics(3)
+    assert [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()] == [
+        1,
+        2,
+        3,
+    ]
+
+
+def test_a_full_disk_is_recognised_through_its_causes() -> None:
+    assert is_disk_full(OSError(errno.ENOSPC, "x"))
+    assert is_disk_full(RuntimeError("Error: I/O error: No space left on device (os error 28)"))
+    wrapped = RuntimeError("saving failed")
+    wrapped.__cause__ = OSError(errno.EDQUOT, "x")
+    assert is_disk_full(wrapped)
+    assert not is_disk_full(OSError(errno.EACCES, "x"))
+
+
+def test_the_loss_plot_is_a_png(tmp_path: Path) -> None:
+    entries = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    plot_loss(entries, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
