@@ -2,11 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: test
-test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+.PHONY: run test check
 
-$(VENV)/.installed: pyproject.toml
+# Trains the embedded default on this machine's CPU (or GPU): about a minute.
+run: $(VENV)/.installed
+	$(VENV)/bin/fastlora run tiny
+
+test: check
+	$(VENV)/bin/pytest
+
+check: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check --quiet
+	$(VENV)/bin/ruff check --quiet
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache > /dev/null || $(VENV)/bin/lint-imports --no-cache
+
+$(VENV)/.installed: pyproject.toml hatch_build.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	touch $@

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+# `python -m pytest` puts the working directory on the path, where the folder kernels/ would pass for a
+# module of that name; the packages are imported from where they are installed.
+sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fastlora.cli.main import COMMANDS, cli
+
+HEAVY = ("torch", "transformers", "pydantic", "datasets", "rich", "matplotlib", "pandas")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes"], ["recipes", "tiny"], ["run", "--help"], ["--version"]]
+)
+def test_answers_at_once_and_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr))\n"
+        f"sys.argv = ['fastlora', *{arguments!r}]\n"
+        "from fastlora.cli.main import main\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=environment
+    )  # writes the .pyc files
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0
+        assert done.stderr.strip().splitlines()[-1] == "[]"
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help(name: str) -> None:
+    done = CliRunner().invoke(cli, [name, "--help"])
+    assert done.exit_code == 0
+    assert done.output.startswith("Usage: ")
+    assert name in CliRunner().invoke(cli, ["--help"]).output
+
+
+def test_recipes_lists_and_shows() -> None:
+    listed = CliRunner().invoke(cli, ["recipes"])
+    assert "llama31-70b" in listed.output
+    assert "Llama 3.1 8B" in listed.output
+    shown = CliRunner().invoke(cli, ["recipes", "llama31"]).output
+    assert shown.startswith("# Llama 3.1 8B")
+    assert "[train]" in shown
+    document = json.loads(CliRunner().invoke(cli, ["recipes", "--json"]).output)
+    assert {entry["name"] for entry in document} >= {"tiny", "qwen3"}
+
+
+def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
+    runner = CliRunner()
+    unknown = runner.invoke(cli, ["run", "lama31"])
+    assert unknown.exit_code == 2
+    assert "did you mean llama31?" in unknown.output
+    path = tmp_path / "bad.toml"
+    path.write_text('[model]\nnmae = "x"\n[train]\nlr = "high"\n')
+    bad = runner.invoke(cli, ["run", str(path)])
+    assert bad.exit_code == 2
+    for line in (
+        "bad.toml: model.nmae: unknown key; did you mean model.name?",
+        "bad.toml: model.name: missing",
+        "bad.toml: train.lr: input should be a valid number, got 'high'",
+        "bad.toml: data: missing",
+    ):
+        assert line in bad.output
+    assert "Traceback" not in bad.output
+    assert runner.invoke(cli, ["run"]).exit_code == 2
+    assert runner.invoke(cli, ["rnu"]).exit_code == 2
+    assert runner.invoke(cli, ["merge", str(tmp_path)]).exit_code == 1
+
+
+def test_a_missing_model_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'engine = "peft"\n[model]\nname = "no-org/no-model"\n[data]\nsources = ["x.jsonl"]\n'
+        f'[output]\ndir = "{tmp_path}/runs"\n'
+    )
+    done = CliRunner().invoke(cli, ["run", str(path)])
+    assert done.exit_code == 1
+    assert "model.name: no-org/no-model cannot be loaded" in done.output
+    assert not (tmp_path / "runs").exists()

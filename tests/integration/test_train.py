@@ -1,0 +1,154 @@
+"""Whole runs on a CPU: early stopping, the best checkpoint, packing, NF4, and the embedded default."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlora.export.merge import merge_run
+from fastlora.rundir.store import RunDir
+
+
+def eval_losses(workplace: object, number: int = 1) -> dict[int, float]:
+    return {step: value for step, which, value in workplace.losses(number) if which == "eval_loss"}
+
+
+def test_early_stopping_and_the_best_checkpoint(workplace: object) -> None:
+    # A rate this high makes the held-out loss rise after its first falls.
+    workplace.run(
+        "--set", "train.lr=0.02", "--set", "train.epochs=40", "--set", "train.scheduler=constant",
+        "--set", "train.early_stopping_patience=2", "--set", "train.keep_best=true",
+        "--set", "train.keep_checkpoints=1", "--set", "train.eval_every_steps=2",
+    )  # fmt: skip
+    losses = eval_losses(workplace)
+    best = min(losses, key=lambda step: losses[step])
+    manifest = workplace.manifest()
+    assert manifest["result"]["steps"] == best + 4 < 320
+    assert manifest["result"]["best_step"] == best
+    from safetensors.torch import load_file
+
+    kept = workplace.path() / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors"
+    chosen, saved = (
+        load_file(workplace.path() / "adapter/adapter_model.safetensors"),
+        load_file(kept),
+    )
+    assert chosen.keys() == saved.keys()
+    assert all(torch.equal(chosen[name], saved[name]) for name in chosen)
+
+
+def test_packed_rows_do_not_see_each_other(workplace: object) -> None:
+    """One step over all rows: packed and padded, the same loss and gradient norm."""
+    one_step = [
+        "--set",
+        "train.steps=1",
+        "--set",
+        "lora.dropout=0.0",
+        "--set",
+        "train.effective_batch=64",
+    ]
+    workplace.run(*one_step, "--set", "train.micro_batch=64")
+    workplace.run(*one_step, "--set", "data.packing=true", "--set", "train.micro_batch=64")
+    padded, packed = workplace.losses(1), workplace.losses(2)
+    assert workplace.manifest(2)["data"]["train"]["sequences"] < 40
+    for (_, which, left), (_, _, right) in zip(padded[:2], packed[:2], strict=True):
+        assert right == pytest.approx(left, rel=1e-4), which
+
+
+def test_nf4_on_a_cpu(workplace: object) -> None:
+    workplace.run(
+        "--set",
+        "model.quantization=nf4",
+        "--set",
+        "lora.dropout=0.0",
+        "--set",
+        "output.merge=16bit",
+    )
+    losses = [value for _, which, value in workplace.losses() if which == "loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    manifest = workplace.manifest()
+    assert manifest["recipe"]["model"]["quantization"] == "nf4"
+    assert manifest["merge"]["carried"] == pytest.approx(1, abs=0.05)
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(workplace.path() / "merged")
+    assert merged.dtype == torch.bfloat16
+
+
+def test_a_wrong_merge_does_not_pass_the_gate(
+    workplace: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    from fastlora.errors import GateError
+
+    workplace.run("--set", "output.merge=16bit")
+    opened = RunDir.open(workplace.path())
+    (workplace.path() / "merged").rename(workplace.path() / "merged-good")
+    monkeypatch.setattr(
+        PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False
+    )
+    with pytest.raises(GateError, match="0% of that effect"):
+        merge_run(opened)
+    assert not opened.merged.exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(workplace: object) -> None:
+    _, err = workplace.run("--set", "train.lr=1e30", "--set", "train.warmup_fraction=0.0", expect=1)
+    assert "the loss is not finite at step" in err
+    assert workplace.manifest()["status"] == "failed"
+
+
+def test_dry_run_shows_and_counts_and_trains_nothing(workplace: object) -> None:
+    out, err = workplace.run("--dry-run", "--json")
+    document = json.loads(out)
+    assert (document["steps"], document["effective_batch"]) == (16, 8)
+    assert document["data"]["train"]["rows"] == 64
+    pieces = document["preview"]
+    assert [piece["supervised"] for piece in pieces] == [False, True]
+    assert pieces[0]["text"].startswith("<|bos|><|user|>Cipher: ")
+    assert pieces[1]["text"].endswith("<|end|>")
+    assert "The first training row" in err
+    assert not (workplace.folder / "runs").exists()
+
+
+def test_the_embedded_default(workplace: object) -> None:
+    """`fastlora run tiny`, at its full length: it learns what the base cannot do."""
+    workplace.recipe = "tiny"
+    out, _ = workplace.run("--json", "--set", f"output.dir={workplace.folder}/runs")
+    manifest = json.loads(out)
+    exact = manifest["exact_match"]
+    assert exact["rows"] == 200
+    assert exact["before"] <= 2
+    assert exact["after"] > 180
+    assert manifest["merge"]["answers_same"] == 200
+    assert manifest["result"]["last_loss"] < 0.1 < manifest["result"]["first_loss"]
+    for part in (
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "loss.png",
+        "metrics.jsonl",
+    ):
+        assert (workplace.path() / part).stat().st_size > 0
+    assert manifest["versions"]["torch"]
+    assert manifest["data"]["sources"][0]["fingerprint"].startswith("sha256:")
+
+
+def test_the_adapter_loads_in_plain_peft(workplace: object) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    workplace.run()
+    base = AutoModelForCausalLM.from_pretrained(workplace.manifest()["recipe"]["model"]["name"])
+    adapted = PeftModel.from_pretrained(base, workplace.path() / "adapter").eval()
+    ids = torch.tensor([workplace.manifest()["probe_ids"]])
+    with torch.no_grad():
+        with adapted.disable_adapter():
+            before = adapted(input_ids=ids).logits
+        after = adapted(input_ids=ids).logits
+    assert (after - before).abs().max() > 0.1
+    config = json.loads((workplace.path() / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["peft_type"]) == (4, "LORA")
+    assert Path(config["base_model_name_or_path"]).is_dir()
