@@ -1,11 +1,10 @@
-"""What the trainer asks of an engine, and the choice among them."""
+"""What the trainer asks of an engine, and what the engines share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from fastlora.errors import EngineError
@@ -45,31 +44,6 @@ class Engine(Protocol):
 
     def generating(self, model: PeftModel) -> AbstractContextManager[None]:
         """Within it the model generates; after it the model trains on."""
-
-
-def choose_engine(name: str, announce: Announce) -> Engine:
-    """The engine of that name; `auto` is unsloth where a CUDA GPU and unsloth are there, else peft.
-
-    Raises EngineError: unsloth is asked for and cannot run here.
-    """
-    import torch
-
-    from fastlora.engines.peft import PeftEngine
-    from fastlora.engines.unsloth import UnslothEngine
-
-    cuda, installed = torch.cuda.is_available(), find_spec("unsloth") is not None
-    reason = "" if cuda and installed else "no CUDA GPU" if not cuda else "unsloth is not installed"
-    if name == "peft":
-        return PeftEngine()
-    if name == "unsloth" and reason:
-        fix = "pip install 'fastlora[cuda]'" if cuda else 'set engine = "peft"'
-        raise EngineError(f"engine: unsloth cannot run here: {reason}; {fix}")
-    if reason:
-        announce(f"engine: peft ({reason})")
-        return PeftEngine()
-    if name == "auto":
-        announce("engine: unsloth")
-    return UnslothEngine()
 
 
 def resolve_dtype(model: ModelSection) -> torch.dtype:
