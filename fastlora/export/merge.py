@@ -36,9 +36,11 @@ def merge_in_new_process(run: RunDir) -> dict[str, Any]:
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("UNSLOTH_")
     }
+    # -P: in a checkout, the folder kernels/ must not pass for a module. A session of its own: Ctrl-C is for
+    # this process, which then ends that one.
     done = subprocess.run(
-        [sys.executable, "-m", "fastlora.export.merge", str(run.path)],
-        stdout=subprocess.PIPE, text=True, env=environment,
+        [sys.executable, "-P", "-m", "fastlora.export.merge", str(run.path)],
+        stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     try:

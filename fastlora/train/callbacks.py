@@ -158,6 +158,14 @@ class Checkpoints(TrainerCallback):
     def __init__(self, run: RunDir, keep: int, keep_best: bool) -> None:
         self.run, self.keep, self.keep_best = run, keep, keep_best
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # The last step is evaluated and saved whatever the cadence; by epochs it is anyway.
+        if state.global_step >= state.max_steps:
+            control.should_evaluate |= args.eval_strategy == "steps"
+            control.should_save |= args.save_strategy == "steps"
+
     def on_evaluate(
         self,
         args: TrainingArguments,

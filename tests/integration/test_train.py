@@ -39,6 +39,19 @@ def test_early_stopping_and_the_best_checkpoint(workplace: object) -> None:
     assert all(torch.equal(chosen[name], saved[name]) for name in chosen)
 
 
+def test_the_last_step_is_evaluated_and_saved_whatever_the_cadence(workplace: object) -> None:
+    workplace.run(
+        "--set",
+        "train.steps=5",
+        "--set",
+        "train.eval_every_steps=3",
+        "--set",
+        "train.save_every_steps=100",
+    )
+    assert list(eval_losses(workplace)) == [3, 5]
+    assert (workplace.path() / "checkpoints" / "checkpoint-5" / "COMPLETE").exists()
+
+
 def test_packed_rows_do_not_see_each_other(workplace: object) -> None:
     """One step over all rows: packed and padded, the same loss and gradient norm."""
     one_step = [
