@@ -56,6 +56,7 @@ class PeftEngine:
             )
         except (OSError, ValueError) as error:
             raise EngineError(not_loadable(recipe.model.name, error)) from error
+        base.config.use_cache = False  # with one, transformers does not keep packed rows apart
         set_seed(recipe.train.seed)
         lora = recipe.lora
         config = LoraConfig(

@@ -26,9 +26,9 @@ class Collator:
         import torch
 
         if "seq_lengths" in rows[0]:
-            lengths = [length for row in rows for length in row["seq_lengths"]]
+            lengths = [int(length) for row in rows for length in row["seq_lengths"]]
             flat = {
-                name: torch.tensor([token for row in rows for token in row[name]]).unsqueeze(0)
+                name: torch.cat([torch.as_tensor(row[name]) for row in rows]).unsqueeze(0)
                 for name in ("input_ids", "labels")
             }
             return {**flat, **self.engine.packed_inputs(lengths)}
@@ -40,7 +40,7 @@ class Collator:
         }
         for place, row in enumerate(rows):
             length = len(row["input_ids"])
-            batch["input_ids"][place, :length] = torch.tensor(row["input_ids"])
-            batch["labels"][place, :length] = torch.tensor(row["labels"])
+            batch["input_ids"][place, :length] = torch.as_tensor(row["input_ids"])
+            batch["labels"][place, :length] = torch.as_tensor(row["labels"])
             batch["attention_mask"][place, :length] = 1
         return batch

@@ -70,6 +70,10 @@ def build_trainer(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
 
+        def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+            """Not counted: it walks every parameter, for every micro-batch (1.6 ms at 1B)."""
+            return 0
+
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """None: TRL would write one at every checkpoint, into a folder that is not the adapter's."""
 
@@ -77,8 +81,9 @@ def build_trainer(
         model=model,
         args=training_arguments(recipe, engine, run, has_eval=data.eval is not None, epochs=epochs),
         data_collator=Collator(int(tokenizer.pad_token_id), engine),
-        train_dataset=data.train,
-        eval_dataset=data.eval,
+        # Tensors, because to make a batch of Python's lists takes 0.6 ms more.
+        train_dataset=data.train.with_format("torch"),
+        eval_dataset=None if data.eval is None else data.eval.with_format("torch"),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -87,9 +92,25 @@ def build_trainer(
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _skip_idle_walks(trainer.model)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)  # they print to stdout, which is for results
     return trainer
+
+
+def _skip_idle_walks(model: PeftModel) -> None:
+    """Makes `model.train()` cheap on a model that trains: the trainer calls it for every micro-batch.
+
+    Setting 1,300 flags takes 2 ms or more, where a micro-batch of a 1B model takes 130 ms; reading them
+    takes 0.04 ms. The root's flag alone does not tell: PEFT's wrapper says "training" around a base in
+    evaluation mode, where gradient checkpointing and dropout are off.
+    """
+    walk, modules = model.train, list(model.modules())
+
+    def train(mode: bool = True) -> PeftModel:
+        return model if mode and all(module.training for module in modules) else walk(mode)
+
+    model.train = train  # type: ignore[method-assign]
 
 
 def training_arguments(
@@ -134,6 +155,7 @@ def training_arguments(
         gradient_checkpointing=checkpointing != "none",
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing == "full" else None,
         activation_offloading=False,
+        use_cache=False,  # with a cache, transformers does not keep packed rows apart
         torch_compile=False,
         use_liger_kernel=False,
         auto_find_batch_size=False,

@@ -70,6 +70,31 @@ def test_packed_rows_do_not_see_each_other(workplace: object) -> None:
         assert right == pytest.approx(left, rel=1e-4), which
 
 
+def test_every_micro_batch_trains_in_training_mode(
+    workplace: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradient checkpointing and dropout are off in a module that is not, and nothing would say so."""
+    from rich.console import Console
+    from transformers import Trainer
+
+    from fastlora.recipe.load import load_recipe
+    from fastlora.train.session import Request, train_run
+
+    seen = []
+    compute_loss = Trainer.compute_loss
+
+    def spy(self: Trainer, model: torch.nn.Module, *rest: object, **named: object) -> object:
+        seen.append({module.training for module in model.modules()})
+        return compute_loss(self, model, *rest, **named)
+
+    monkeypatch.setattr(Trainer, "compute_loss", spy)
+    settings = ["train.steps=4", "train.eval_every_steps=2"]
+    request = Request(load_recipe(workplace.recipe, settings), str(workplace.recipe), settings)
+    train_run(request, Console(quiet=True))
+    # 2 micro-batches a step; the 16 held-out rows are 4 batches.
+    assert seen == 2 * (4 * [{True}] + 4 * [{False}])
+
+
 def test_nf4_on_a_cpu(workplace: object) -> None:
     workplace.run(
         "--set",
