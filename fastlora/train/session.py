@@ -321,7 +321,7 @@ def _train(
         )
 
     # The trainer may have wrapped the model; from here on it is the plain PEFT model again.
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     best = best_checkpoint(run, trainer.state) if recipe.train.keep_best else None
     if best is not None:
         _load_adapter(model, best)

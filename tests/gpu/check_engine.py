@@ -2,7 +2,8 @@
 
 python check_engine.py train  RECIPE ENGINE CHECKPOINT DATA OUT   fastlora run, and the trained model's logits
 python check_engine.py reload OUT                                 the same logits from plain PEFT
-python check_engine.py bare   RECIPE ENGINE CHECKPOINT DATA OUT   the same steps in a bare loop, without a trainer
+python check_engine.py overhead RECIPE ENGINE CHECKPOINT DATA OUT the trainer's steps against bare ones
+python check_engine.py packing  RECIPE ENGINE CHECKPOINT DATA OUT whether packed rows see each other
 
 A process per call: unsloth patches transformers for the whole process.
 """
@@ -59,6 +60,7 @@ def train(arguments: list[str]) -> dict[str, Any]:
     return {
         "result": manifest["result"],
         "losses": [round(entry["loss"], 4) for entry in entries if "loss" in entry],
+        "exact_match": manifest["exact_match"],
         "merge": manifest.get("merge"),
         "notes": manifest["notes"],
         "load_s": manifest["load_s"],
@@ -108,70 +110,113 @@ def reload(arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def bare(arguments: list[str]) -> dict[str, Any]:
-    """Forward, backward, clip, step on the same rows; no trainer, no callback, no logging."""
+def overhead(arguments: list[str]) -> dict[str, Any]:
+    """Trainer's steps and bare ones in turn, in one process: forward, backward, clip, step; no trainer.
+
+    The speed of a shared machine drifts by more than what is measured here, so that only neighbours
+    compare. The bare steps learn nothing (lr 0), so that the training is undisturbed.
+    """
+    import bitsandbytes as bnb
+    import torch
+    from rich.console import Console
+    from transformers import TrainerCallback
+
+    from fastlora.train import trainer as wiring
+    from fastlora.train.session import train_run
+
+    request, _ = load(arguments)
+    train = request.recipe.train
+    times: dict[str, list[float]] = {"trainer": [], "bare": []}
+
+    class BareSteps(TrainerCallback):  # type: ignore[misc]
+        def __init__(self, trainer: Any) -> None:
+            self.model, self.collate = trainer.model, trainer.data_collator
+            self.rows = trainer.train_dataset
+            self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = bnb.optim.AdamW8bit(self.parameters, lr=0.0, weight_decay=0.0)
+            self.resumed = 0.0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            # Else gradient checkpointing and dropout are off, which is faster, and not what was asked for.
+            assert all(module.training for module in self.model.modules())
+            if self.resumed:
+                times["trainer"].append(time.perf_counter() - self.resumed)
+            wrapped = self.model.forward
+            self.model.forward = getattr(self.model, "_original_forward", wrapped)
+            for parameter in self.parameters:
+                parameter.grad = None
+            started = time.perf_counter()
+            for batch in range(train.accumulation_steps):
+                places = range(batch * train.micro_batch, (batch + 1) * train.micro_batch)
+                inputs = {
+                    name: value.cuda()
+                    for name, value in self.collate([self.rows[place] for place in places]).items()
+                }
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = self.model(**inputs).loss / train.accumulation_steps
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            times["bare"].append(time.perf_counter() - started)
+            self.model.forward = wrapped
+            self.resumed = time.perf_counter()
+
+    build = wiring.build_trainer
+
+    def with_bare_steps(*arguments: Any) -> Any:
+        trainer = build(*arguments)
+        trainer.add_callback(BareSteps(trainer))
+        return trainer
+
+    wiring.build_trainer = with_bare_steps
+    train_run(request, Console(stderr=True))
+    bare, theirs = times["bare"][2:-1], times["trainer"][2:]  # the first ones compile
+    ratios = sorted(b / a - 1 for a, b in zip(bare, theirs, strict=True))
+    return {
+        "overhead": round(ratios[len(ratios) // 2], 4),
+        "overhead_p20_p80": [
+            round(ratios[len(ratios) // 5], 4),
+            round(ratios[-1 - len(ratios) // 5], 4),
+        ],
+        "bare_s": round(sorted(bare)[len(bare) // 2], 4),
+        "trainer_s": round(sorted(theirs)[len(theirs) // 2], 4),
+    }
+
+
+def packing(arguments: list[str]) -> dict[str, Any]:
+    """The loss of a row packed behind another, for two others: kept apart it cannot tell which."""
     import torch
     from rich.console import Console
 
-    from fastlora.data.prepare import prepare_data
     from fastlora.engines import choose_engine
-    from fastlora.engines.base import load_tokenizer, resolve_checkpointing
     from fastlora.train.collate import Collator
 
     request, _ = load(arguments)
-    recipe = request.recipe
     say = Console(stderr=True).print
-    engine = choose_engine(recipe.engine, say)
+    engine = choose_engine(request.recipe.engine, say)
     engine.prepare()
-    tokenizer = load_tokenizer(recipe.model)
-    data = prepare_data(recipe, tokenizer, say)
-    model = engine.load(recipe, say)
-    if engine.name == "peft" and resolve_checkpointing(recipe, engine) == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    model.config.use_cache = False
+    model = engine.load(request.recipe, say)
     model.train()
-    import bitsandbytes as bnb
+    draw = torch.Generator().manual_seed(0)
+    first, other, last = torch.randint(0, 256, (3, 200), generator=draw).tolist()
+    collate = Collator(0, engine)
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = bnb.optim.AdamW8bit(parameters, lr=recipe.train.lr)
-    collate = Collator(tokenizer.pad_token_id, engine)
-    rows = list(data.train.select(range(min(len(data.train), 64))))
-    batch, accumulation = recipe.train.micro_batch, recipe.train.accumulation_steps
-    torch.cuda.reset_peak_memory_stats()
-    speeds, losses, place = [], [], 0
-    for _ in range(10):
-        torch.cuda.synchronize()
-        started, tokens, total = time.perf_counter(), 0, 0.0
-        for _ in range(accumulation):
-            inputs = {
-                name: value.cuda(non_blocking=True)
-                for name, value in collate(
-                    [rows[(place + k) % len(rows)] for k in range(batch)]
-                ).items()
-            }
-            place += batch
-            tokens += inputs["input_ids"].numel()
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = model(**inputs).loss / accumulation
-            loss.backward()
-            total = total + loss.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(round(float(total), 4))
-        torch.cuda.synchronize()
-        speeds.append(tokens / (time.perf_counter() - started))
-    settled = sorted(speeds[2:])
-    return {
-        "tokens_per_s_median": round(settled[len(settled) // 2]),
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-        "losses": losses,
-    }
+    def loss(ids: list[int], lengths: list[int]) -> float:
+        labels = [-100] * (len(ids) - len(last) + 1) + last[1:]  # the first follows the other row
+        inputs = collate([{"input_ids": ids, "labels": labels, "seq_lengths": lengths}])
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            return float(model(**{name: value.cuda() for name, value in inputs.items()}).loss)
+
+    apart = [loss(row + last, [200, 200]) for row in (first, other)]
+    together = [loss(row + last, [400]) for row in (first, other)]
+    return {"apart": apart, "together": together}
 
 
 if __name__ == "__main__":
     results, sys.stdout = sys.stdout, sys.stderr
-    document = {"train": train, "reload": reload, "bare": bare}[sys.argv[1]](sys.argv[2:])
+    command = {"train": train, "reload": reload, "overhead": overhead, "packing": packing}
+    document = command[sys.argv[1]](sys.argv[2:])
     print(json.dumps(document), file=results)

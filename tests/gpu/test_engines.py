@@ -40,6 +40,11 @@ save_every_steps = 20
 dir = "replaced"
 merge = "16bit"
 """
+ANSWERS = """
+[eval]
+exact_match_rows = 4
+max_new_tokens = 8
+"""
 
 
 def call(script: str, *arguments: object) -> dict[str, Any]:
@@ -53,19 +58,47 @@ def call(script: str, *arguments: object) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
+def skip_without(engine: str) -> None:
+    if engine == "unsloth" and find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+
+
+def make_checkpoint(folder: Path, size: str) -> Path:
+    call("shapes.py", "make", folder, size)
+    call("shapes.py", "data", folder / "rows.jsonl", 64, 4000)
+    (folder / "recipe.toml").write_text(
+        RECIPE.replace("[train]", "eval_split = 4\n[train]") + ANSWERS
+    )
+    (folder / "overhead.toml").write_text(RECIPE.replace("16bit", "none"))
+    return folder
+
+
 @pytest.fixture(scope="module", params=SIZES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / request.param
-    call("shapes.py", "make", folder, request.param)
-    call("shapes.py", "data", folder / "rows.jsonl", 64, 4000)
-    (folder / "recipe.toml").write_text(RECIPE)
-    return folder
+    return make_checkpoint(tmp_path_factory.mktemp(request.param) / request.param, request.param)
+
+
+@pytest.mark.parametrize("engine", ["unsloth", "peft"])
+def test_packed_rows_do_not_see_each_other(engine: str, tmp_path: Path) -> None:
+    skip_without(engine)
+    folder = make_checkpoint(tmp_path / "small", "small")
+    losses = call(
+        "check_engine.py",
+        "packing",
+        folder / "overhead.toml",
+        engine,
+        folder,
+        folder / "rows.jsonl",
+        tmp_path,
+    )
+    leak = abs(losses["together"][0] - losses["together"][1])
+    assert leak > 1e-4, losses  # else this test could not see one
+    assert abs(losses["apart"][0] - losses["apart"][1]) < 0.02 * leak, losses
 
 
 @pytest.mark.parametrize("engine", ["unsloth", "peft"])
 def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
-    if engine == "unsloth" and find_spec("unsloth") is None:
-        pytest.skip("unsloth is not installed")
+    skip_without(engine)
     arguments = (
         checkpoint / "recipe.toml",
         engine,
@@ -75,15 +108,19 @@ def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
     )
     trained = call("check_engine.py", "train", *arguments)
     again = call("check_engine.py", "reload", tmp_path)
-    bare = call("check_engine.py", "bare", *arguments)
-    overhead = bare["tokens_per_s_median"] / trained["result"]["tokens_per_s_median"] - 1
+    compared = call(
+        "check_engine.py",
+        "overhead",
+        checkpoint / "overhead.toml",
+        *arguments[1:4],
+        tmp_path / "overhead",
+    )
     figures = {
         "checkpoint": checkpoint.name,
         "engine": engine,
-        "overhead": round(overhead, 4),
+        **compared,
         **trained,
         "reload": again,
-        "bare": bare,
     }
     print(json.dumps(figures))
     if "FASTLORA_GPU_RESULTS" in os.environ:
@@ -96,4 +133,6 @@ def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
     assert again["logit_error"] < 0.1 * again["base_distance"]
     # Random weights amplify the rounding of the merged ones; a forgotten adapter has 0 carried, 1 effect.
     assert trained["merge"]["logit_error"] <= 0.25 * trained["merge"]["effect"]
-    assert overhead <= 0.03
+    assert trained["exact_match"]["rows"] == 4
+    assert "after" in trained["exact_match"]
+    assert compared["overhead"] <= 0.03
