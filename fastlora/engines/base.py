@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from fastlora.recipe.schema import ModelSection, Recipe
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Announce = Callable[[str], None]
 """Tells the user and the manifest about a choice or a fallback."""
@@ -111,6 +112,38 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         # Labels are masked by position, so padding with EOS teaches nothing wrong.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def target_problems(
+    targets: Sequence[str], config: PretrainedConfig, announce: Announce
+) -> list[str]:
+    """One line for each of lora.target_modules that names no layer of the model, with the nearest that
+    do. Layers are known by the ends of their names, as in PEFT. No weight is read: the model is built
+    from its configuration on the meta device."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # code of the model's own, or too new an architecture
+        announce(f"lora.target_modules: not checked before loading ({type(error).__name__})")
+        return []
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None and module.weight.dim() >= 2
+    ]
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    problems = []
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            near = difflib.get_close_matches(target, ends, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            problems.append(
+                f"lora.target_modules: the model has no {target}; {hint}It has {', '.join(ends)}"
+            )
+    return problems
 
 
 def not_loadable(name: str, error: Exception) -> str:

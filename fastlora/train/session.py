@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fastlora.data.prepare import Prepared, prepare_data
 from fastlora.engines import Engine, choose_engine
-from fastlora.engines.base import load_tokenizer, not_loadable, resolve_dtype
+from fastlora.engines.base import load_tokenizer, not_loadable, resolve_dtype, target_problems
 from fastlora.errors import EngineError, RunDirError
 from fastlora.recipe.advice import default_epochs
 from fastlora.recipe.schema import Recipe
@@ -57,6 +57,7 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     """Prepare the data, show the first row with its supervised part coloured, count; train nothing."""
     recipe, notes = request.recipe, _Notes(console)
     tokenizer = load_tokenizer(recipe.model)
+    _check_model(recipe, notes)
     data = prepare_data(recipe, tokenizer, notes)
     preview = Text()
     for text, supervised in data.stats.preview:
@@ -98,7 +99,7 @@ def train_run(
         engine = choose_engine(recipe.engine, notes)
         engine.prepare()
         tokenizer = load_tokenizer(recipe.model)
-        _check_mergeable(recipe)
+        _check_model(recipe, notes)
         data = prepare_data(recipe, tokenizer, notes)
         if run is None:
             run = RunDir.create(_parent(request))
@@ -160,8 +161,12 @@ def _refuse_other_recipe(run: RunDir, request: Request) -> None:
         )  # fmt: skip
 
 
-def _check_mergeable(recipe: Recipe) -> None:
-    """Before an evening is spent: a base that exists only quantized cannot be merged in 16 bits."""
+def _check_model(recipe: Recipe, announce: _Notes) -> None:
+    """Before an evening is spent, and before the weights are read: what its configuration rules out.
+
+    Raises EngineError: a base that exists only quantized is to be merged in 16 bits, or
+    lora.target_modules names modules that the model does not have (PEFT ignores those beside good ones).
+    """
     from transformers import AutoConfig
 
     try:
@@ -172,11 +177,16 @@ def _check_mergeable(recipe: Recipe) -> None:
         )
     except (OSError, ValueError) as error:
         raise EngineError(not_loadable(recipe.model.name, error)) from error
+    problems = []
     if recipe.output.merge != "none" and getattr(config, "quantization_config", None):
-        raise EngineError(
+        problems.append(
             f"output.merge: {recipe.model.name} is quantized on disk; name its 16-bit original or set "
             'output.merge = "none"'
         )
+    if recipe.lora.target_modules != "all-linear":
+        problems += target_problems(recipe.lora.target_modules, config, announce)
+    if problems:
+        raise EngineError("\n".join(problems))
 
 
 def _effective_batch(recipe: Recipe) -> int:

@@ -69,7 +69,8 @@ def make_checkpoint(folder: Path, size: str) -> Path:
     (folder / "recipe.toml").write_text(
         RECIPE.replace("[train]", "eval_split = 4\n[train]") + ANSWERS
     )
-    (folder / "overhead.toml").write_text(RECIPE.replace("16bit", "none"))
+    overhead = RECIPE.replace("16bit", "none").replace("steps = 20\nmicro", "steps = 12\nmicro")
+    (folder / "overhead.toml").write_text(overhead)
     return folder
 
 

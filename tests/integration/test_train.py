@@ -95,6 +95,18 @@ def test_every_micro_batch_trains_in_training_mode(
     assert seen == 2 * (4 * [{True}] + 4 * [{False}])
 
 
+def test_unknown_target_modules_are_refused_before_the_model_loads(workplace: object) -> None:
+    """Beside a good one PEFT ignores them: part of the adapter would be missing, and nothing say so."""
+    targets = 'lora.target_modules=["q_proj", "v_prj", "mlp.down_proj", "experts"]'
+    for mode in ((), ("--dry-run",)):
+        _, err = workplace.run("--set", targets, *mode, expect=1)
+        assert "the model has no v_prj; did you mean v_proj?" in err
+        assert "the model has no experts; It has" in err.replace("; it", "; It")
+        assert "has no q_proj" not in err
+        assert "has no mlp.down_proj" not in err
+        assert not workplace.path().exists()
+
+
 def test_nf4_on_a_cpu(workplace: object) -> None:
     workplace.run(
         "--set",
