@@ -1,0 +1,1 @@
+"""`fastlora bench`: arms in processes of their own, equal work, correctness before speed."""

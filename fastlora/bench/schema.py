@@ -1,0 +1,209 @@
+"""What a benchmark is made of: suites and arms as they are asked for, rows and gates as they come back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastlora.errors import UsageError
+from fastlora.recipe.schema import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    OutputSection,
+    Recipe,
+    Section,
+    TrainSection,
+)
+
+SCHEMA_VERSION = 1
+
+# What an arm's name can switch, and on which engines: `unsloth-kernels+graphs` is unsloth without its
+# fused LoRA kernels and with CUDA graphs.
+OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "+fastlora": (("peft", "liger", "unsloth"), "our kernels where the engine has none"),
+    "+graphs": (("unsloth",), "decoder layers as CUDA graphs"),
+    "+packing": (("peft", "liger", "unsloth"), "rows packed instead of padded"),
+    "-kernels": (("unsloth",), "without fused LoRA kernels"),
+    "-loss": (("unsloth",), "logits kept, loss taken from them"),
+    "-offload": (("unsloth",), "checkpoints stay on the GPU"),
+    "-checkpointing": (("peft", "liger", "unsloth"), "no gradient checkpointing"),
+    "-optimizer": (("peft", "liger", "unsloth"), "AdamW with 32-bit state"),
+}
+ENGINES = ("peft", "liger", "unsloth")
+
+
+class Arm(BaseModel):
+    """An engine with options: `peft`, `unsloth+fastlora`, `unsloth-checkpointing`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    engine: str
+    options: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """Raises UsageError: no such engine, or an option that the engine does not have."""
+        engine, *options = re.split(r"(?=[+-])", text.strip())
+        if engine not in ENGINES:
+            raise UsageError(f"--arms {text}: no engine {engine!r}; known: {', '.join(ENGINES)}")
+        for option in options:
+            if option not in OPTIONS or engine not in OPTIONS[option][0]:
+                known = [known for known, (engines, _) in OPTIONS.items() if engine in engines]
+                raise UsageError(
+                    f"--arms {text}: {engine} has no option {option!r}; it has {' '.join(known)}"
+                )
+        return cls(name=text.strip(), engine=engine, options=frozenset(options))
+
+    @property
+    def packed(self) -> bool:
+        return "+packing" in self.options
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """The recipe as this arm trains it."""
+        train: dict[str, Any] = {}
+        if "-checkpointing" in self.options:
+            train["checkpointing"] = "none"
+        if "-offload" in self.options:
+            train["checkpointing"] = "full"
+        if "-optimizer" in self.options:
+            train["optimizer"] = "adamw"
+        return recipe.model_copy(
+            update={
+                "engine": self.engine,
+                "train": recipe.train.model_copy(update=train),
+                "data": recipe.data.model_copy(update={"packing": self.packed}),
+            }
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that unsloth reads when it is imported or run."""
+        found = {}
+        if "+graphs" in self.options:
+            found["UNSLOTH_BLOCK_CUDAGRAPHS"] = "1"
+        if "-loss" in self.options:
+            found["UNSLOTH_RETURN_LOGITS"] = "1"
+        return found
+
+
+class Work(Section):
+    steps: int = Field(default=30, ge=6)
+    """Optimizer steps; with real lengths, those of the packed rows."""
+    warmup_steps: int = Field(default=3, ge=1)
+    """Left out of the timing: they compile and tune."""
+    lengths: Literal["full", "real"] = "full"
+    """full: every row has seq_len_tokens; real: the long-tailed lengths of an instruction set."""
+    seed: int = 0
+
+
+class SuiteModel(Section):
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    seq_len_tokens: int = Field(default=2048, ge=8)
+
+
+class Suite(Section):
+    """A pinned comparison: random weights of a true shape, and what is done with them."""
+
+    vram_gib: float = Field(ge=0)
+    """What its hungriest arm needs; 0: it runs on a CPU."""
+    arms: list[str] = Field(min_length=1)
+    parity_layers: int = Field(default=2, ge=1)
+    """Depth of the model on which gradients are compared in float32."""
+    shape: dict[str, Any]
+    """The model's configuration, as in its config.json."""
+    model: SuiteModel = SuiteModel()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    work: Work = Work()
+
+    def recipe(self, checkpoint: str) -> Recipe:
+        """The suite's settings as a recipe; its data section is never read."""
+        return Recipe(
+            model=ModelSection(name=checkpoint, **self.model.model_dump()),
+            lora=self.lora,
+            data=DataSection.model_validate({"sources": ["made by the benchmark"]}),
+            train=self.train,
+            output=OutputSection(dir="unused"),
+        )
+
+
+class Gate(BaseModel):
+    """One check of one arm; `detail` has the figures and the allowance."""
+
+    name: Literal["work", "loss", "gradients", "weights", "parity", "trajectory"]
+    passed: bool
+    detail: str
+
+
+class Spread(BaseModel):
+    p20: float
+    p50: float
+    p80: float
+
+
+class ArmResult(BaseModel):
+    """One arm: what it measured, or why it could not. Speeds are kept from a report when a gate is red."""
+
+    arm: str
+    status: Literal["ok", "red", "oom", "timeout", "failed", "interrupted"]
+    detail: str = ""
+    """What went wrong, in a line."""
+    gates: list[Gate] = []
+    tokens_per_s: Spread | None = None
+    """Tokens without padding."""
+    supervised_tokens_per_s: Spread | None = None
+    step_s: Spread | None = None
+    peak_allocated_gib: float | None = None
+    peak_reserved_gib: float | None = None
+    driver_gib: float | None = None
+    """In use on the GPU as its driver counts, with the CUDA context."""
+    mfu: float | None = None
+    """Share of the measured matrix-product ceiling: forward and dX, 4N FLOPs per token, and attention."""
+    hfu: float | None = None
+    """The same with what is recomputed."""
+    losses: list[float] = []
+    load_s: float | None = None
+    notes: list[str] = []
+    counted: dict[str, Any] = {}
+    """Tokens, supervised tokens, padding, optimizer steps, digest of what was fed."""
+
+
+class Frontier(BaseModel):
+    """The most that fits: the longest row at batch 1, or the largest batch of rows of a length."""
+
+    arm: str
+    axis: Literal["seq_len_tokens", "micro_batch"]
+    fits: int
+    """The largest tried that fitted; 0: not even the smallest."""
+    fails: int | None
+    """The smallest tried that did not; None: the model's own limit was reached first."""
+    tokens_per_s: float | None
+    peak_reserved_gib: float | None
+    detail: str = ""
+
+
+class Report(BaseModel):
+    """What `fastlora bench --json` prints and report.json holds."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    """Suite or recipe."""
+    model: str
+    status: Literal["passed", "red", "partial"]
+    """red: a gate failed; partial: an arm is missing, out of memory, or the benchmark was interrupted."""
+    started: str
+    seconds: float
+    vram_cap_gib: float | None
+    settings: dict[str, Any]
+    """The recipe as it was run, the work, and the weights' origin."""
+    environment: dict[str, Any]
+    """machine, driver, versions, commit, dirty, and ceilings in TFLOP/s and GB/s."""
+    arms: list[ArmResult]
+    ledger: list[dict[str, Any]] = []
+    """ingredient, arm without it, tokens/s and GiB with and without."""
+    frontier: list[Frontier] = []
