@@ -1,6 +1,6 @@
-"""Puts recipes/ into the wheel as fastlora/bundled_recipes.
+"""Puts recipes/ and benchmarks/suites/ into the wheel, inside the package.
 
-Not a static force-include: that would be copied into editable installs too, where it shadows recipes/.
+Not a static force-include: that would be copied into editable installs too, where it shadows the originals.
 """
 
 from pathlib import Path
@@ -13,7 +13,11 @@ class BundleRecipes(BuildHookInterface):
         if version == "editable":
             return
         root = Path(self.root)
-        for path in sorted((root / "recipes").rglob("*")):
-            if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
-                relative = path.relative_to(root / "recipes")
-                build_data["force_include"][str(path)] = f"fastlora/bundled_recipes/{relative}"
+        for folder, packaged in (
+            ("recipes", "bundled_recipes"),
+            ("benchmarks/suites", "bundled_suites"),
+        ):
+            for path in sorted((root / folder).rglob("*")):
+                if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
+                    relative = path.relative_to(root / folder)
+                    build_data["force_include"][str(path)] = f"fastlora/{packaged}/{relative}"

@@ -173,6 +173,19 @@ class ArmResult(BaseModel):
     """Tokens, supervised tokens, padding, optimizer steps, digest of what was fed."""
 
 
+class LedgerEntry(BaseModel):
+    """What one ingredient is worth: the arm that differs in it alone, beside the arm it differs from."""
+
+    ingredient: str
+    arm: str
+    base: str
+    tokens_per_s: float | None
+    """None where that arm showed no speed."""
+    base_tokens_per_s: float | None
+    peak_reserved_gib: float | None
+    base_peak_reserved_gib: float | None
+
+
 class Frontier(BaseModel):
     """The most that fits: the longest row at batch 1, or the largest batch of rows of a length."""
 
@@ -204,6 +217,5 @@ class Report(BaseModel):
     environment: dict[str, Any]
     """machine, driver, versions, commit, dirty, and ceilings in TFLOP/s and GB/s."""
     arms: list[ArmResult]
-    ledger: list[dict[str, Any]] = []
-    """ingredient, arm without it, tokens/s and GiB with and without."""
+    ledger: list[LedgerEntry] = []
     frontier: list[Frontier] = []

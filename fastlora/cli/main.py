@@ -14,6 +14,7 @@ from fastlora.errors import FastloraError
 COMMANDS = {
     "run": "Train an adapter as a recipe says.",
     "recipes": "List the bundled recipes, or show one.",
+    "bench": "Measure speed and memory of engines on equal work.",
     "merge": "Merge a finished run's adapter into 16-bit weights.",
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
+from fastlora.data.mask import IGNORED
+
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Group row indices so that each group's summed length stays within `capacity`.
@@ -29,3 +31,22 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         groups[group].append(row)
         bisect.insort(room, (left - lengths[row], group))
     return sorted(groups, key=min)
+
+
+def pack_rows(
+    input_ids: Sequence[list[int]], labels: Sequence[list[int]], capacity: int
+) -> list[dict[str, list[int]]]:
+    """Rows put together to `capacity` tokens at most: input_ids, labels and seq_lengths of each pack.
+
+    Across a boundary a row's first token would be predicted from another row: it is not supervised.
+    """
+    packs = []
+    for group in best_fit_decreasing([len(ids) for ids in input_ids], capacity):
+        packs.append(
+            {
+                "input_ids": [token for row in group for token in input_ids[row]],
+                "labels": [label for row in group for label in (IGNORED, *labels[row][1:])],
+                "seq_lengths": [len(input_ids[row]) for row in group],
+            }
+        )
+    return packs

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora.data.format import BadRow, Chat, Plain, detect_format, to_example
 from fastlora.data.load import Table, load_table
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
-from fastlora.data.pack import best_fit_decreasing
+from fastlora.data.pack import pack_rows
 from fastlora.errors import DataError
 from fastlora.recipe.schema import DataFormat, Recipe, SourceSection
 
@@ -277,20 +277,15 @@ def _supervised(labels: Sequence[int]) -> int:
 def _dataset(rows: Sequence[Encoded], pack_tokens: int | None) -> Dataset:
     from datasets import Dataset, Features, List, Value
 
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    if pack_tokens is None:
-        columns["input_ids"] = [row.input_ids for row in rows]
-        columns["labels"] = [row.labels for row in rows]
-    else:
-        columns["seq_lengths"] = []
-        for group in best_fit_decreasing([len(row.input_ids) for row in rows], pack_tokens):
-            members = [rows[place] for place in group]
-            columns["input_ids"].append([token for row in members for token in row.input_ids])
-            # Across a boundary the first token would be predicted from another row: not supervised.
-            columns["labels"].append(
-                [label for row in members for label in (IGNORED, *row.labels[1:])]
-            )
-            columns["seq_lengths"].append([len(row.input_ids) for row in members])
+    columns: dict[str, list[list[int]]] = {
+        "input_ids": [row.input_ids for row in rows],
+        "labels": [row.labels for row in rows],
+    }
+    if pack_tokens is not None:
+        packs = pack_rows(columns["input_ids"], columns["labels"], pack_tokens)
+        columns = {
+            name: [pack[name] for pack in packs] for name in ("input_ids", "labels", "seq_lengths")
+        }
     return Dataset.from_dict(
         columns, features=Features({name: List(Value("int32")) for name in columns})
     )

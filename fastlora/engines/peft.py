@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastlora.engines.base import (
     Announce,
@@ -28,10 +28,15 @@ class PeftEngine:
     def prepare(self) -> None:
         import peft  # noqa: F401  (nothing is patched: this only moves the cost of the import here)
 
+    def auto_model(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
     def load(self, recipe: Recipe, announce: Announce) -> PeftModel:
         import torch
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+        from transformers import BitsAndBytesConfig, set_seed
 
         dtype = resolve_dtype(recipe.model)
         quantization = {
@@ -45,7 +50,7 @@ class PeftEngine:
             ),
         }[recipe.model.quantization]
         try:
-            base = AutoModelForCausalLM.from_pretrained(
+            base = self.auto_model().from_pretrained(
                 recipe.model.name,
                 revision=recipe.model.revision,
                 trust_remote_code=recipe.model.trust_remote_code,

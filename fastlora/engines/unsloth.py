@@ -117,6 +117,18 @@ class UnslothEngine:
             )
 
 
+def without_fused_lora(model: PeftModel) -> int:
+    """Put PEFT's forward back wherever unsloth installed a fused LoRA kernel; how many there were.
+
+    For the benchmark's ledger: the difference is what those kernels are worth.
+    """
+    from unsloth.models.llama import _decline_fused_lora_for_fsdp
+
+    count = _decline_fused_lora_for_fsdp(model, reason="the benchmark asked for it")
+    assert isinstance(count, int)
+    return count
+
+
 def slow_path_reasons(recipe: Recipe, model_type: str) -> list[str]:
     """Why parts of this run do not use unsloth's fused LoRA kernels; empty if all do."""
     lora, reasons = recipe.lora, []

@@ -7,18 +7,21 @@ from pathlib import Path
 
 from fastlora.errors import UsageError
 
-# A wheel carries the recipes inside the package; a checkout keeps them beside it.
 _PACKAGE = Path(__file__).parents[1]
-_FOLDERS = (_PACKAGE / "bundled_recipes", _PACKAGE.parent / "recipes")
 
 
-def recipes_folder() -> Path:
-    return next(folder for folder in _FOLDERS if folder.is_dir())
+def bundled_folder(packaged: str, checkout: str) -> Path:
+    """A folder that a wheel carries inside the package (`packaged`) and a checkout beside it."""
+    inside = _PACKAGE / packaged
+    return inside if inside.is_dir() else _PACKAGE.parent / checkout
 
 
 def bundled() -> dict[str, Path]:
     """Recipe name -> file, by name."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.toml"))}
+    return {
+        path.stem: path
+        for path in sorted(bundled_folder("bundled_recipes", "recipes").glob("*.toml"))
+    }
 
 
 def describe(path: Path) -> list[str]:

@@ -39,7 +39,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
-        problems += _explain(error)
+        problems += explain(error)
     if problems or recipe is None:
         raise RecipeError(path.name, problems)
     return recipe
@@ -199,7 +199,8 @@ def _did_you_mean(prefix: str, key: str, schema: type[BaseModel]) -> str:
     return "known here: " + ", ".join(schema.model_fields)
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def explain(error: ValidationError) -> Iterator[str]:
+    """A line for each thing that is wrong, with its key."""
     seen: set[str] = set()
     for item in error.errors():
         # Union branches (str, list[...], ...) add their own path elements: keep those that are keys.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -26,7 +27,12 @@ def versions() -> dict[str, str]:
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit of `folder`, with `+changes` if files differ from it; None outside a repository."""
+    """The git commit of `folder`, with `+changes` if files differ from it; None outside a repository.
+
+    FASTLORA_COMMIT says it where the code was copied out of its repository.
+    """
+    if told := os.environ.get("FASTLORA_COMMIT"):
+        return told
     try:
         head = _git(folder, "rev-parse", "HEAD")
         return head + (
@@ -60,3 +66,15 @@ def machine() -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA driver; None where there is none."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0]

@@ -93,6 +93,24 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def new_folder(parent: Path) -> Path:
+    """Make and return parent/N with the next free number. Raises RunDirError where that cannot be."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.name) for path in _runs(parent)), default=0)
+        while True:
+            number += 1
+            try:
+                (parent / str(number)).mkdir()
+                return parent / str(number)
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise RunDirError(
+            f"{parent}: a run cannot be made here: {error.strerror}; set output.dir"
+        ) from None
+
+
 class RunDir:
     """One run's folder, locked for as long as the process lives."""
 
@@ -104,22 +122,8 @@ class RunDir:
     @classmethod
     def create(cls, parent: Path) -> RunDir:
         """Take the next free number under `parent`. Raises RunDirError where that is not writable."""
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            number = max((int(path.name) for path in _runs(parent)), default=0)
-            while True:
-                number += 1
-                run = cls(parent / str(number))
-                try:
-                    run.path.mkdir()
-                    break
-                except FileExistsError:
-                    continue
-            run.checkpoints.mkdir()
-        except OSError as error:
-            raise RunDirError(
-                f"{parent}: a run cannot be made here: {error.strerror}; set output.dir"
-            ) from None
+        run = cls(new_folder(parent))
+        run.checkpoints.mkdir()
         run._take_lock()
         return run
 

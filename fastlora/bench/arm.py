@@ -1,0 +1,321 @@
+"""One arm, in its own process: gradients on a cut-down model, then timed steps on the whole one.
+
+A bare loop (forward, backward, clip, step), because every engine is to be measured and not TRL's trainer,
+which costs all of them the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from fastlora.bench import work as works
+from fastlora.bench.schema import Arm, Work
+from fastlora.engines import Engine, choose_engine
+from fastlora.engines.base import resolve_checkpointing, resolve_dtype
+from fastlora.recipe.schema import Recipe
+from fastlora.train.collate import Collator
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+PARITY_TOKENS = 512
+"""Of each row: enough to tell a wrong gradient, little enough to be compared in float32 on a small card."""
+PARITY_B_DEVIATION = 0.02
+_ADAPTER_SEED = 3407
+
+
+class ArmTask(BaseModel):
+    arm: Arm
+    recipe: Recipe
+    """With the arm's changes; model.name is the whole checkpoint."""
+    parity_checkpoint: str
+    rows: str
+    gradients: str
+    """Where the gradients of the parity step go."""
+    work: Work
+    vram_cap_gib: float | None = None
+
+
+class Loaded:
+    """An engine's model with its adapter, ready to train; `checkpoint` replaces the recipe's model."""
+
+    def __init__(self, task: ArmTask, checkpoint: str) -> None:
+        import torch
+
+        self.notes: list[str] = []
+        self.recipe = task.recipe.model_copy(
+            update={"model": task.recipe.model.model_copy(update={"name": checkpoint})}
+        )
+        self.engine: Engine = choose_engine(task.arm.engine, self.notes.append)
+        self.engine.prepare()
+        self.dtype = resolve_dtype(self.recipe.model)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
+        self.checkpointing = resolve_checkpointing(self.recipe, self.engine)
+        if task.arm.engine != "unsloth" and self.checkpointing == "full":
+            self.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+            self.model.enable_input_require_grads()
+        if "-kernels" in task.arm.options:
+            from fastlora.engines.unsloth import without_fused_lora
+
+            self.notes.append(f"{without_fused_lora(self.model)} fused LoRA kernels taken out")
+        if "+fastlora" in task.arm.options:
+            from fastlora_kernels import attach
+
+            self.notes += attach(self.model).lines()
+        for _, parameter in self.adapter():
+            parameter.data = parameter.data.float()  # as the trainer keeps them
+        self.model.train()
+        self.collate = Collator(0, self.engine)
+
+    def adapter(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(name as PEFT saves it, parameter) of all that is trained."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name.replace(".default", ""), parameter
+
+    def set_adapter(self, b_deviation: float) -> None:
+        """The same adapter in every arm: A uniform as PEFT draws it, B normal (0: as PEFT starts)."""
+        for name, parameter in self.adapter():
+            initial = initial_value(name, tuple(parameter.shape), b_deviation)
+            if initial is not None:
+                parameter.data.copy_(initial)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        import torch
+
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+
+    def loss(self, inputs: dict[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
+        """Of one micro-batch: summed over its supervised tokens, over `counted` ones of the whole step."""
+        with self.autocast():
+            loss: torch.Tensor = self.model(**inputs, num_items_in_batch=counted).loss
+        return loss
+
+    def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+
+def initial_value(name: str, shape: tuple[int, ...], b_deviation: float) -> torch.Tensor | None:
+    """float32 on the CPU; None for what is neither A nor B (DoRA's magnitudes start from the base)."""
+    import torch
+
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{_ADAPTER_SEED}:{name}".encode()))
+    if ".lora_A." in name:
+        return (torch.rand(shape, generator=draw) * 2 - 1) / shape[-1] ** 0.5
+    if ".lora_B." in name:
+        return torch.randn(shape, generator=draw) * b_deviation
+    return None
+
+
+def counted_tokens(batches: Sequence[dict[str, torch.Tensor]]) -> int:
+    """Supervised tokens of micro-batches; the first of a row is never predicted."""
+    return sum(int((inputs["labels"][:, 1:] >= 0).sum()) for inputs in batches)
+
+
+def parity_step(loaded: Loaded, rows: Sequence[works.Row]) -> dict[str, Any]:
+    """Loss and gradients, float32 on the CPU, of one short micro-batch with B away from zero."""
+    import torch
+
+    loaded.set_adapter(PARITY_B_DEVIATION)
+    short = [{name: ids[:PARITY_TOKENS] for name, ids in row.items()} for row in rows]
+    inputs = loaded.collate(short)
+    counted = torch.tensor(counted_tokens([inputs]), device=loaded.device)
+    # A constant scale keeps float16 gradients from vanishing; it divides out.
+    scale = 1024.0 if loaded.dtype == torch.float16 else 1.0
+    loss = loaded.loss(loaded.on_device(inputs), counted)
+    (loss * scale).backward()
+    gradients = {
+        name: parameter.grad.float().cpu() / scale
+        for name, parameter in loaded.adapter()
+        if parameter.grad is not None
+    }
+    return {"loss": float(loss), "gradients": gradients}
+
+
+def run_arm(task: ArmTask) -> dict[str, Any]:
+    """Parity step, then the timed steps; what gates and report are made from."""
+    import torch
+    from safetensors.torch import save_file
+
+    rows = works.load(Path(task.rows))
+    train = task.recipe.train
+    cap_memory(task.vram_cap_gib)
+    loaded = Loaded(task, task.parity_checkpoint)
+    parity = parity_step(loaded, rows[: train.micro_batch])
+    save_file(parity["gradients"], task.gradients)
+    del loaded
+    release()
+
+    started = time.perf_counter()
+    loaded = Loaded(task, task.recipe.model.name)
+    loaded.set_adapter(0.0)
+    load_s = time.perf_counter() - started
+    if task.arm.packed:
+        rows = works.pack(rows, task.recipe.model.seq_len_tokens)
+    steps = works.steps(rows, train.micro_batch, train.accumulation_steps)
+    measured = timed_steps(loaded, steps)
+    after = {name: parameter.detach().cpu() for name, parameter in loaded.adapter()}
+    unchanged = [
+        name
+        for name, value in after.items()
+        if (initial := initial_value(name, tuple(value.shape), 0.0)) is not None
+        and torch.equal(initial, value)
+    ]
+    return {
+        **measured,
+        "parity_loss": parity["loss"],
+        "adapter_tensors": len(after),
+        "unchanged": unchanged,
+        "load_s": round(load_s, 1),
+        "notes": loaded.notes,
+        "flops": flops_per_token(loaded.model, loaded.checkpointing != "none"),
+    }
+
+
+def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
+    """Train on every step; seconds, tokens and losses of each, memory at its peak."""
+    import torch
+
+    train, cuda = loaded.recipe.train, loaded.device.type == "cuda"
+    parameters = [parameter for _, parameter in loaded.adapter()]
+    optimizer = make_optimizer(parameters, train.optimizer, train.lr, train.weight_decay)
+    scaler = torch.amp.GradScaler(loaded.device.type, enabled=loaded.dtype == torch.float16)
+    digest = works.Digest()
+    losses, seconds, tokens, supervised = [], [], [], []
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for step in steps:
+        batches = [loaded.collate(rows) for rows in step]
+        counts = counted_tokens(batches)
+        before = digest.tokens
+        for inputs in batches:
+            digest.add(inputs)
+        optimizer.zero_grad(
+            set_to_none=True
+        )  # here, so that the last step's gradients can be looked at
+        if cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        counted = torch.tensor(counts, device=loaded.device)
+        total = torch.zeros((), device=loaded.device)
+        for inputs in batches:
+            loss = loaded.loss(loaded.on_device(inputs), counted)
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(total))  # waits for the GPU
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        tokens.append(digest.tokens - before)
+        supervised.append(counts)
+    return {
+        "losses": losses,
+        "step_s": seconds,
+        "step_tokens": tokens,
+        "step_supervised": supervised,
+        "fed_tokens": digest.fed,
+        "squared_lengths": digest.squared_lengths,
+        "digest": digest.value(),
+        "order": digest.ordered(),
+        "zero_gradients": [
+            name
+            for name, parameter in loaded.adapter()
+            if parameter.grad is None or float(parameter.grad.norm()) == 0
+        ],
+        **memory(),
+    }
+
+
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], name: str, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    import torch
+
+    if name == "adamw" or not torch.cuda.is_available():
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    import bitsandbytes as bnb
+
+    kind = bnb.optim.PagedAdamW8bit if name == "paged_adamw_8bit" else bnb.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(parameters, lr=lr, weight_decay=weight_decay)
+    return optimizer
+
+
+def flops_per_token(model: PeftModel, recomputed: bool) -> dict[str, float]:
+    """Multiply-adds counted twice. matmul: forward and dX of every frozen linear layer, 4 N, head
+    included; attention: forward and backward of a causal row, per squared token; recompute_*: what
+    checkpointing does again, which is not the head."""
+    import torch
+
+    body = head = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name:
+            size = module.in_features * module.out_features
+            if "lm_head" in name:
+                head += size
+            else:
+                body += size
+    config = model.config
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    # Q K^T and P V, 2 FLOPs each, half of the square: 2 L^2 width forward, twice that backward.
+    forward_attention = 2.0 * width * config.num_hidden_layers
+    return {
+        "matmul": 4.0 * (body + head),
+        "attention": 3 * forward_attention,
+        "recompute_matmul": 2.0 * body * recomputed,
+        "recompute_attention": forward_attention * recomputed,
+    }
+
+
+def memory() -> dict[str, float | None]:
+    """Peaks in GiB since they were last reset, and what the driver counts now; None on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"peak_allocated_gib": None, "peak_reserved_gib": None, "driver_gib": None}
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
+        "driver_gib": round((total - free) / 2**30, 3),
+    }
+
+
+def cap_memory(cap_gib: float | None) -> None:
+    """Let this process have no more of the GPU than a smaller card would: the CUDA context counts in,
+    which the allocator's own limit leaves out."""
+    import torch
+
+    if cap_gib is None or not torch.cuda.is_available():
+        return
+    torch.zeros(1, device="cuda")  # makes the context
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    fraction = max(0.01, (cap_gib * 2**30 - context) / total)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
+
+
+def release() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

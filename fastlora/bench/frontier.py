@@ -1,0 +1,144 @@
+"""The most that fits under a VRAM cap: the longest row at batch 1, the largest batch of full rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastlora.bench import work as works
+from fastlora.bench.arm import ArmTask, Loaded, cap_memory, make_optimizer, memory, release
+
+RESOLUTION = 0.04
+"""The search ends when what fits and what does not lie so close together."""
+
+
+class FrontierTask(ArmTask):
+    axis: Literal["seq_len_tokens", "micro_batch"]
+    limit: int
+    """Not searched beyond: the model's longest position, or a batch that nobody uses."""
+    unit: int
+    """Tried sizes are its multiples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    peak_gib: float
+    seconds: float
+    """Of a second step: the first compiles and tunes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    fits: int
+    fails: int | None
+    trial: Trial | None
+
+
+def search(
+    attempt: Callable[[int], Trial | None], start: int, limit: int, unit: int, cap_gib: float
+) -> Found:
+    """The largest size for which `attempt` gives a Trial and not None, to RESOLUTION or one `unit`.
+
+    Memory grows nearly linearly in the size, so the next size comes from the two largest that fitted,
+    aimed a little under the cap; between one that fits and one that fails, at worst, the middle.
+    """
+    fits: list[tuple[int, Trial]] = []
+    low, high = 0, None
+    size = max(unit, min(start, limit) // unit * unit)
+    while True:
+        trial = attempt(size)
+        if trial is None:
+            high = size
+        else:
+            fits.append((size, trial))
+            low = size
+        if high is None and low >= limit // unit * unit:
+            break
+        if high is not None and high - low <= max(unit, RESOLUTION * low):
+            break
+        size = _next(fits, low, high, limit, cap_gib) // unit * unit
+        size = min(
+            max(size, low + unit), (high - unit) if high is not None else limit // unit * unit
+        )
+        if size <= low:
+            break
+    return Found(low, high, fits[-1][1] if fits else None)
+
+
+def _next(
+    fits: list[tuple[int, Trial]], low: int, high: int | None, limit: int, cap_gib: float
+) -> int:
+    if high is None and len(fits) < 2:
+        return 2 * low
+    guess = 0.0
+    if len(fits) >= 2:
+        (size_a, a), (size_b, b) = fits[-2:]
+        slope = (b.peak_gib - a.peak_gib) / (size_b - size_a)
+        if slope > 0:
+            guess = size_b + 0.97 * (cap_gib - b.peak_gib) / slope
+    if high is None:
+        return round(min(max(guess, 1.2 * low), 8 * low, limit))
+    return round(guess) if low < guess < high else (low + high) // 2
+
+
+def run_frontier(task: FrontierTask) -> dict[str, Any]:
+    """fits, fails, tokens_per_s and peak_reserved_gib of the search; the model is loaded once."""
+    import torch
+
+    cap_memory(task.vram_cap_gib)
+    longest = task.recipe.model.model_copy(update={"seq_len_tokens": task.limit})
+    if task.axis == "seq_len_tokens":
+        task = task.model_copy(update={"recipe": task.recipe.model_copy(update={"model": longest})})
+    loaded = Loaded(task, task.recipe.model.name)
+    loaded.set_adapter(0.0)
+    parameters = [parameter for _, parameter in loaded.adapter()]
+    train = loaded.recipe.train
+    optimizer = make_optimizer(parameters, train.optimizer, train.lr, train.weight_decay)
+    vocabulary = loaded.model.config.vocab_size
+
+    def attempt(size: int) -> Trial | None:
+        along = task.axis == "seq_len_tokens"
+        length = size if along else task.recipe.model.seq_len_tokens
+        rows = works.random_rows(
+            task.work.model_copy(update={"steps": 1, "lengths": "full"}),
+            vocabulary=vocabulary,
+            seq_len_tokens=length,
+            rows_per_step=1 if along else size,
+        )
+        try:
+            release()
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(2):
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                inputs = loaded.on_device(loaded.collate(rows))
+                counted = torch.tensor(len(rows) * (length - 1), device=loaded.device)
+                loaded.loss(inputs, counted).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                torch.cuda.synchronize()
+            peak = memory()["peak_reserved_gib"]
+            assert peak is not None
+            trial = Trial(peak, time.perf_counter() - started)
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad(set_to_none=True)
+            trial = None
+        release()
+        told = (
+            "out of memory" if trial is None else f"{trial.peak_gib:.2f} GiB, {trial.seconds:.2f} s"
+        )
+        print(f"frontier: {task.axis} {size}: {told}", flush=True)
+        return trial
+
+    cap = task.vram_cap_gib or torch.cuda.mem_get_info()[1] / 2**30
+    start = task.recipe.model.seq_len_tokens if task.axis == "micro_batch" else 4096
+    found = search(attempt, 1 if task.axis == "micro_batch" else start, task.limit, task.unit, cap)
+    tokens = found.fits * (1 if task.axis == "seq_len_tokens" else task.recipe.model.seq_len_tokens)
+    return {
+        "fits": found.fits,
+        "fails": found.fails,
+        "tokens_per_s": tokens / found.trial.seconds if found.trial else None,
+        "peak_reserved_gib": found.trial.peak_gib if found.trial else None,
+    }

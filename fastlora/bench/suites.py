@@ -1,0 +1,98 @@
+"""What to measure: a bundled suite, or a user's recipe."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastlora.bench.schema import Arm, Suite, Work
+from fastlora.errors import RecipeError, UsageError
+from fastlora.recipe import library
+from fastlora.recipe.load import explain, load_recipe
+from fastlora.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    name: str
+    recipe: Recipe
+    arms: list[Arm]
+    work: Work
+    parity_layers: int
+    shape: dict[str, Any] | None = field(default=None)
+    """Of the random weights; None: recipe.model.name is a real model."""
+    own_data: bool = False
+    """The rows are the recipe's, and not drawn."""
+
+
+def bundled() -> dict[str, Path]:
+    """Suite name -> file."""
+    folder = library.bundled_folder("bundled_suites", "benchmarks/suites")
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_suite(path: Path) -> Suite:
+    """Raises RecipeError: every key and type that is wrong."""
+    try:
+        return Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise RecipeError(path.name, list(explain(error))) from None
+
+
+def plan_for(target: str | None, vram_gib: float) -> Plan:
+    """The suite or recipe of that name or path; without one, the suite that fits the GPU best.
+
+    vram_gib: of the GPU, or the cap set on it; 0 without one.
+    Raises UsageError: no suite, recipe or file of that name.
+    """
+    suites = bundled()
+    if target is None:
+        target = fitting(
+            {name: load_suite(path).vram_gib for name, path in suites.items()}, vram_gib
+        )
+    if target in suites:
+        return _suite_plan(target, load_suite(suites[target]))
+    if target not in library.bundled() and not target.endswith(".toml"):
+        known = [*suites, *library.bundled()]
+        near = difflib.get_close_matches(target, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"{target}: no suite or recipe of that name; {hint}Suites: {', '.join(suites)}"
+        )
+    path = library.find(target)
+    if "shape" in _top_level(path):
+        return _suite_plan(path.stem, load_suite(path))
+    recipe = load_recipe(path)
+    names = ["peft", "liger", "unsloth"] if vram_gib else ["peft", "peft+fastlora"]
+    arms = [Arm.parse(name) for name in names]
+    return Plan(path.stem, recipe, arms, Work(), parity_layers=2, own_data=True)
+
+
+def _suite_plan(name: str, suite: Suite) -> Plan:
+    arms = [Arm.parse(arm) for arm in suite.arms]
+    return Plan(
+        name,
+        suite.recipe("made by the benchmark"),
+        arms,
+        suite.work,
+        suite.parity_layers,
+        suite.shape,
+    )
+
+
+def _top_level(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return {}  # load_recipe says what is wrong
+
+
+def fitting(needs_gib: dict[str, float], vram_gib: float) -> str:
+    """The most demanding suite that fits into vram_gib."""
+    fits = {name: needed for name, needed in needs_gib.items() if needed <= vram_gib}
+    return max(fits, key=lambda name: fits[name])

@@ -1,0 +1,233 @@
+"""Checkpoints to measure on: random weights at a true shape, already in the base's format.
+
+What a step costs does not depend on the values of the frozen weights, so nothing is downloaded; and an
+8B model in NF4 is written as the 6 GB it is trained from, layer by layer, never as 16 GB of bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlora.errors import EngineError
+from fastlora.rundir.store import whole_folder
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1  # part of the cache's key: raise it when the same shape would give other bytes
+_INDEX = "model.safetensors.index.json"
+
+
+def random_checkpoint(shape: dict[str, Any], quantization: str, dtype: str, cache: Path) -> Path:
+    """The folder of a checkpoint with `shape` (a config.json's content), made if the cache lacks it.
+
+    quantization: nf4 (double-quantized, blocks of 64, as bitsandbytes writes it) or none; int8 is
+    quantized when loaded, so its checkpoint is that of none. dtype: of what is not quantized, as torch
+    names it. The same arguments give the same bytes on the same kind of device.
+    Raises EngineError: the shape is not a model's, or the disk is too small.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = quantization == "nf4"
+    key = hashlib.sha256(json.dumps([VERSION, shape, nf4, dtype], sort_keys=True).encode())
+    folder = cache / key.hexdigest()[:16]
+    if (folder / _INDEX).exists():
+        return folder
+    try:
+        config = AutoConfig.for_model(**shape)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a wrong value does in the model's own code
+        raise EngineError(f"shape: not a model's ({type(error).__name__}: {error})") from error
+    torch_dtype = getattr(torch, dtype)
+    quantized = _quantized_names(model) if nf4 else set()
+    _check_disk(cache, model, quantized, torch_dtype)
+    config.dtype = torch_dtype
+    if nf4:
+        config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype,
+        ).to_dict()
+    with whole_folder(folder) as scratch:
+        config.save_pretrained(str(scratch))
+        save_byte_tokenizer(scratch)
+        _write_shards(scratch, model, quantized, torch_dtype)
+    return folder
+
+
+def _quantized_names(model: Any) -> set[str]:
+    """The weights that transformers quantizes: every linear layer but the head."""
+    import torch
+
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def _check_disk(cache: Path, model: Any, quantized: set[str], dtype: torch.dtype) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    needed = sum(
+        parameter.numel() * (0.52 if name in quantized else dtype.itemsize)
+        for name, parameter in model.named_parameters()
+    )
+    free = shutil.disk_usage(cache).free
+    if free < 1.05 * needed:
+        raise EngineError(
+            f"{cache}: the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; free some space, or "
+            "set FASTLORA_CACHE to a folder on another disk"
+        )
+
+
+def _write_shards(folder: Path, model: Any, quantized: set[str], dtype: torch.dtype) -> None:
+    """A file per decoder layer and one for the rest, so that a cut-down model reads only its layers."""
+    from safetensors.torch import save_file
+
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    shards: dict[str, list[str]] = defaultdict(list)
+    shapes = {}
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # a tied weight comes up once, by its first name
+        if model.config.tie_word_embeddings and name in tied:
+            continue
+        layer = _layer(name)
+        shards["rest" if layer is None else f"layer-{layer:03d}"].append(name)
+        shapes[name] = tuple(parameter.shape)
+    where, total = {}, 0
+    gemma = model.config.model_type.startswith("gemma")
+    for shard, names in shards.items():
+        tensors = {}
+        for name in names:
+            for part, tensor in _random(name, shapes[name], name in quantized, dtype, gemma):
+                tensors[part] = tensor.cpu().contiguous()
+        file = f"model-{shard}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _layer(name: str) -> int | None:
+    """The number of the decoder layer that a parameter belongs to."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
+
+
+def _random(
+    name: str, shape: tuple[int, ...], quantize: bool, dtype: torch.dtype, gemma: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the file, tensor) of one parameter: normal with deviation 0.02, as models are
+    initialised; norms at the identity. Seeded by the name, so that a layer is the same at any depth."""
+    import torch
+    from bitsandbytes import functional
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if len(shape) == 1 and name.endswith("norm.weight"):
+        yield name, torch.full(shape, 0.0 if gemma else 1.0, dtype=dtype)  # gemma's is 1 + weight
+        return
+    draw = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    tensor = (torch.randn(shape, generator=draw, device=device) * 0.02).to(dtype)
+    if not quantize:
+        yield name, tensor
+        return
+    codes, state = functional.quantize_4bit(
+        tensor, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    yield name, codes
+    for part, value in state.as_dict(packed=True).items():
+        yield f"{name}.{part}", value
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer with a token per byte and Llama 3's special tokens and chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+        additional_special_tokens=["<|start_header_id|>", "<|end_header_id|>"],
+        chat_template=_CHAT_TEMPLATE,
+    ).save_pretrained(str(folder))
+
+
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def cut_down(checkpoint: str, revision: str | None, layers: int, target: Path) -> Path:
+    """A checkpoint of the first `layers` decoder layers of another one: its config, with links to its files.
+
+    checkpoint: a folder, or a Hub id, which is fetched into the Hub's cache. Weights of later layers
+    that share a file with needed ones are not in the index and are passed over when loading.
+    Raises EngineError: the checkpoint has no safetensors.
+    """
+    source = Path(checkpoint)
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(checkpoint, revision=revision))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    layers = min(layers, config["num_hidden_layers"])
+    for key, value in config.items():  # layer_types and the like: an entry per layer
+        if isinstance(value, list) and len(value) == config["num_hidden_layers"]:
+            config[key] = value[:layers]
+    config["num_hidden_layers"] = layers
+    where = _weight_map(source)
+    kept = {
+        name: file
+        for name, file in where.items()
+        if (layer := _layer(name)) is None or layer < layers
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and (path.suffix != ".safetensors" or path.name in kept.values()):
+            (target / path.name).unlink(missing_ok=True)
+            os.symlink(path.absolute(), target / path.name)
+    _replace(target / "config.json", config)
+    _replace(target / _INDEX, {"metadata": {}, "weight_map": kept})
+    return target
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    path.unlink(missing_ok=True)  # it may be a link into somebody's model
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    if (folder / _INDEX).exists():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return dict(index["weight_map"])
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise EngineError(f"{folder}: holds no safetensors; convert the model with save_pretrained")
+    with safe_open(str(single), framework="pt") as file:
+        return dict.fromkeys(file.keys(), single.name)

@@ -1,0 +1,139 @@
+"""The processes' side: `python -m fastlora.bench.worker KIND`, a task on stdin, an answer on stdout.
+
+The answer is one line of JSON: {"status": "ok", ...}, or status oom or failed with a detail. All else
+that is printed goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from fastlora.errors import FastloraError
+
+
+class WeightsTask(BaseModel):
+    shape: dict[str, Any]
+    quantization: str
+    dtype: str
+    cache: str
+
+
+def probe(_: str) -> dict[str, Any]:
+    """The machine, and what it can do at best: the bf16 matrix product and the copy that ceilings are
+    taken from."""
+    import torch
+
+    from fastlora.rundir import provenance
+
+    found: dict[str, Any] = {
+        "machine": provenance.machine(),
+        "driver": provenance.driver(),
+        "bfloat16": torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported(including_emulation=False),
+        "ceilings": {},
+    }
+    if torch.cuda.is_available():
+        found["ceilings"] = _ceilings("bfloat16" if found["bfloat16"] else "float16")
+    return found
+
+
+def _ceilings(dtype: str) -> dict[str, float]:
+    import torch
+
+    size = 8192
+    left, right = (
+        torch.randn(size, size, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2)
+    )
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return {
+        "gemm_tflops": round(2 * size**3 / _median_s(lambda: left @ right) / 1e12, 1),
+        "copy_gb_s": round(2 * source.nbytes / _median_s(lambda: target.copy_(source)) / 1e9, 1),
+    }
+
+
+def _median_s(work: Callable[[], object], repeats: int = 20) -> float:
+    import torch
+
+    for _ in range(5):
+        work()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2]
+
+
+def weights(task: str) -> dict[str, Any]:
+    from fastlora.bench.weights import random_checkpoint
+
+    asked = WeightsTask.model_validate_json(task)
+    started = time.perf_counter()
+    folder = random_checkpoint(asked.shape, asked.quantization, asked.dtype, Path(asked.cache))
+    return {"folder": str(folder), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def arm(task: str) -> dict[str, Any]:
+    from fastlora.bench.arm import ArmTask, run_arm
+
+    return run_arm(ArmTask.model_validate_json(task))
+
+
+def reference(task: str) -> dict[str, Any]:
+    from fastlora.bench.reference import ReferenceTask, run_reference
+
+    return run_reference(ReferenceTask.model_validate_json(task))
+
+
+def frontier(task: str) -> dict[str, Any]:
+    from fastlora.bench.frontier import FrontierTask, run_frontier
+
+    return run_frontier(FrontierTask.model_validate_json(task))
+
+
+KINDS = {
+    "probe": probe,
+    "weights": weights,
+    "arm": arm,
+    "reference": reference,
+    "frontier": frontier,
+}
+
+
+def main() -> int:
+    results, sys.stdout = sys.stdout, sys.stderr
+    try:
+        answer = {"status": "ok", **KINDS[sys.argv[1]](sys.stdin.read())}
+    except FastloraError as error:
+        answer = {"status": "failed", "detail": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        answer = _explained(error)
+    print(json.dumps(answer), file=results, flush=True)
+    return 0
+
+
+def _explained(error: Exception) -> dict[str, Any]:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        from fastlora.bench.arm import memory
+
+        reason = str(error).split(". ")
+        return {"status": "oom", "detail": ". ".join(reason[:2]), **memory()}
+    return {"status": "failed", "detail": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
