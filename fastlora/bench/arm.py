@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,11 +114,12 @@ def initial_value(name: str, shape: tuple[int, ...], b_deviation: float) -> torc
     import torch
 
     draw = torch.Generator().manual_seed(zlib.crc32(f"{_ADAPTER_SEED}:{name}".encode()))
+    value: torch.Tensor | None = None
     if ".lora_A." in name:
-        return (torch.rand(shape, generator=draw) * 2 - 1) / shape[-1] ** 0.5
+        value = (torch.rand(shape, generator=draw) * 2 - 1) / shape[-1] ** 0.5
     if ".lora_B." in name:
-        return torch.randn(shape, generator=draw) * b_deviation
-    return None
+        value = torch.randn(shape, generator=draw) * b_deviation
+    return value
 
 
 def counted_tokens(batches: Sequence[dict[str, torch.Tensor]]) -> int:
@@ -125,13 +127,18 @@ def counted_tokens(batches: Sequence[dict[str, torch.Tensor]]) -> int:
     return sum(int((inputs["labels"][:, 1:] >= 0).sum()) for inputs in batches)
 
 
+def parity_rows(rows: Sequence[works.Row], count: int) -> list[works.Row]:
+    """The first `count` rows that have something to learn within PARITY_TOKENS, cut there."""
+    cut = ({name: ids[:PARITY_TOKENS] for name, ids in row.items()} for row in rows)
+    return list(islice((row for row in cut if max(row["labels"][1:]) >= 0), count))
+
+
 def parity_step(loaded: Loaded, rows: Sequence[works.Row]) -> dict[str, Any]:
     """Loss and gradients, float32 on the CPU, of one short micro-batch with B away from zero."""
     import torch
 
     loaded.set_adapter(PARITY_B_DEVIATION)
-    short = [{name: ids[:PARITY_TOKENS] for name, ids in row.items()} for row in rows]
-    inputs = loaded.collate(short)
+    inputs = loaded.collate(rows)
     counted = torch.tensor(counted_tokens([inputs]), device=loaded.device)
     # A constant scale keeps float16 gradients from vanishing; it divides out.
     scale = 1024.0 if loaded.dtype == torch.float16 else 1.0
@@ -154,7 +161,10 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
     train = task.recipe.train
     cap_memory(task.vram_cap_gib)
     loaded = Loaded(task, task.parity_checkpoint)
-    parity = parity_step(loaded, rows[: train.micro_batch])
+    short = parity_rows(rows, train.micro_batch)
+    if task.arm.packed:  # in one sequence, and still the gradients of rows apart
+        short = works.pack(short, PARITY_TOKENS * len(short))
+    parity = parity_step(loaded, short)
     save_file(parity["gradients"], task.gradients)
     del loaded
     release()

@@ -102,5 +102,6 @@ def gate_trajectory(losses: Sequence[float], first: Sequence[float]) -> Gate:
     return Gate(
         name="trajectory",
         passed=all(distance <= TRAJECTORY_BAND for distance in apart),
-        detail=f"at most {apart[worst]:.3%} from the first arm's loss (step {worst + 1}), allowed {TRAJECTORY_BAND:.0%}",
+        detail=f"at most {apart[worst]:.3%} from the first arm's loss (step {worst + 1}), "
+        f"allowed {TRAJECTORY_BAND:.0%}",
     )

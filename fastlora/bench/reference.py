@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.bench import work as works
-from fastlora.bench.arm import ArmTask, Loaded, parity_step, release
+from fastlora.bench.arm import ArmTask, Loaded, parity_rows, parity_step, release
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +24,7 @@ def run_reference(task: ReferenceTask) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
 
-    rows = works.load(Path(task.rows))[: task.recipe.train.micro_batch]
+    rows = parity_rows(works.load(Path(task.rows)), task.recipe.train.micro_batch)
     torch.backends.cuda.matmul.allow_tf32 = False
     plain = parity_step(Loaded(task, task.parity_checkpoint), rows)
     release()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -331,7 +331,9 @@ class Bench:
     def _report(self, arms: list[ArmResult], began: datetime, seconds: float) -> Report:
         plan = self.plan
         states = {arm.status for arm in arms}
-        status = "red" if "red" in states else "passed" if states == {"ok"} else "partial"
+        status: Literal["passed", "red", "partial"] = (
+            "red" if "red" in states else "passed" if states == {"ok"} else "partial"
+        )
         commit = provenance.commit(Path(__file__).parent) or ""
         return Report(
             name=plan.name,

@@ -87,8 +87,8 @@ def _check_disk(cache: Path, model: Any, quantized: set[str], dtype: torch.dtype
     free = shutil.disk_usage(cache).free
     if free < 1.05 * needed:
         raise EngineError(
-            f"{cache}: the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; free some space, or "
-            "set FASTLORA_CACHE to a folder on another disk"
+            f"{cache}: the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; free some "
+            "space, or set FASTLORA_CACHE to a folder on another disk"
         )
 
 
@@ -108,7 +108,8 @@ def _write_shards(folder: Path, model: Any, quantized: set[str], dtype: torch.dt
         layer = _layer(name)
         shards["rest" if layer is None else f"layer-{layer:03d}"].append(name)
         shapes[name] = tuple(parameter.shape)
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     gemma = model.config.model_type.startswith("gemma")
     for shard, names in shards.items():
         tensors = {}

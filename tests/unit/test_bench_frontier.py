@@ -1,0 +1,62 @@
+"""The search for the most that fits, against cards whose memory is a known function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fastlora.bench.frontier import RESOLUTION, Trial, search
+
+
+def card(
+    peak: Callable[[int], float], cap: float
+) -> tuple[Callable[[int], Trial | None], list[int]]:
+    tried: list[int] = []
+
+    def attempt(size: int) -> Trial | None:
+        tried.append(size)
+        used = peak(size)
+        return Trial(used, 0.001 * size) if used <= cap else None
+
+    return attempt, tried
+
+
+@pytest.mark.parametrize(
+    "peak",
+    [
+        lambda size: 5 + size / 4000,  # linear, as with checkpointing and a flash kernel
+        lambda size: 5 + (size / 20000) ** 2,  # attention that keeps its square
+        lambda size: 5 + size // 3000,  # an allocator that grows in blocks
+    ],
+)
+def test_it_ends_between_what_fits_and_what_does_not(peak: Callable[[int], float]) -> None:
+    attempt, tried = card(peak, 24)
+    found = search(attempt, 4096, 131072, 256, 24)
+    assert peak(found.fits) <= 24
+    assert found.fails is not None
+    assert peak(found.fails) > 24
+    assert found.fails - found.fits <= max(256, RESOLUTION * found.fits)
+    assert found.trial == Trial(peak(found.fits), 0.001 * found.fits)
+    assert len(tried) <= 12
+    assert len(set(tried)) == len(tried)
+
+
+def test_the_models_limit_ends_it() -> None:
+    attempt, _ = card(lambda size: 5 + size / 1e6, 24)
+    found = search(attempt, 4096, 32768, 256, 24)
+    assert (found.fits, found.fails) == (32768, None)
+
+
+def test_nothing_fits() -> None:
+    attempt, tried = card(lambda size: 99, 24)
+    found = search(attempt, 4096, 131072, 256, 24)
+    assert (found.fits, found.trial) == (0, None)
+    assert min(tried) == 256
+
+
+def test_batches_go_down_to_one() -> None:
+    attempt, _ = card(lambda size: 7 + 7 * size, 24)
+    assert search(attempt, 1, 1024, 1, 24).fits == 2
+    attempt, _ = card(lambda size: 20 + 7 * size, 24)
+    assert search(attempt, 1, 1024, 1, 24).fits == 0
