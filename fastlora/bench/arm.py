@@ -1,4 +1,4 @@
-"""One arm, in its own process: gradients on a cut-down model, then timed steps on the whole one.
+"""One arm, in its own process: timed steps on the whole model, then gradients on a cut-down one.
 
 A bare loop (forward, backward, clip, step), because every engine is to be measured and not TRL's trainer,
 which costs all of them the same.
@@ -149,32 +149,26 @@ def parity_step(loaded: Loaded, rows: Sequence[works.Row]) -> dict[str, Any]:
         for name, parameter in loaded.adapter()
         if parameter.grad is not None
     }
-    return {"loss": float(loss), "gradients": gradients}
+    return {"loss": float(loss.detach()), "gradients": gradients}
 
 
 def run_arm(task: ArmTask) -> dict[str, Any]:
-    """Parity step, then the timed steps; what gates and report are made from."""
+    """The timed steps, then the parity step; what gates and report are made from."""
     import torch
     from safetensors.torch import save_file
 
     rows = works.load(Path(task.rows))
     train = task.recipe.train
     cap_memory(task.vram_cap_gib)
-    loaded = Loaded(task, task.parity_checkpoint)
-    short = parity_rows(rows, train.micro_batch)
-    if task.arm.packed:  # in one sequence, and still the gradients of rows apart
-        short = works.pack(short, PARITY_TOKENS * len(short))
-    parity = parity_step(loaded, short)
-    save_file(parity["gradients"], task.gradients)
-    del loaded
-    release()
-
     started = time.perf_counter()
     loaded = Loaded(task, task.recipe.model.name)
     loaded.set_adapter(0.0)
     load_s = time.perf_counter() - started
+    short = parity_rows(rows, train.micro_batch)
     if task.arm.packed:
         rows = works.pack(rows, task.recipe.model.seq_len_tokens)
+        # In one sequence, and still the gradients of rows apart.
+        short = works.pack(short, PARITY_TOKENS * len(short))
     steps = works.steps(rows, train.micro_batch, train.accumulation_steps)
     measured = timed_steps(loaded, steps)
     after = {name: parameter.detach().cpu() for name, parameter in loaded.adapter()}
@@ -184,14 +178,20 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
         if (initial := initial_value(name, tuple(value.shape), 0.0)) is not None
         and torch.equal(initial, value)
     ]
+    notes = loaded.notes
+    flops = flops_per_token(loaded.model, loaded.checkpointing != "none")
+    empty(loaded)
+
+    parity = parity_step(Loaded(task, task.parity_checkpoint), short)
+    save_file(parity["gradients"], task.gradients)
     return {
         **measured,
         "parity_loss": parity["loss"],
         "adapter_tensors": len(after),
         "unchanged": unchanged,
         "load_s": round(load_s, 1),
-        "notes": loaded.notes,
-        "flops": flops_per_token(loaded.model, loaded.checkpointing != "none"),
+        "notes": notes,
+        "flops": flops,
     }
 
 
@@ -321,6 +321,16 @@ def cap_memory(cap_gib: float | None) -> None:
     context = total - free - torch.cuda.memory_reserved()
     fraction = max(0.01, (cap_gib * 2**30 - context) / total)
     torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
+
+
+def empty(loaded: Loaded) -> None:
+    """Free a model's memory although unsloth keeps hold of its layers for the whole process."""
+    import torch
+
+    for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        tensor.grad = None
+    release()
 
 
 def release() -> None:

@@ -37,8 +37,9 @@ def run_worker(
     Its stderr, with that of the libraries, goes to `log`. Raises Failed; on KeyboardInterrupt the
     process is ended first.
     """
-    with log.open("a", encoding="utf-8") as errors:
-        process = subprocess.Popen(
+    with (
+        log.open("a", encoding="utf-8") as errors,
+        subprocess.Popen(
             [*command, kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -46,7 +47,8 @@ def run_worker(
             text=True,
             env={**os.environ, **(environment or {})},
             start_new_session=True,  # Ctrl-C is for the parent, which then ends the group
-        )
+        ) as process,
+    ):
         try:
             out, _ = process.communicate(task, timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -54,7 +56,6 @@ def run_worker(
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
     lines = out.strip().splitlines()
     try:
         answer: dict[str, Any] = json.loads(lines[-1])

@@ -63,7 +63,7 @@ class Arm(BaseModel):
         return "+packing" in self.options
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe as this arm trains it."""
+        """The recipe as this arm trains it. (Its engine is not the recipe's to name: recipes know no liger.)"""
         train: dict[str, Any] = {}
         if "-checkpointing" in self.options:
             train["checkpointing"] = "none"
@@ -73,7 +73,6 @@ class Arm(BaseModel):
             train["optimizer"] = "adamw"
         return recipe.model_copy(
             update={
-                "engine": self.engine,
                 "train": recipe.train.model_copy(update=train),
                 "data": recipe.data.model_copy(update={"packing": self.packed}),
             }

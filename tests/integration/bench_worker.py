@@ -1,0 +1,68 @@
+"""`fastlora.bench.worker` with a fault planted in some arms: FAULTS='{"arm": "fault"}'.
+
+gradient: one adapter tensor's gradient comes out 5 % too large. frozen: the optimizer does not step.
+tokens: the arm is fed other rows. oom: the third step runs out of memory. kill: the process dies.
+hang: it never answers. interrupt: the parent gets Ctrl-C while the arm runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from fastlora.bench import arm, worker
+
+
+def plant(fault: str | None) -> None:
+    import torch
+
+    if fault == "gradient":
+        step = arm.parity_step
+
+        def wrong(loaded: arm.Loaded, rows: Any) -> dict[str, Any]:
+            _, parameter = next(loaded.adapter())
+            parameter.register_hook(lambda gradient: gradient * 1.05)
+            return step(loaded, rows)
+
+        arm.parity_step = wrong
+    elif fault == "frozen":
+        torch.optim.AdamW.step = lambda self, closure=None: None
+    elif fault == "tokens":
+        load = arm.works.load
+        arm.works.load = lambda path: [
+            {name: [ids[-1], *ids[:-1]] for name, ids in row.items()} for row in load(path)
+        ]
+    elif fault == "oom":
+        loss, calls = arm.Loaded.loss, []
+
+        def full(self: arm.Loaded, *rest: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 5:
+                raise torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 2.00 GiB. More words."
+                )
+            return loss(self, *rest)
+
+        arm.Loaded.loss = full
+    elif fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "hang":
+        time.sleep(600)
+    elif fault == "interrupt":
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(600)
+
+
+if __name__ == "__main__":
+    original = worker.arm
+
+    def faulty(task: str) -> dict[str, Any]:
+        plant(json.loads(os.environ["FAULTS"]).get(json.loads(task)["arm"]["name"]))
+        return original(task)
+
+    worker.KINDS["arm"] = faulty
+    sys.exit(worker.main())

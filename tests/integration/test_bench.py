@@ -1,0 +1,178 @@
+"""The harness on a CPU: what is right passes, each planted fault turns its gate red, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fastlora.bench.run import Bench, Request
+from fastlora.bench.schema import Arm, ArmResult, Report
+
+pytestmark = pytest.mark.slow
+
+FAULTY = (sys.executable, str(Path(__file__).parent / "bench_worker.py"))
+
+
+def bench(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, faults: dict[str, str], **request: object
+) -> tuple[Bench, dict[str, ArmResult]]:
+    monkeypatch.setenv("FAULTS", json.dumps(faults))
+    arms = [Arm.parse(name) for name in ("peft", *faults)]
+    asked = Request(target="tiny", arms=arms, steps=6, **request)  # type: ignore[arg-type]
+    running = Bench(asked, folder, Console(quiet=True), FAULTY)
+    return running, {arm.arm: arm for arm in running.run().arms}
+
+
+def red(arm: ArmResult) -> set[str]:
+    return {gate.name for gate in arm.gates if not gate.passed}
+
+
+def test_planted_faults_are_seen_and_show_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = {
+        "peft-checkpointing": "gradient",
+        "peft-optimizer": "frozen",
+        "peft-checkpointing-optimizer": "tokens",
+    }
+    _, arms = bench(tmp_path, monkeypatch, faults)
+    assert arms["peft"].status == "ok", arms["peft"].detail
+    assert red(arms["peft-checkpointing"]) == {"parity"}
+    assert "1 of 14 gradients are wrong" in arms["peft-checkpointing"].detail
+    assert {"weights", "loss"} <= red(arms["peft-optimizer"])
+    assert "28 of 28 adapter tensors did not change" in arms["peft-optimizer"].detail
+    assert {"work", "parity"} <= red(arms["peft-checkpointing-optimizer"])
+    for name in faults:
+        assert arms[name].status == "red"
+        assert arms[name].tokens_per_s is None
+        assert arms[name].mfu is None
+
+
+def test_an_arm_that_dies_is_a_row_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = {
+        "peft-checkpointing": "oom",
+        "peft-optimizer": "kill",
+        "peft-checkpointing-optimizer": "",
+    }
+    _, arms = bench(tmp_path, monkeypatch, faults)
+    oom = arms["peft-checkpointing"]
+    assert (oom.status, oom.tokens_per_s) == ("oom", None)
+    assert oom.detail == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    killed = arms["peft-optimizer"]
+    assert killed.status == "failed"
+    assert "SIGKILL" in killed.detail
+    assert arms["peft"].status == arms["peft-checkpointing-optimizer"].status == "ok"
+
+
+def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, arms = bench(tmp_path, monkeypatch, {"peft-optimizer": "hang"}, timeout_s=60.0)
+    assert arms["peft-optimizer"].status == "timeout"
+    assert arms["peft"].status == "ok"
+
+
+def test_ctrl_c_leaves_a_partial_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, arms = bench(
+        tmp_path, monkeypatch, {"peft-optimizer": "interrupt", "peft-checkpointing": ""}
+    )
+    assert running.interrupted
+    assert arms["peft"].tokens_per_s is not None
+    assert arms["peft-optimizer"].status == arms["peft-checkpointing"].status == "interrupted"
+
+
+def fastlora(*arguments: str, folder: Path, expect: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", "bench", *arguments],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_command_measures_reports_and_compares(tmp_path: Path) -> None:
+    """Without arguments and a GPU: the tiny suite, PEFT beside our kernels' reference path."""
+    out = fastlora("--steps", "8", "--json", "--out", "first", folder=tmp_path)
+    report = Report.model_validate_json(out)
+    assert report.status == "passed"
+    assert [arm.arm for arm in report.arms] == ["peft", "peft+fastlora"]
+    for arm in report.arms:
+        assert {gate.name for gate in arm.gates} >= {
+            "work",
+            "loss",
+            "gradients",
+            "weights",
+            "parity",
+        }
+        assert arm.tokens_per_s is not None
+        assert arm.tokens_per_s.p20 <= arm.tokens_per_s.p50 <= arm.tokens_per_s.p80
+        assert arm.counted["steps"] == 8
+        assert arm.counted["tokens"] == 8 * 4 * 64
+    assert {"trajectory"} <= {gate.name for gate in report.arms[1].gates}
+    assert any("lora_linear" in note or "q_proj" in note for note in report.arms[1].notes)
+    assert report.environment["versions"]["torch"]
+    written = {path.name for path in (tmp_path / "first").iterdir()}
+    assert written >= {"report.json", "rows.csv", "speed.png", "memory.png", "report.html"}
+    same = fastlora(
+        "--compare", "first/report.json", "first/report.json", "--json", folder=tmp_path
+    )
+    assert json.loads(same)["regressed"] is False
+
+
+def test_a_recipe_is_measured_with_its_own_rows(workplace: object) -> None:
+    out = fastlora(
+        str(workplace.recipe), "--steps", "6", "--lengths", "real", "--arms", "peft,peft+packing",
+        "--json", folder=workplace.folder,
+    )  # fmt: skip
+    report = Report.model_validate_json(out)
+    assert report.status == "passed", [arm.detail for arm in report.arms]
+    padded, packed = report.arms
+    assert padded.counted["digest"] == packed.counted["digest"]
+    assert padded.counted["supervised_tokens"] == packed.counted["supervised_tokens"]
+    assert padded.counted["padding_share"] > 0 == packed.counted["padding_share"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--arms", "peft,unslot"], "no engine 'unslot'; known: peft, liger, unsloth"),
+        (["--arms", "peft+graphs"], "peft has no option '+graphs'"),
+        (["llama31-8"], "did you mean llama31-8b?"),
+        (["--vram-cap", "lots"], "write 24GiB"),
+        (["tiny", "--vram-cap", "8GiB"], "no CUDA GPU here"),
+        (["tiny", "--frontier"], "no CUDA GPU here"),
+        (["--compare", "no.json", "no.json"], "no.json"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments: list[str], told: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", "bench", *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert told in " ".join(done.stderr.split())
+
+
+def test_ctrl_c_ends_the_command_with_130(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastlora", "bench", "tiny", "--out", "cut"],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "peft ..." in line:
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert (
+        Report.model_validate_json((tmp_path / "cut/report.json").read_text()).status == "partial"
+    )
