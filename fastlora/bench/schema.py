@@ -139,13 +139,20 @@ class Gate(BaseModel):
     detail: str
 
 
-class Spread(BaseModel):
+class Result(BaseModel):
+    """Keeps NaN and infinity through JSON, where pydantic writes null and then refuses it as a float:
+    the report of a run that diverged would not be readable again."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+class Spread(Result):
     p20: float
     p50: float
     p80: float
 
 
-class ArmResult(BaseModel):
+class ArmResult(Result):
     """One arm: what it measured, or why it could not. Speeds are kept from a report when a gate is red."""
 
     arm: str
@@ -172,7 +179,7 @@ class ArmResult(BaseModel):
     """Tokens, supervised tokens, padding, optimizer steps, digest of what was fed."""
 
 
-class LedgerEntry(BaseModel):
+class LedgerEntry(Result):
     """What one ingredient is worth: the arm that differs in it alone, beside the arm it differs from."""
 
     ingredient: str
@@ -185,7 +192,7 @@ class LedgerEntry(BaseModel):
     base_peak_reserved_gib: float | None
 
 
-class Frontier(BaseModel):
+class Frontier(Result):
     """The most that fits: the longest row at batch 1, or the largest batch of rows of a length."""
 
     arm: str
@@ -199,7 +206,7 @@ class Frontier(BaseModel):
     detail: str = ""
 
 
-class Report(BaseModel):
+class Report(Result):
     """What `fastlora bench --json` prints and report.json holds."""
 
     schema_version: int = SCHEMA_VERSION

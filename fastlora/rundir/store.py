@@ -28,12 +28,13 @@ from fastlora.errors import RunDirError
 COMPLETE = "COMPLETE"
 
 
-def write_atomic(path: Path, content: str) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old content or the new, never half."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside, flush to the disk, rename: a reader sees the old content or the new, never half.
+    Text becomes UTF-8."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(content)
+        with scratch.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)

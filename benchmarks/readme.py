@@ -1,0 +1,147 @@
+"""Rewrites the figures in README.md from benchmarks/results/*/report.json, so that none is typed by hand.
+
+python benchmarks/readme.py          # what lies between the two markers is made anew
+python benchmarks/readme.py --check  # exit 1 if README.md is not what it would be
+
+Of each benchmark and GPU the newest report counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fastlora.bench.compare import read_report
+from fastlora.bench.schema import Report
+from fastlora.bench.summary import headline, rows
+from fastlora.bench.tables import Table, frontier_table, gates, gib, number, times
+from fastlora.errors import UsageError
+from fastlora.rundir.store import write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def gpu(report: Report) -> str:
+    return str((report.environment.get("machine") or {}).get("gpu") or "CPU")
+
+
+def when(report: Report) -> datetime:
+    """A time without a zone is taken as UTC. Raises ValueError: not a time."""
+    moment = datetime.fromisoformat(report.started)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def newest(root: Path) -> list[tuple[Path, Report]]:
+    """(folder, report) per benchmark and GPU, in their order. Raises UsageError: a report that is none."""
+    found: dict[tuple[str, str], tuple[Path, Report]] = {}
+    for path in sorted(root.glob("benchmarks/results/*/report.json")):
+        report = read_report(path)
+        key = (report.name, gpu(report))
+        try:
+            if key not in found or when(report) > when(found[key][1]):
+                found[key] = (path.parent, report)
+        except ValueError:
+            raise UsageError(f"{path}: started: {report.started!r} is not an ISO time") from None
+    return [found[key] for key in sorted(found)]
+
+
+def block(root: Path) -> str:
+    """What README.md should have between the markers, in Markdown."""
+    reports = newest(root)
+    parts = [markdown(arms(reports)), "\n".join(source(root, *each) for each in reports)]
+    frontiers = frontier([report for _, report in reports])
+    if frontiers.rows:
+        parts.append("The most that fits:\n\n" + markdown(frontiers.trimmed))
+    return "\n\n".join(parts) if reports else "No benchmark has been measured yet."
+
+
+def arms(reports: Sequence[tuple[Path, Report]]) -> Table:
+    firsts = {report.arms[0].arm for _, report in reports if report.arms}
+    first = f"x {firsts.pop()}" if len(firsts) == 1 else "x first arm"
+    columns = ["suite", "GPU", "arm", "tokens/s", first, "peak reserved GiB", first, "gates"]
+    cells = [
+        [
+            report.name,
+            gpu(report),
+            row.arm.arm,
+            speed(report, row.p50),
+            times(row.speed_ratio),
+            gib(row.arm.peak_reserved_gib),
+            times(row.memory_ratio),
+            gates(row) if row.sound else row.why_empty,
+        ]
+        for _, report in reports
+        for row in rows(report)
+    ]
+    return Table(columns, cells)
+
+
+def speed(report: Report, p50: float | None) -> str:
+    supervised = " supervised" if headline(report) == "supervised_tokens_per_s" else ""
+    return number(p50) + supervised if p50 is not None else ""
+
+
+def source(root: Path, folder: Path, report: Report) -> str:
+    """Where a benchmark's figures come from."""
+    commit = str(report.environment.get("commit") or "unknown")[:12]
+    changes = " with changes" if report.environment.get("dirty") else ""
+    page = (folder / "report.html").relative_to(root).as_posix()
+    made = f"{when(report):%Y-%m-%d}, commit {commit}{changes}"
+    return f"- {escape(report.name)} on {escape(gpu(report))}: {made}, [report]({page})"
+
+
+def frontier(reports: Sequence[Report]) -> Table:
+    tables = [(report, frontier_table(report)) for report in reports]
+    columns = ["suite", "GPU", "cap GiB", *tables[0][1].columns] if tables else []
+    return Table(
+        columns,
+        [
+            [report.name, gpu(report), number(report.vram_cap_gib), *cells]
+            for report, table in tables
+            for cells in table.rows
+        ],
+    )
+
+
+def markdown(table: Table) -> str:
+    rules = ["---:" if right else "---" for right in table.right]
+    lines = [table.columns, rules, *([escape(cell) for cell in cells] for cells in table.rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def escape(text: str) -> str:
+    """Names come from users: none may end a cell or open a tag."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it would")
+    check = parser.parse_args(arguments).check
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"{readme}: the markers {BEGIN} and {END} are missing; put them in", file=sys.stderr)
+        return 2
+    try:
+        made = f"{before}{BEGIN}\n{block(root)}\n{END}{after}"
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if made == text:
+        return 0
+    if check:
+        print(f"{readme}: not in sync; run python benchmarks/readme.py", file=sys.stderr)
+        return 1
+    write_atomic(readme, made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

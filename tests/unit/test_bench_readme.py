@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastlora.bench.report import write
+from fastlora.bench.schema import ArmResult, Frontier, Gate, Report, Spread
+
+ROOT = Path(__file__).parents[2]
+
+
+PASSED = [
+    Gate(name="work", passed=True, detail="the same"),
+    Gate(name="loss", passed=True, detail=""),
+]
+BEFORE = (990.0, 1000.0, 1020.0)
+
+
+def arm(
+    name: str = "unsloth",
+    speed: tuple[float, float, float] = BEFORE,
+    gib: float | None = 10.0,
+    **more: Any,
+) -> ArmResult:
+    figures = Spread(p20=speed[0], p50=speed[1], p80=speed[2])
+    return ArmResult(
+        arm=name, status="ok", gates=PASSED, tokens_per_s=figures, peak_reserved_gib=gib, **more
+    )
+
+
+def report(*arms: ArmResult, **more: Any) -> Report:
+    fields: dict[str, Any] = {
+        "name": "small",
+        "model": "Small",
+        "status": "passed",
+        "started": "2026-11-25T10:00:00+00:00",
+        "seconds": 1,
+        "vram_cap_gib": None,
+        "settings": {"recipe": {"model": {"name": "/tmp/a"}}, "work": {"steps": 30}},
+        "environment": {
+            "machine": {"gpu": "NVIDIA H200"},
+            "versions": {"torch": "2.11.0", "fastlora": "0.1.0"},
+            "commit": "abc1234def567890",
+        },
+        "arms": arms or [arm()],
+    }
+    return Report.model_validate(fields | more)
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    return path
+
+
+def sync(root: Path, *arguments: str) -> int:
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    code: int = module.main(arguments, root)
+    return code
+
+
+def test_readme_is_brought_in_sync(readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = readme.parent
+    results = root / "benchmarks" / "results"
+    both = (arm("peft"), arm("unsloth", (1900.0, 2000.0, 2100.0), 5.0))
+    frontier = [Frontier(arm="peft", axis="micro_batch", fits=7, fails=8, tokens_per_s=1.0,
+                         peak_reserved_gib=23.0)]  # fmt: skip
+    write(report(*both, frontier=frontier, vram_cap_gib=24), results / "new")
+    write(
+        report(arm("peft", (1.0, 1.0, 1.0)), started="2026-11-25T11:00:00+02:00"), results / "old"
+    )
+    write(report(ArmResult(arm="peft", status="oom"), name="a|b", environment={}), results / "cpu")
+    assert sync(root, "--check") == 1
+    assert "not in sync" in capsys.readouterr().err
+    assert "old" in readme.read_text()
+    assert sync(root) == 0
+    assert sync(root, "--check") == 0
+    assert readme.read_text() == (
+        "before\n<!-- bench:begin -->\n"
+        "| suite | GPU | arm | tokens/s | x peft | peak reserved GiB | x peft | gates |\n"
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |\n"
+        "| a\\|b | CPU | peft |  |  |  |  | out of memory |\n"
+        "| small | NVIDIA H200 | peft | 1,000 | 1.00x | 10.00 | 1.00x | 2 of 2 |\n"
+        "| small | NVIDIA H200 | unsloth | 2,000 | 2.00x | 5.00 | 0.50x | 2 of 2 |\n"
+        "\n"
+        "- a\\|b on CPU: 2026-11-25, commit unknown, [report](benchmarks/results/cpu/report.html)\n"
+        "- small on NVIDIA H200: 2026-11-25, commit abc1234def56, "
+        "[report](benchmarks/results/new/report.html)\n"
+        "\n"
+        "The most that fits:\n\n"
+        "| suite | GPU | cap GiB | arm | axis | fits | x first arm | fails at | tokens/s "
+        "| peak reserved GiB |\n"
+        "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| small | NVIDIA H200 | 24 | peft | micro_batch | 7 | 1.00x | 8 | 1 | 23.00 |\n"
+        "<!-- bench:end -->\nafter\n"
+    )
+
+
+def test_readme_without_markers_or_with_a_bad_report_is_refused(
+    readme: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = readme.parent
+    assert sync(root) == 0
+    assert "No benchmark has been measured yet." in readme.read_text()
+    folder = root / "benchmarks" / "results" / "bad"
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps({"schema_version": 0}))
+    assert sync(root) == 2
+    assert "schema_version is 0" in capsys.readouterr().err
+    readme.write_text("none")
+    assert sync(root) == 2
+    assert "markers" in capsys.readouterr().err
