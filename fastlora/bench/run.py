@@ -48,6 +48,8 @@ class Request:
     ledger: bool = False
     frontier: bool = False
     timeout_s: float = 900.0
+    command: str = ""
+    """As it is to be typed again."""
 
 
 class Bench:
@@ -343,6 +345,7 @@ class Bench:
             seconds=round(seconds, 1),
             vram_cap_gib=self.request.vram_cap_gib,
             settings={
+                "command": self.request.command,
                 "recipe": plan.recipe.model_dump(mode="json"),
                 "work": plan.work.model_dump(mode="json"),
                 "weights": "random, true shape" if plan.shape else plan.recipe.model.name,

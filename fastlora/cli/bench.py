@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def command(
         ledger=ledger,
         frontier=frontier,
         timeout_s=timeout_s,
+        command=shlex.join(["fastlora", *sys.argv[1:]]),
     )
     folder = out or new_folder(Path("runs/bench") / Path(target or "auto").stem)
     folder.mkdir(parents=True, exist_ok=True)

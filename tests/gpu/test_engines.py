@@ -1,7 +1,7 @@
 """Both engines from one recipe on one GPU: losses fall, the adapter loads in plain PEFT with equal
 logits, the merged model agrees, and the trainer costs no more than 3 % over a bare loop.
 
-FASTLORA_GPU_SIZES=1b,8b chooses the checkpoints; FASTLORA_GPU_RESULTS=file.jsonl keeps the figures.
+FASTLORA_GPU_SIZES=1b,8b-nf4 chooses the checkpoints; FASTLORA_GPU_RESULTS=file.jsonl keeps the figures.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ max_new_tokens = 8
 """
 
 
-def call(script: str, *arguments: object) -> dict[str, Any]:
+def call(script: str, *arguments: object) -> Any:
     done = subprocess.run(
         [sys.executable, str(HERE / script), *map(str, arguments)],
         capture_output=True,
@@ -63,12 +63,13 @@ def skip_without(engine: str) -> None:
         pytest.skip("unsloth is not installed")
 
 
-def make_checkpoint(folder: Path, size: str) -> Path:
-    call("shapes.py", "make", folder, size)
+def make_checkpoint(parent: Path, size: str) -> Path:
+    folder = Path(call("shapes.py", "make", parent, size))
     call("shapes.py", "data", folder / "rows.jsonl", 64, 4000)
-    (folder / "recipe.toml").write_text(
-        RECIPE.replace("[train]", "eval_split = 4\n[train]") + ANSWERS
-    )
+    recipe = RECIPE.replace("[train]", "eval_split = 4\n[train]") + ANSWERS
+    if size.endswith("-nf4"):  # there is no 16-bit base to merge into
+        recipe = recipe.replace("16bit", "none")
+    (folder / "recipe.toml").write_text(recipe)
     overhead = RECIPE.replace("16bit", "none").replace("steps = 20\nmicro", "steps = 12\nmicro")
     (folder / "overhead.toml").write_text(overhead)
     return folder
@@ -76,13 +77,13 @@ def make_checkpoint(folder: Path, size: str) -> Path:
 
 @pytest.fixture(scope="module", params=SIZES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp(request.param) / request.param, request.param)
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.mark.parametrize("engine", ["unsloth", "peft"])
 def test_packed_rows_do_not_see_each_other(engine: str, tmp_path: Path) -> None:
     skip_without(engine)
-    folder = make_checkpoint(tmp_path / "small", "small")
+    folder = make_checkpoint(tmp_path, "small")
     losses = call(
         "check_engine.py",
         "packing",
@@ -117,7 +118,7 @@ def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
         tmp_path / "overhead",
     )
     figures = {
-        "checkpoint": checkpoint.name,
+        "checkpoint": checkpoint.parent.name.rstrip("0123456789"),
         "engine": engine,
         **compared,
         **trained,
@@ -133,7 +134,8 @@ def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
     assert again["logit_error"] <= max(1e-3, 2 * again["base_error"])
     assert again["logit_error"] < 0.1 * again["base_distance"]
     # Random weights amplify the rounding of the merged ones; a forgotten adapter has 0 carried, 1 effect.
-    assert trained["merge"]["logit_error"] <= 0.25 * trained["merge"]["effect"]
+    if trained["merge"] is not None:
+        assert trained["merge"]["logit_error"] <= 0.25 * trained["merge"]["effect"]
     assert trained["exact_match"]["rows"] == 4
     assert "after" in trained["exact_match"]
     assert compared["overhead"] <= 0.03
