@@ -107,7 +107,7 @@ class Encoder:
         turns = [
             place
             for place, message in enumerate(example.messages)
-            if message["role"] == "assistant"
+            if message["role"] == "assistant" and place not in example.given
         ]
         spans = [self._turn_span(full, example, place) for place in turns]
         # A template that closes turns with plain text, or nothing, leaves EOS to us.

@@ -136,6 +136,24 @@ def test_unreadable_sources(name: str, content: bytes | None, message: str, tmp_
         ({"messages": ["hi"]}, "messages", "message 1 is str"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "sharegpt", "content of type int"),
         ({"text": None}, "text", "has no text"),
+        ({"messages": [{**TURNS[1], "weight": 0.5}]}, "messages", "weight 0.5; known: 0, 1"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "messages", "no assistant turn"),
+        ({"prompt": TURNS, "completion": [TURNS[0]]}, "prompt_completion", "no assistant turn"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": "x"}]},
+            "messages",
+            "not a list of calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            "messages",
+            "not a list of calls",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "S1"}, *TURNS], "system": "S2"},
+            "sharegpt",
+            "field system and a system turn",
+        ),
     ],
 )
 def test_bad_rows_say_why(row: dict[str, Any], data_format: Any, reason: str) -> None:
@@ -155,3 +173,45 @@ def test_without_template_pairs_stay_plain_and_conversations_are_refused() -> No
     )
     with pytest.raises(BadRow, match="conversation"):
         to_example(ROWS["messages"], "messages", templated=False)
+
+
+def test_turns_of_weight_0_and_turns_of_the_prompt_are_given() -> None:
+    turns = [TURNS[0], {**TURNS[1], "weight": 0}, TURNS[0], {**TURNS[1], "weight": 1}]
+    assert to_example({"messages": turns}, "messages", templated=True) == Chat(
+        TURNS * 2, given=frozenset({1})
+    )
+    row = {"system": "S", "prompt": [*TURNS, TURNS[0]], "completion": [TURNS[1]]}
+    assert to_example(row, "prompt_completion", templated=True) == Chat(
+        [{"role": "system", "content": "S"}, *TURNS * 2], given=frozenset({1, 2, 3})
+    )
+
+
+@pytest.mark.parametrize("name", ["alpaca", "messages", "sharegpt", "prompt_completion"])
+def test_a_system_field_leads_every_kind_of_chat(name: Any) -> None:
+    example = to_example({**ROWS[name], "system": "Be short."}, name, templated=True)
+    assert isinstance(example, Chat)
+    assert example.messages[0] == {"role": "system", "content": "Be short."}
+    bare = to_example(ROWS[name], name, templated=True)
+    assert isinstance(bare, Chat)
+    assert example.messages[1:] == bare.messages
+    for nothing in (None, "", " \n"):
+        assert to_example({**ROWS[name], "system": nothing}, name, templated=True) == bare
+
+
+def test_a_system_field_that_a_turn_repeats_is_said_once() -> None:
+    turns = [{"role": "system", "content": "Be short."}, *TURNS]
+    row = {"messages": turns, "system": "Be short.\n"}
+    assert to_example(row, "messages", templated=True) == Chat(turns)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "prompt_completion"])
+def test_a_system_field_leads_the_prompt_where_there_is_no_template(name: Any) -> None:
+    bare = to_example(ROWS[name], name, templated=False)
+    assert isinstance(bare, Plain)
+    example = to_example({**ROWS[name], "system": "Be short."}, name, templated=False)
+    assert example == Plain(bare.completion, "Be short.\n\n" + bare.prompt)
+
+
+def test_a_blank_input_is_none() -> None:
+    row = {"instruction": "Say hello.", "input": " \n", "output": "Hello"}
+    assert to_example(row, "alpaca", templated=False) == Plain("Hello", "Say hello.")
