@@ -96,6 +96,63 @@ def test_csv_lines_count_line_breaks_in_cells(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c"])
+def test_csv_cells_hold_what_python_takes_for_a_line_break(odd: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(f"text\r\na{odd}b\r\nc\r\n".encode())
+    rows = load_table(SourceSection(path=str(path))).rows
+    assert [(row.number, row.value) for row in rows] == [
+        (2, {"text": f"a{odd}b"}),
+        (3, {"text": "c"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [("[" * 100_000, "nested too deeply"), (f'{{"n": {"9" * 5000}}}', "5000 digits")],
+)
+def test_json_that_python_cannot_read_is_one_bad_line(
+    line: str, problem: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n')
+    rows = load_table(SourceSection(path=str(path))).rows
+    assert [(row.number, row.value is None) for row in rows] == [(1, False), (2, True), (3, False)]
+    assert problem in str(rows[1].problem)
+    path = tmp_path / "rows.json"
+    path.write_text(line)
+    with pytest.raises(DataError, match="not readable as json"):
+        load_table(SourceSection(path=str(path)))
+    with pytest.raises(BadRow, match="messages is text that is not JSON"):
+        to_example({"messages": line}, "messages", templated=True)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_json_file_may_hold_one_row_alone(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS[name]))
+    assert [row.value for row in load_table(SourceSection(path=str(path))).rows] == [ROWS[name]]
+    path.write_text(json.dumps({"data": [ROWS[name]] * 2}))
+    assert len(load_table(SourceSection(path=str(path))).rows) == 2
+
+
+def test_parquet_pads_objects_with_nulls_that_are_left_out(tmp_path: Path) -> None:
+    def row(name: str, **arguments: Any) -> dict[str, Any]:
+        call = {"function": {"name": name, "arguments": arguments}}
+        tool = {"name": name, "parameters": dict.fromkeys(arguments, "any")}
+        turns = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+        return {"messages": turns, "tools": [tool]}
+
+    rows = [row("get", city="paris"), row("add", x=[1, None], y=2)]
+    path = write(tmp_path / "rows.parquet", rows)
+    for read, written in zip(load_table(SourceSection(path=str(path))).rows, rows, strict=True):
+        assert read.value is not None
+        example = to_example(read.value, "messages", templated=True)
+        assert isinstance(example, Chat)
+        assert example.messages[1]["tool_calls"] == written["messages"][1]["tool_calls"]
+        assert example.tools == written["tools"]
+
+
 def test_json_lines_under_the_name_json(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('{"text": "a"}\n{"text": "b"}\n')
