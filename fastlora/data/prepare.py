@@ -345,7 +345,7 @@ def _cache_key(recipe: Recipe, encoder: Encoder, tables: Sequence[Table]) -> str
         "version": CACHE_VERSION,
         "data": recipe.data.model_dump(),
         "tables": [table.fingerprint for table in tables],
-        "template": encoder.template,
+        "template": encoder.template.source,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "seq_len_tokens": recipe.model.seq_len_tokens,
