@@ -1,12 +1,15 @@
 """The five row formats people have, turned into the two that are trained on: a Chat or a Plain text.
 
-| format            | fields                                                          |
-| ----------------- | --------------------------------------------------------------- |
-| alpaca            | instruction, output; input and system if wanted                  |
-| messages          | messages: list of {role, content}; tools if wanted               |
-| sharegpt          | conversations: list of {from, value}; system if wanted           |
+| format            | fields                                                             |
+| ----------------- | ------------------------------------------------------------------ |
+| alpaca            | instruction, output; input if wanted                               |
+| messages          | messages: list of {role, content}; tools if wanted                 |
+| sharegpt          | conversations: list of {from, value}; tools if wanted              |
 | prompt_completion | prompt, completion: both strings, or both lists of {role, content} |
-| text              | text                                                             |
+| text              | text                                                               |
+
+All but text may have a field system. An assistant's message of weight 0 is not learnt
+(data.supervise = "all" means all).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ REQUIRED_FIELDS: dict[DataFormat, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
+FIELDS = (*dict.fromkeys(sum(REQUIRED_FIELDS.values(), ())), "input", "system", "tools")
 
 _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
@@ -45,6 +49,8 @@ class BadRow(ValueError):
 class Chat:
     messages: list[Message]
     tools: list[Any] | None = None
+    given: frozenset[int] = frozenset()
+    """The places of messages that are not to be learnt, whoever says them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,39 +82,59 @@ def to_example(row: dict[str, Any], data_format: DataFormat, *, templated: bool)
     for field in REQUIRED_FIELDS[data_format]:
         if row.get(field) is None:
             raise BadRow(f"has no {field}")
+    system = _optional(row, "system") if data_format != "text" else ""
     match data_format:
         case "text":
             return Plain(_text(row, "text"))
         case "alpaca":
             prompt = _text(row, "instruction")
-            if row.get("input"):
-                prompt += "\n\n" + _text(row, "input")
-            return _pair(prompt, _text(row, "output"), row.get("system"), templated)
+            if more := _optional(row, "input"):
+                prompt += "\n\n" + more
+            return _pair(prompt, _text(row, "output"), system, templated)
         case "prompt_completion":
             if isinstance(row["prompt"], str):
-                return _pair(_text(row, "prompt"), _text(row, "completion"), None, templated)
-            turns = _messages(row, "prompt") + _messages(row, "completion")
+                return _pair(_text(row, "prompt"), _text(row, "completion"), system, templated)
+            prompt_turns = [{**turn, "weight": 0} for turn in _messages(row, "prompt")]
+            turns = prompt_turns + _messages(row, "completion")
         case "messages":
             turns = _messages(row, "messages")
         case "sharegpt":
             turns = _messages(row, "conversations")
-            if row.get("system"):
-                turns.insert(0, {"role": "system", "content": _text(row, "system")})
     if not templated:
         raise BadRow(
             'is a conversation, which data.template = "none" cannot lay out; use a chat template'
         )
-    if not any(turn["role"] == "assistant" for turn in turns):
+    if system:
+        turns = _with_system(turns, system)
+    given = frozenset(place for place, turn in enumerate(turns) if turn.pop("weight", 1) == 0)
+    if not any(
+        turn["role"] == "assistant" and place not in given for place, turn in enumerate(turns)
+    ):
         raise BadRow("has no assistant turn to learn from")
-    return Chat(turns, _parsed(row.get("tools"), "tools") or None)
+    return Chat(turns, _parsed(row.get("tools"), "tools") or None, given)
 
 
-def _pair(prompt: str, completion: str, system: Any, templated: bool) -> Chat | Plain:
+def _pair(prompt: str, completion: str, system: str, templated: bool) -> Chat | Plain:
     if not templated:
-        return Plain(completion, prompt)
-    turns = [{"role": "system", "content": str(system)}] if system else []
-    turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    return Chat(turns)
+        return Plain(completion, f"{system}\n\n{prompt}" if system else prompt)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return Chat(_with_system(turns, system) if system else turns)
+
+
+def _with_system(turns: list[Message], system: str) -> list[Message]:
+    """The field's words lead the conversation, unless a turn already says them."""
+    said = [turn["content"] for turn in turns if turn["role"] in ("system", "developer")]
+    if not said:
+        return [{"role": "system", "content": system}, *turns]
+    if system.strip() not in (words.strip() for words in said):
+        raise BadRow("has a field system and a system turn that says something else; keep one")
+    return turns
+
+
+def _optional(row: dict[str, Any], field: str) -> str:
+    """Nothing where the field is missing, empty or blank."""
+    value = row.get(field)
+    return _text(row, field) if value and str(value).strip() else ""
 
 
 def _text(row: dict[str, Any], field: str) -> str:
@@ -126,7 +152,7 @@ def _parsed(value: Any, field: str) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise BadRow(f"{field} is text that is not JSON; expected a list of messages") from None
 
 
@@ -144,15 +170,28 @@ def _messages(row: dict[str, Any], field: str) -> list[Message]:
             raise BadRow(f"{field}: message {place} has role {said!r}; known: {', '.join(_ROLES)}")
         content = turn.get("content", turn.get("value"))
         extras = {key: value for key, value in turn.items() if value is not None}
-        for key in ("role", "from", "content", "value", "weight"):
+        for key in ("role", "from", "content", "value"):
             extras.pop(key, None)
-        if content is None and extras.get("tool_calls"):
+        if extras.get("weight", 1) not in (0, 1):
+            raise BadRow(f"{field}: message {place} has weight {extras['weight']!r}; known: 0, 1")
+        # Templates ask whether there are tool calls, not how many.
+        if not (calls := extras.get("tool_calls")):
+            extras.pop("tool_calls", None)
+        elif not isinstance(calls, list) or not all(map(_is_call, calls)):
+            raise BadRow(f"{field}: message {place} has tool_calls that are not a list of calls")
+        if content is None and calls:
             content = ""
         elif not isinstance(content, str):
             raise BadRow(
                 f"{field}: message {place} has content of type {type(content).__name__}, not text"
             )
-        elif not content.strip() and not extras.get("tool_calls"):
+        elif not content.strip() and not calls:
             raise BadRow(f"{field}: message {place} is empty")
         messages.append({"role": role, "content": content, **extras})
     return messages
+
+
+def _is_call(call: Any) -> bool:
+    """{function: {name, arguments}}, or {name, arguments} alone."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)

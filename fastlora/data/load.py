@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlora.data.format import detect_format
 from fastlora.errors import DataError
 from fastlora.recipe.schema import SourceSection
 
@@ -60,7 +62,7 @@ def _load_file(path: Path) -> Table:
         rows = list(read(raw))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except (ValueError, OSError, csv.Error) as error:
+    except (ValueError, RecursionError, OSError, csv.Error) as error:
         raise DataError(f"{path}: not readable as {suffix[1:]}: {error}") from None
     unit = "line" if suffix in (".jsonl", ".csv") else "row"
     return Table(str(path), unit, f"sha256:{hashlib.sha256(raw).hexdigest()}", rows)
@@ -81,6 +83,10 @@ def _jsonl(raw: bytes) -> Iterator[Row]:
             yield _row(number, json.loads(line))
         except json.JSONDecodeError as error:
             yield Row(number, None, f"not JSON: {error.msg} at column {error.colno}")
+        except RecursionError:
+            yield Row(number, None, "not readable: nested too deeply")
+        except ValueError as error:  # Python reads no integer of thousands of digits
+            yield Row(number, None, f"not readable: {str(error).partition(';')[0]}")
 
 
 def _json(raw: bytes) -> Iterator[Row]:
@@ -92,7 +98,9 @@ def _json(raw: bytes) -> Iterator[Row]:
             yield from _jsonl(raw)
             return
         raise
-    if isinstance(document, dict):
+    if isinstance(document, dict) and detect_format([document]):
+        document = [document]
+    elif isinstance(document, dict):
         lists = [value for value in document.values() if isinstance(value, list)]
         if len(lists) != 1:
             raise ValueError("expected a list of objects, or an object that holds one such list")
@@ -105,7 +113,8 @@ def _json(raw: bytes) -> Iterator[Row]:
 
 def _csv(raw: bytes) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(raw.decode("utf-8-sig").splitlines(keepends=True), strict=True)
+    # Not splitlines(): cells may hold U+2028 and its like unquoted.
+    reader = csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
     line = 2
     for value in reader:
         if None in value:
@@ -126,7 +135,14 @@ def _parquet(raw: bytes) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     for number, value in enumerate(pq.read_table(pa.BufferReader(raw)).to_pylist(), start=1):
-        yield _row(number, value)
+        yield _row(number, _without_padding(value))
+
+
+def _without_padding(value: Any) -> Any:
+    """Arrow gives every object all the keys that the column's others have, with nulls: those are left out."""
+    if isinstance(value, dict):
+        return {key: _without_padding(one) for key, one in value.items() if one is not None}
+    return [_without_padding(one) for one in value] if isinstance(value, list) else value
 
 
 def _load_hub(source: SourceSection) -> Table:
@@ -143,5 +159,5 @@ def _load_hub(source: SourceSection) -> Table:
             f"{name}: no such file, and not loadable from the Hub ({reason}). Check the spelling; a path "
             "in a recipe is taken from the recipe's folder. Offline, point data.sources at a local file."
         ) from None
-    rows = [_row(number, value) for number, value in enumerate(loaded, start=1)]
+    rows = [_row(number, _without_padding(value)) for number, value in enumerate(loaded, start=1)]
     return Table(f"{name}[{source.split}]", "row", f"hub:{loaded._fingerprint}", rows)

@@ -6,29 +6,28 @@ found from renderings alone, which works for every template:
 
 - a turn's supervised span starts where the conversation before it, with its generation prompt, ends
   (at inference the model continues from exactly there);
-- the turn's content ends where a rendering with that content replaced goes on as before;
-- the text with which the template closes an assistant turn, whitespace at its end left off, is
-  supervised too, or the model would never learn to stop.
+- it ends where the conversation up to it ends, whitespace behind the closing left off. The closing is
+  supervised too, or the model would never learn to stop, and so are the turn's tool calls;
+- where a template lays out earlier turns anew, it ends where a rendering with the turn's words
+  replaced goes on as before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastlora.data.format import BadRow, Chat, Message, Plain
+from fastlora.data.template import STAND_IN, ChatTemplate
 from fastlora.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
-_STAND_IN = "\ue000fastlora\ue001"  # private-use characters: in no data, altered by no template
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,49 +68,27 @@ class Encoder:
                 f"{name}: has no EOS token, so no answer could end; set eos_token in tokenizer_config.json"
             )
         self.templated = template != "none"
-        self.template: str | None = None
-        if template.endswith((".jinja", ".j2")):
-            try:
-                self.template = Path(template).read_text(encoding="utf-8")
-            except OSError as error:
-                raise DataError(
-                    f"data.template: {template} cannot be read: {error.strerror}"
-                ) from None
-        elif template == "tokenizer":
-            self.template = (
-                tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-            )
-            if self.template is None and tokenizer.chat_template:
-                self.template = tokenizer.get_chat_template()
-        elif template != "none":
-            raise DataError(
-                f'data.template: {template!r} is neither "tokenizer", "none" nor a .jinja file'
-            )
+        self.template = ChatTemplate(tokenizer, template)
 
     def require_template(self) -> None:
-        """Raises DataError when chats are to be laid out and there is no template."""
-        if self.template is None:
-            name = self.tokenizer.name_or_path or "the tokenizer"
-            raise DataError(
-                f"{name}: the tokenizer has no chat template. Use the instruct variant of the model, or set "
-                'data.template to a .jinja file, or, for prompts and completions as they stand, to "none".'
-            )
+        """Raises DataError when chats are to be laid out and there is no template, or a broken one."""
+        self.template.require()
 
     def render(self, example: Chat | Plain) -> Rendered:
-        """Lay out one example. Raises BadRow when the template refuses or drops a turn."""
+        """Lay out one example. Raises BadRow when the template refuses it or drops a part of it."""
         if isinstance(example, Plain):
-            text = example.prompt + example.completion
+            text = _encodable(example.prompt + example.completion)
             start = 0 if self.supervise == "all" else len(example.prompt)
             return Rendered(text, [(start, len(text))], True, True)
-        full = self._apply(example.messages, example)
+        full = _encodable(self.template.apply(example.messages, example.tools))
         turns = [
             place
             for place, message in enumerate(example.messages)
-            if message["role"] == "assistant"
+            if message["role"] == "assistant" and place not in example.given
         ]
         spans = [self._turn_span(full, example, place) for place in turns]
         # A template that closes turns with plain text, or nothing, leaves EOS to us.
-        append_eos = turns[-1] == len(example.messages) - 1 and not self._closing_is_special
+        append_eos = turns[-1] == len(example.messages) - 1 and self.template.stop_token_id is None
         if append_eos:
             full = full[: spans[-1][1]]
         if self.supervise == "all":
@@ -131,22 +108,32 @@ class Encoder:
                 [examples[place].text for place in places],
                 add_special_tokens=special,
                 return_offsets_mapping=True,
+                return_special_tokens_mask=True,
                 return_attention_mask=False,
                 verbose=False,
             )
-            for place, ids, offsets in zip(
-                places, batch["input_ids"], batch["offset_mapping"], strict=True
+            for place, ids, offsets, added in zip(
+                places,
+                batch["input_ids"],
+                batch["offset_mapping"],
+                batch["special_tokens_mask"],
+                strict=True,
             ):
-                encoded[place] = self._masked(examples[place], list(ids), offsets)
+                encoded[place] = self._masked(examples[place], list(ids), offsets, added)
         return [one for one in encoded if one is not None]
 
-    def _masked(self, example: Rendered, ids: list[int], offsets: Any) -> Encoded:
+    def _masked(self, example: Rendered, ids: list[int], offsets: Any, added: Any) -> Encoded:
+        """`added` is 1 where the tokenizer put a token in that is not in the text, such as BOS."""
         eos = self.tokenizer.eos_token_id
         bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = bounds[:, 0], bounds[:, 1]
+        # Some byte-level tokenizers trim spaces off their offsets: a token of spaces alone then has no
+        # width and lies at its end. It starts where the tokens before it end.
+        reached = np.maximum.accumulate(np.concatenate(([0], ends)))[:-1]
+        starts = np.where(ends > starts, starts, reached)
         supervised = np.zeros(len(ids), dtype=bool)
         for start, end in example.spans:
-            supervised |= (starts >= start) & (starts < end) & (ends > starts)
+            supervised |= (starts >= start) & (starts < end) & (np.asarray(added) == 0)
         labels = np.where(supervised, np.asarray(ids, dtype=np.int64), IGNORED).tolist()
         if example.append_eos:
             if ids and ids[-1] == eos:  # the tokenizer itself adds EOS
@@ -155,75 +142,90 @@ class Encoder:
                 ids, labels = [*ids, eos], [*labels, eos]
         return Encoded(ids, labels)
 
-    @cached_property
-    def closing(self) -> str:
-        """What the template writes after an assistant's content, whitespace at the end left off."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _STAND_IN}]
-        text = self._apply(messages, Chat(messages))
-        _, found, after = text.partition(_STAND_IN)
-        if not found:
-            raise DataError(
-                "the chat template drops what the assistant says; data.template must be mended"
-            )
-        return after.rstrip()
-
-    @cached_property
-    def _closing_is_special(self) -> bool:
-        ids = (
-            self.tokenizer(self.closing, add_special_tokens=False)["input_ids"]
-            if self.closing
-            else []
-        )
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return bool(ids) and ids[-1] in special
-
     @property
     def stop_token_id(self) -> int:
         """The token that ends an answer: EOS, or the one with which the template closes a turn."""
-        if self.template is not None and self._closing_is_special:
-            return int(self.tokenizer(self.closing, add_special_tokens=False)["input_ids"][-1])
-        return int(self.tokenizer.eos_token_id)
+        closing = self.template.stop_token_id
+        return int(self.tokenizer.eos_token_id) if closing is None else closing
 
     def _turn_span(self, full: str, example: Chat, place: int) -> tuple[int, int]:
-        replaced = [dict(message) for message in example.messages]
-        replaced[place]["content"] = _STAND_IN
-        before, found, after = self._apply(replaced, example).partition(_STAND_IN)
+        """What the assistant says at `place`: its [start, end) in the whole conversation's text."""
+        start, end = self._said_span(full, example, place)
+        calls = example.messages[place].get("tool_calls") or []
+        for number in range(len(calls)):
+            # A template that knows no calls leaves them out without a word.
+            altered = self.template.apply(
+                _replaced(example, place, tool_calls=_with_name_replaced(calls, number)),
+                example.tools,
+            )
+            pairs = zip(full, altered, strict=False)
+            differs = next((at for at, (a, b) in enumerate(pairs) if a != b), len(full))
+            if not start <= differs < end:
+                raise BadRow(
+                    f"the chat template drops tool call {number + 1} of message {place + 1}; "
+                    "set data.template to one that lays calls out"
+                )
+        return start, end
+
+    def _said_span(self, full: str, example: Chat, place: int) -> tuple[int, int]:
+        asked = self._attempt(example, example.messages[:place], ask=True) if place else None
+        start = len(asked) if asked is not None and full.startswith(asked) else None
+        said = self._attempt(example, example.messages[: place + 1])
+        if said is not None and start is not None:
+            said = self.template.without_space_behind(said)
+            if full.startswith(said) and start < len(said):
+                return start, len(said)
+        # Templates that lay out earlier turns anew: a system prompt moved to the last question, thoughts left out.
+        replaced = _replaced(example, place, content=STAND_IN, tool_calls=None)
+        before, found, after = (self._attempt(example, replaced) or "").partition(STAND_IN)
         if not found or not full.endswith(after):
             raise BadRow(f"the chat template does not lay out message {place + 1} as it stands")
-        content_end = len(full) - len(after)
-        end = content_end + len(self.closing) if after.startswith(self.closing) else content_end
-        prompt = self._generation_prompt(example, place)
-        if prompt is not None and full.startswith(prompt) and len(prompt) <= content_end:
-            return len(prompt), end
-        # Templates that lay out earlier turns anew (a system prompt moved to the last question): the
-        # content itself then marks the start.
+        end = content_end = len(full) - len(after)
+        if after.startswith(self.template.closing):
+            end += len(self.template.closing)
+        if start is not None and start <= content_end:
+            return start, end
         if not full.startswith(before):
             raise BadRow(
                 f"the chat template lays out message {place + 1} differently with its content; cannot be masked"
             )
         return len(before), end
 
-    def _generation_prompt(self, example: Chat, place: int) -> str | None:
-        if place == 0:
-            return None
+    def _attempt(
+        self, example: Chat, messages: Sequence[Message], *, ask: bool = False
+    ) -> str | None:
+        """None where the template refuses: it may refuse a part of a conversation that it takes whole."""
         try:
-            return self._apply(example.messages[:place], example, add_generation_prompt=True)
+            return self.template.apply(messages, example.tools, ask=ask)
         except BadRow:
-            return None  # a template may refuse a conversation that ends here
+            return None
 
-    def _apply(
-        self, messages: list[Message], example: Chat, add_generation_prompt: bool = False
-    ) -> str:
-        import jinja2
 
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages,
-                tools=example.tools,
-                chat_template=self.template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-            return text
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise BadRow(f"the chat template refuses it: {error}") from None
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise BadRow(f"holds {half!r}, half of a surrogate pair, which is no character") from None
+    return text
+
+
+def _replaced(example: Chat, place: int, **fields: Any) -> list[Message]:
+    """The messages with one's fields replaced, and left out where None."""
+    message = {
+        key: value
+        for key, value in {**example.messages[place], **fields}.items()
+        if value is not None
+    }
+    return [*example.messages[:place], message, *example.messages[place + 1 :]]
+
+
+def _with_name_replaced(calls: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    call = calls[number]
+    function = call.get("function")
+    altered = (
+        {**call, "name": STAND_IN}
+        if function is None
+        else {**call, "function": {**function, "name": STAND_IN}}
+    )
+    return [*calls[:number], altered, *calls[number + 1 :]]

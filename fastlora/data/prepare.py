@@ -5,6 +5,7 @@ Nothing is dropped silently: what is skipped, cut or dropped is counted in DataS
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlora.data.format import BadRow, Chat, Plain, detect_format, to_example
+from fastlora.data.format import FIELDS, BadRow, Chat, Plain, detect_format, to_example
 from fastlora.data.load import Table, load_table
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
 from fastlora.data.pack import pack_rows
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of the cache key: raise it when the same input would give other tokens.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _SHOWN_BAD_ROWS = 10
 _CHUNK = 1000  # rows per tokenizer call: enough for its threads, little memory
 
@@ -59,7 +60,7 @@ class DataStats:
     eval: SplitStats | None = None
     stop_token: str = ""
     preview: list[tuple[str, bool]] = field(default_factory=list)
-    """The first training row in pieces of text, each with whether it is supervised."""
+    """The first row trained on, as cut, in pieces of text, each with whether it is supervised."""
     key: str = ""
 
     @property
@@ -96,7 +97,7 @@ def prepare_data(
     else:
         announce(f"data: tokens from the cache ({folder})")
     _announce_stats(prepared.stats, recipe, announce)
-    if prepared.stats.stop_token != tokenizer.eos_token and encoder.template is not None:
+    if prepared.stats.stop_token != tokenizer.eos_token:
         announce(
             f"data: the chat template ends an answer with {prepared.stats.stop_token!r}, while the tokenizer's EOS is "
             f"{tokenizer.eos_token!r}; the saved model stops at both"
@@ -122,11 +123,14 @@ def _prepare(
     if recipe.data.eval_split:
         rows, eval_rows = _split(rows, recipe.data.eval_split, recipe.train.seed)
     limit = recipe.model.seq_len_tokens
-    stats.preview = _preview(rows[0], encoder)
-    stats.stop_token = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_token_id)
+    # Text alone never meets the template, so it is not to fail on one that takes no plain chat.
+    chats = any(not row.special_tokens for row in rows)
+    stop = encoder.stop_token_id if chats else encoder.tokenizer.eos_token_id
+    stats.stop_token = encoder.tokenizer.convert_ids_to_tokens(stop)
     train = _truncate(_encode(encoder, rows), limit, stats.train)
     if not stats.train.supervised_tokens:
         raise DataError(_no_supervision(stats.train, limit))
+    stats.preview = _preview(train[0], encoder)
     dataset = _dataset(train, limit if recipe.data.packing else None)
     stats.train.sequences = len(dataset)
     held_out = None
@@ -160,6 +164,7 @@ def _examples(
     rendered: list[Rendered] = []
     refused: list[str] = []
     for source, table in loaded:
+        _check_columns(source, table)
         data_format = _format_of(source, table)
         if encoder.templated and data_format != "text":
             encoder.require_template()
@@ -197,7 +202,10 @@ def _examples(
     if refused:
         raise DataError(
             "\n".join(
-                [*refused, 'Mend the rows, or set data.on_bad_row = "skip" to leave them out.']
+                [
+                    *dict.fromkeys(refused),
+                    'Mend the rows, or set data.on_bad_row = "skip" to leave them out.',
+                ]
             )
         )
     return rendered
@@ -217,6 +225,26 @@ def _format_of(source: SourceSection, table: Table) -> DataFormat:
             'Rename with data.sources = [{ path = "...", columns = { instruction = "question", output = "answer" } }].'
         )
     return found
+
+
+def _check_columns(source: SourceSection, table: Table) -> None:
+    """Raises DataError for a field that nothing reads, or a column that is nowhere."""
+    values = [row.value for row in table.rows if row.value is not None]
+    problems = []
+    for field_name, column in source.columns.items():
+        if field_name not in FIELDS:
+            near = difflib.get_close_matches(field_name, FIELDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(
+                f"columns: no field is named {field_name}{hint} Known: {', '.join(FIELDS)}"
+            )
+        elif values and not any(column in value for value in values):
+            problems.append(
+                f"columns: {field_name} is to come from {column!r}, which no row has; "
+                f"the first has {', '.join(map(str, values[0]))}"
+            )
+    if problems:
+        raise DataError("\n".join(f"{table.name}: {problem}" for problem in problems))
 
 
 def _renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -291,11 +319,10 @@ def _dataset(rows: Sequence[Encoded], pack_tokens: int | None) -> Dataset:
     )
 
 
-def _preview(row: Rendered, encoder: Encoder) -> list[tuple[str, bool]]:
+def _preview(row: Encoded, encoder: Encoder) -> list[tuple[str, bool]]:
     """The row's own tokens, put together again where supervision does not change."""
     pieces: list[tuple[list[int], bool]] = []
-    encoded = encoder.encode([row])[0]
-    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+    for token, label in zip(row.input_ids, row.labels, strict=True):
         supervised = label != IGNORED
         if not pieces or pieces[-1][1] is not supervised:
             pieces.append(([], supervised))
@@ -345,7 +372,7 @@ def _cache_key(recipe: Recipe, encoder: Encoder, tables: Sequence[Table]) -> str
         "version": CACHE_VERSION,
         "data": recipe.data.model_dump(),
         "tables": [table.fingerprint for table in tables],
-        "template": encoder.template,
+        "template": encoder.template.source,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "seq_len_tokens": recipe.model.seq_len_tokens,

@@ -96,6 +96,63 @@ def test_csv_lines_count_line_breaks_in_cells(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c"])
+def test_csv_cells_hold_what_python_takes_for_a_line_break(odd: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(f"text\r\na{odd}b\r\nc\r\n".encode())
+    rows = load_table(SourceSection(path=str(path))).rows
+    assert [(row.number, row.value) for row in rows] == [
+        (2, {"text": f"a{odd}b"}),
+        (3, {"text": "c"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [("[" * 100_000, "nested too deeply"), (f'{{"n": {"9" * 5000}}}', "5000 digits")],
+)
+def test_json_that_python_cannot_read_is_one_bad_line(
+    line: str, problem: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n')
+    rows = load_table(SourceSection(path=str(path))).rows
+    assert [(row.number, row.value is None) for row in rows] == [(1, False), (2, True), (3, False)]
+    assert problem in str(rows[1].problem)
+    path = tmp_path / "rows.json"
+    path.write_text(line)
+    with pytest.raises(DataError, match="not readable as json"):
+        load_table(SourceSection(path=str(path)))
+    with pytest.raises(BadRow, match="messages is text that is not JSON"):
+        to_example({"messages": line}, "messages", templated=True)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_json_file_may_hold_one_row_alone(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS[name]))
+    assert [row.value for row in load_table(SourceSection(path=str(path))).rows] == [ROWS[name]]
+    path.write_text(json.dumps({"data": [ROWS[name]] * 2}))
+    assert len(load_table(SourceSection(path=str(path))).rows) == 2
+
+
+def test_parquet_pads_objects_with_nulls_that_are_left_out(tmp_path: Path) -> None:
+    def row(name: str, **arguments: Any) -> dict[str, Any]:
+        call = {"function": {"name": name, "arguments": arguments}}
+        tool = {"name": name, "parameters": dict.fromkeys(arguments, "any")}
+        turns = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+        return {"messages": turns, "tools": [tool]}
+
+    rows = [row("get", city="paris"), row("add", x=[1, None], y=2)]
+    path = write(tmp_path / "rows.parquet", rows)
+    for read, written in zip(load_table(SourceSection(path=str(path))).rows, rows, strict=True):
+        assert read.value is not None
+        example = to_example(read.value, "messages", templated=True)
+        assert isinstance(example, Chat)
+        assert example.messages[1]["tool_calls"] == written["messages"][1]["tool_calls"]
+        assert example.tools == written["tools"]
+
+
 def test_json_lines_under_the_name_json(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('{"text": "a"}\n{"text": "b"}\n')
@@ -136,6 +193,24 @@ def test_unreadable_sources(name: str, content: bytes | None, message: str, tmp_
         ({"messages": ["hi"]}, "messages", "message 1 is str"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "sharegpt", "content of type int"),
         ({"text": None}, "text", "has no text"),
+        ({"messages": [{**TURNS[1], "weight": 0.5}]}, "messages", "weight 0.5; known: 0, 1"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "messages", "no assistant turn"),
+        ({"prompt": TURNS, "completion": [TURNS[0]]}, "prompt_completion", "no assistant turn"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": "x"}]},
+            "messages",
+            "not a list of calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            "messages",
+            "not a list of calls",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "S1"}, *TURNS], "system": "S2"},
+            "sharegpt",
+            "field system and a system turn",
+        ),
     ],
 )
 def test_bad_rows_say_why(row: dict[str, Any], data_format: Any, reason: str) -> None:
@@ -155,3 +230,45 @@ def test_without_template_pairs_stay_plain_and_conversations_are_refused() -> No
     )
     with pytest.raises(BadRow, match="conversation"):
         to_example(ROWS["messages"], "messages", templated=False)
+
+
+def test_turns_of_weight_0_and_turns_of_the_prompt_are_given() -> None:
+    turns = [TURNS[0], {**TURNS[1], "weight": 0}, TURNS[0], {**TURNS[1], "weight": 1}]
+    assert to_example({"messages": turns}, "messages", templated=True) == Chat(
+        TURNS * 2, given=frozenset({1})
+    )
+    row = {"system": "S", "prompt": [*TURNS, TURNS[0]], "completion": [TURNS[1]]}
+    assert to_example(row, "prompt_completion", templated=True) == Chat(
+        [{"role": "system", "content": "S"}, *TURNS * 2], given=frozenset({1, 2, 3})
+    )
+
+
+@pytest.mark.parametrize("name", ["alpaca", "messages", "sharegpt", "prompt_completion"])
+def test_a_system_field_leads_every_kind_of_chat(name: Any) -> None:
+    example = to_example({**ROWS[name], "system": "Be short."}, name, templated=True)
+    assert isinstance(example, Chat)
+    assert example.messages[0] == {"role": "system", "content": "Be short."}
+    bare = to_example(ROWS[name], name, templated=True)
+    assert isinstance(bare, Chat)
+    assert example.messages[1:] == bare.messages
+    for nothing in (None, "", " \n"):
+        assert to_example({**ROWS[name], "system": nothing}, name, templated=True) == bare
+
+
+def test_a_system_field_that_a_turn_repeats_is_said_once() -> None:
+    turns = [{"role": "system", "content": "Be short."}, *TURNS]
+    row = {"messages": turns, "system": "Be short.\n"}
+    assert to_example(row, "messages", templated=True) == Chat(turns)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "prompt_completion"])
+def test_a_system_field_leads_the_prompt_where_there_is_no_template(name: Any) -> None:
+    bare = to_example(ROWS[name], name, templated=False)
+    assert isinstance(bare, Plain)
+    example = to_example({**ROWS[name], "system": "Be short."}, name, templated=False)
+    assert example == Plain(bare.completion, "Be short.\n\n" + bare.prompt)
+
+
+def test_a_blank_input_is_none() -> None:
+    row = {"instruction": "Say hello.", "input": " \n", "output": "Hello"}
+    assert to_example(row, "alpaca", templated=False) == Plain("Hello", "Say hello.")

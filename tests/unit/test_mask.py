@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fastlora.data.format import BadRow, Chat, Plain
@@ -59,6 +59,30 @@ MARKED = QWEN.replace(
     "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}",
 )
+# Qwen2.5 opens a turn with the line break only where content or a call follows.
+QWEN25 = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' and m.tool_calls %}"
+    "{{- '<|im_start|>assistant' }}{%- if m.content %}{{- '\n' + m.content }}{%- endif %}"
+    "{%- for call in m.tool_calls %}{%- if call.function is defined %}{%- set call = call.function %}{%- endif %}"
+    """{{- '\n<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}{{- call.arguments | tojson }}"""
+    "{{- '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- else %}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+# Llama 3.1 says nothing beside a call, and makes one call at a time.
+LLAMA31_CALLS = LLAMA31.replace(
+    "{{ '<|start_header_id|>' + m['role']",
+    "{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}"
+    "{% set call = m.tool_calls[0].function %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    """{{ '{"name": "' + call.name + '", "parameters": ' }}{{ call.arguments | tojson }}{{ '}<|eot_id|>' }}"""
+    "{% else %}{{ '<|start_header_id|>' + m['role']",
+).replace("{% endfor %}", "{% endif %}{% endfor %}")
+# Qwen3 with calls: what thinks in the last round alone is laid out anew in every other.
+QWEN3_CALLS = QWEN3.replace(
+    "{{ said }}{% endif %}",
+    "{{ said }}{% endif %}{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.name + '</tool_call>' }}"
+    "{% endfor %}",
+)
 PLAIN_TEXT = (
     "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
@@ -77,6 +101,14 @@ SPECIAL = {
     "gemma": ("<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], GEMMA),
     "marked": ("<|endoftext|>", "<|im_end|>", ["<|im_start|>"], MARKED),
     "plain text": ("<s>", "</s>", [], PLAIN_TEXT),
+    "qwen2.5 calls": ("<|endoftext|>", "<|im_end|>", ["<|im_start|>"], QWEN25),
+    "qwen3 calls": ("<|endoftext|>", "<|im_end|>", ["<|im_start|>"], QWEN3_CALLS),
+    "llama31 calls": (
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        ["<|start_header_id|>", "<|end_header_id|>"],
+        LLAMA31_CALLS,
+    ),
 }
 
 CHAT = [
@@ -253,3 +285,160 @@ def test_no_eos_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no EOS token"):
         Encoder(tokenizer, template="tokenizer", supervise="completion")
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def asking(content: str, *calls: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": content, "tool_calls": list(calls)},
+    ]
+
+
+ANSWERED = [{"role": "tool", "content": "no"}, {"role": "assistant", "content": "No."}]
+CALLS = {
+    ("qwen2.5 calls", ""): "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n"
+    '[[<tool_call>\n{"name": "look", "arguments": {"at": "Rome"}}\n</tool_call><|im_end|>]]\n',
+    ("qwen2.5 calls", "Let me see."): "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n"
+    '[[Let me see.\n<tool_call>\n{"name": "look", "arguments": {"at": "Rome"}}\n</tool_call><|im_end|>]]\n',
+    (
+        "llama31 calls",
+        "",
+    ): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nRain?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    '[[{"name": "look", "parameters": {"at": "Rome"}}<|eot_id|>]]',
+}
+CALLS["llama31 calls", "Let me see."] = CALLS["llama31 calls", ""]
+AFTER = {
+    "qwen2.5 calls": "<|im_start|>tool\nno<|im_end|>\n<|im_start|>assistant\n[[No.<|im_end|>]]\n",
+    "llama31 calls": "<|start_header_id|>tool<|end_header_id|>\n\nno<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[No.<|eot_id|>]]",
+}
+
+
+@pytest.mark.parametrize(("name", "content"), CALLS)
+def test_tool_calls_are_supervised(name: str, content: str) -> None:
+    encoder = encoder_like(name)
+    turns = asking(content, call("look", at="Rome"))
+    assert marked(encoder, Chat(turns)) == CALLS[name, content]
+    assert marked(encoder, Chat([*turns, *ANSWERED])) == CALLS[name, content] + AFTER[name]
+
+
+def test_several_calls_in_one_turn_are_supervised() -> None:
+    chat = Chat(asking("", call("look"), {"name": "listen", "arguments": {}}))
+    assert marked(encoder_like("qwen2.5 calls"), chat).endswith(
+        '[[<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "listen", "arguments": {}}\n</tool_call><|im_end|>]]\n'
+    )
+    with pytest.raises(BadRow, match="one call"):
+        encoder_like("llama31 calls").render(chat)
+
+
+def test_calls_in_turns_that_are_laid_out_anew() -> None:
+    turns = [*asking("", {"name": "look", "arguments": {}}), *ANSWERED, *CHAT[:2]]
+    assert marked(encoder_like("qwen3 calls"), Chat(turns)) == (
+        "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n[[<tool_call>look</tool_call><|im_end|>]]\n"
+        "<|im_start|>tool\nno<|im_end|>\n<|im_start|>assistant\n[[No.<|im_end|>]]\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nYes?<|im_end|>]]\n"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "Let me see."])
+@pytest.mark.parametrize("name", ["llama31", "qwen"])
+def test_a_template_that_drops_a_call_is_a_bad_row(name: str, content: str) -> None:
+    with pytest.raises(BadRow, match=r"drops tool call 1 of message 2.*data\.template"):
+        encoder_like(name).render(Chat([*asking(content, call("look")), *ANSWERED]))
+
+
+def test_a_template_that_knows_one_call_drops_the_others_aloud() -> None:
+    tokenizer = tokenizer_like("qwen2.5 calls")
+    tokenizer.chat_template = QWEN25.replace("in m.tool_calls %}", "in m.tool_calls[:1] %}")
+    encoder = Encoder(tokenizer, template="tokenizer", supervise="completion")
+    encoder.render(Chat(asking("", call("look"))))
+    with pytest.raises(BadRow, match="drops tool call 2 of message 2"):
+        encoder.render(Chat(asking("", call("look"), call("listen"))))
+
+
+@pytest.mark.parametrize("name", WORKED)
+def test_given_turns_are_not_supervised(name: str) -> None:
+    first, _, rest = WORKED[name].partition("]]")
+    worked = first.replace("[[", "") + rest
+    assert marked(encoder_like(name), Chat(CHAT, given=frozenset({1}))) == worked
+    last_given = marked(encoder_like(name), Chat(CHAT, given=frozenset({3})))
+    assert last_given.count("[[") == 1
+    assert last_given.startswith(first)
+
+
+def test_white_space_that_ends_an_answer_which_nothing_closes() -> None:
+    chat = Chat([CHAT[0], {"role": "assistant", "content": "Yes? \n"}])
+    assert marked(encoder_like("plain text"), chat).endswith("[[Yes? \n</s>]]")
+
+
+def byte_level(*, trim_offsets: bool) -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: place for place, token in enumerate(["<s>", "</s>", *letters, "ĠĠ", "Ġb"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "Ġ"), ("Ġ", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=trim_offsets),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_tokens_of_spaces_alone_are_supervised(trim_offsets: bool) -> None:
+    encoder = Encoder(
+        byte_level(trim_offsets=trim_offsets), template="none", supervise="completion"
+    )
+    assert marked(encoder, Plain("a    b\n  c  ")) == "<s>[[aĠĠĠĠbĊĠĠcĠĠ</s>]]"
+    assert marked(encoder, Plain("   x", "Q:  ")) == "<s>Q:ĠĠ[[ĠĠĠx</s>]]"
+    assert marked(encoder, Plain("x")) == "<s>[[x</s>]]"
+
+
+def test_half_a_surrogate_pair_is_a_bad_row() -> None:
+    chat = Chat([CHAT[0], {"role": "assistant", "content": "x \ud83d y"}])
+    for example in (Plain("x \ud83d y"), chat):
+        with pytest.raises(BadRow, match=r"'\\ud83d', half of a surrogate pair"):
+            encoder_like("qwen").render(example)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (b"{{ m", "chat.jinja: line 1: unexpected end of template"),
+        (b"{{ 1 // 0 }}", "fails on one plain question.*modulo by zero"),
+        (b"{{ messages[0].content }}", "drops what the assistant says"),
+        (b"\xff\xfe{", "not UTF-8 at byte 0"),
+    ],
+)
+def test_a_broken_template_is_one_error(template: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_bytes(template)
+    with pytest.raises(DataError, match=rf"data\.template: .*{message}"):
+        encoder_like("llama31", template=str(path)).require_template()
+
+
+def test_a_template_may_fail_in_any_way_on_one_row() -> None:
+    tokenizer = tokenizer_like("qwen")
+    tokenizer.chat_template = "{{ 4 // (messages[0]['content'] | length - 3) }}" + QWEN
+    encoder = Encoder(tokenizer, template="tokenizer", supervise="completion")
+    with pytest.raises(BadRow, match="modulo by zero"):
+        encoder.render(Chat([{"role": "user", "content": "abc"}, CHAT[1]]))
+
+
+def test_a_template_that_wants_a_system_prompt() -> None:
+    tokenizer = tokenizer_like("qwen")
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('needs system') }}{% endif %}"
+        + QWEN
+    )
+    encoder = Encoder(tokenizer, template="tokenizer", supervise="completion")
+    encoder.require_template()
+    chat = Chat([{"role": "system", "content": "x"}, *CHAT])
+    assert marked(encoder, chat) == "<|im_start|>system\nx<|im_end|>\n" + WORKED["qwen"]

@@ -140,6 +140,55 @@ def test_unknown_columns_name_what_is_known_and_can_be_renamed(
     assert run(renamed, tokenizer)[0].stats.sources[0]["format"] == "alpaca"
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"mesages": "x"}, "no field is named mesages; did you mean messages"),
+        ({"messages": "turns"}, "messages is to come from 'turns', which no row has"),
+    ],
+)
+def test_columns_that_rename_nothing_are_refused(
+    columns: dict[str, str], message: str, rows_file: Path, tokenizer: Any
+) -> None:
+    wanted = recipe(rows_file).model_dump()
+    wanted["data"]["sources"][0]["columns"] = columns
+    with pytest.raises(DataError, match=message):
+        run(Recipe.model_validate(wanted), tokenizer)
+
+
+def test_the_preview_is_the_first_row_trained_on_as_cut(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path, [row("a" * 40, "dropped"), row("a", "b" * 40)])
+    data, _ = run(recipe(path, seq_len_tokens=20), tokenizer)
+    assert data.stats.preview == [("<|bos|><|user|>a<|end|><|assistant|>", False), ("b" * 15, True)]
+
+
+def test_text_never_meets_the_template(tmp_path: Path) -> None:
+    own = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "tiny" / "model")
+    own.chat_template = "{{ raise_exception('no chats') }}"
+    text = write(tmp_path, [{"text": "abc"}], "text.jsonl")
+    data, said = run(recipe(text), own)
+    assert data.stats.stop_token == "<|end|>"
+    assert not any("stops at both" in line for line in said)
+    with pytest.raises(DataError) as caught:
+        run(recipe(write(tmp_path, [row("a", "b")] * 40)), own)
+    assert str(caught.value).count("no chats") == 1
+
+
+def test_what_no_tokenizer_takes_is_refused_with_its_line(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path, [row("a", "b"), row("a", "x \ud83d y")])
+    with pytest.raises(DataError, match=r"line 2: holds '\\ud83d', half of a surrogate pair"):
+        run(recipe(path), tokenizer)
+
+
+def test_a_problem_is_told_once(tmp_path: Path, tokenizer: Any) -> None:
+    path = str(write(tmp_path, ["{"]))
+    wanted = recipe(path).model_dump()
+    wanted["data"]["sources"] = [{"path": path, "format": "text"}] * 2
+    with pytest.raises(DataError) as caught:
+        run(Recipe.model_validate(wanted), tokenizer)
+    assert str(caught.value).count("line 1") == 1
+
+
 def test_a_tokenizer_without_template_refuses(tmp_path: Path, rows_file: Path) -> None:
     bare = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "tiny" / "model")
     bare.chat_template = None
