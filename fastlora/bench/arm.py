@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PARITY_TOKENS = 512
 """Of each row: enough to tell a wrong gradient, little enough to be compared in float32 on a small card."""
 PARITY_B_DEVIATION = 0.02
-_ADAPTER_SEED = 3407
+ADAPTER_SEED = 3407
 
 
 class ArmTask(BaseModel):
@@ -86,10 +86,10 @@ class Loaded:
             if parameter.requires_grad:
                 yield name.replace(".default", ""), parameter
 
-    def set_adapter(self, b_deviation: float) -> None:
+    def set_adapter(self, b_deviation: float, seed: int = ADAPTER_SEED) -> None:
         """The same adapter in every arm: A uniform as PEFT draws it, B normal (0: as PEFT starts)."""
         for name, parameter in self.adapter():
-            initial = initial_value(name, tuple(parameter.shape), b_deviation)
+            initial = initial_value(name, tuple(parameter.shape), b_deviation, seed)
             if initial is not None:
                 parameter.data.copy_(initial)
 
@@ -109,11 +109,13 @@ class Loaded:
         return {name: value.to(self.device) for name, value in inputs.items()}
 
 
-def initial_value(name: str, shape: tuple[int, ...], b_deviation: float) -> torch.Tensor | None:
+def initial_value(
+    name: str, shape: tuple[int, ...], b_deviation: float, seed: int = ADAPTER_SEED
+) -> torch.Tensor | None:
     """float32 on the CPU; None for what is neither A nor B (DoRA's magnitudes start from the base)."""
     import torch
 
-    draw = torch.Generator().manual_seed(zlib.crc32(f"{_ADAPTER_SEED}:{name}".encode()))
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     value: torch.Tensor | None = None
     if ".lora_A." in name:
         value = (torch.rand(shape, generator=draw) * 2 - 1) / shape[-1] ** 0.5

@@ -125,21 +125,18 @@ class Bench:
     def _measure(self, scratch: Path) -> None:
         plan = self.plan
         if plan.shape is not None:
-            dtype = plan.recipe.model.dtype
-            if dtype == "auto":
-                gpu = "gpu" in self.machine["machine"]
-                dtype = "bfloat16" if self.machine["bfloat16"] else "float16" if gpu else "float32"
             made = self._worker(
                 "weights",
                 _json(
                     shape=plan.shape,
-                    quantization=plan.recipe.model.quantization,
-                    dtype=dtype,
+                    model=plan.recipe.model.model_dump(mode="json"),
                     cache=str(cache_folder() / "checkpoints"),
                 ),
             )
             self.console.print(
-                f"bench: random weights in {made['folder']} ({made['seconds']:.0f} s)", markup=False
+                f"bench: random weights in {made['folder']} ({made['seconds']:.0f} s)",
+                markup=False,
+                soft_wrap=True,
             )
             recipe = renamed(plan.recipe, made["folder"])
             self.plan = plan = Plan(

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastlora.engines.base import resolve_dtype
 from fastlora.errors import EngineError
+from fastlora.recipe.schema import ModelSection
 from fastlora.rundir.store import whole_folder
 
 if TYPE_CHECKING:
@@ -26,44 +28,42 @@ VERSION = 1  # part of the cache's key: raise it when the same shape would give 
 _INDEX = "model.safetensors.index.json"
 
 
-def random_checkpoint(shape: dict[str, Any], quantization: str, dtype: str, cache: Path) -> Path:
+def random_checkpoint(shape: dict[str, Any], model: ModelSection, cache: Path) -> Path:
     """The folder of a checkpoint with `shape` (a config.json's content), made if the cache lacks it.
 
-    quantization: nf4 (double-quantized, blocks of 64, as bitsandbytes writes it) or none; int8 is
-    quantized when loaded, so its checkpoint is that of none. dtype: of what is not quantized, as torch
-    names it. The same arguments give the same bytes on the same kind of device.
+    Of `model`, quantization and dtype count: nf4 is double-quantized in blocks of 64, as bitsandbytes
+    writes it; int8 is quantized when loaded, so its checkpoint is that of none. The same arguments give
+    the same bytes on the same kind of device.
     Raises EngineError: the shape is not a model's, or the disk is too small.
     """
-    import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    nf4 = quantization == "nf4"
-    key = hashlib.sha256(json.dumps([VERSION, shape, nf4, dtype], sort_keys=True).encode())
+    nf4, dtype = model.quantization == "nf4", resolve_dtype(model)
+    key = hashlib.sha256(json.dumps([VERSION, shape, nf4, str(dtype)], sort_keys=True).encode())
     folder = cache / key.hexdigest()[:16]
     if (folder / _INDEX).exists():
         return folder
     try:
         config = AutoConfig.for_model(**shape)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
+            empty = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a wrong value does in the model's own code
         raise EngineError(f"shape: not a model's ({type(error).__name__}: {error})") from error
-    torch_dtype = getattr(torch, dtype)
-    quantized = _quantized_names(model) if nf4 else set()
-    _check_disk(cache, model, quantized, torch_dtype)
-    config.dtype = torch_dtype
+    quantized = _quantized_names(empty) if nf4 else set()
+    _check_disk(cache, empty, quantized, dtype)
+    config.dtype = dtype
     if nf4:
         config.quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch_dtype,
+            bnb_4bit_compute_dtype=dtype,
         ).to_dict()
     with whole_folder(folder) as scratch:
         config.save_pretrained(str(scratch))
         save_byte_tokenizer(scratch)
-        _write_shards(scratch, model, quantized, torch_dtype)
+        _write_shards(scratch, empty, quantized, dtype)
     return folder
 
 

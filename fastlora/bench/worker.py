@@ -13,46 +13,46 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from fastlora.errors import FastloraError
+from fastlora.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    import torch
 
 
 class WeightsTask(BaseModel):
     shape: dict[str, Any]
-    quantization: str
-    dtype: str
+    model: ModelSection
     cache: str
 
 
 def probe(_: str) -> dict[str, Any]:
-    """The machine, and what it can do at best: the bf16 matrix product and the copy that ceilings are
-    taken from."""
+    """The machine, and what it can do at best: the 16-bit matrix product and the copy that ceilings
+    are taken from."""
     import torch
 
+    from fastlora.engines.base import resolve_dtype
     from fastlora.rundir import provenance
 
     found: dict[str, Any] = {
         "machine": provenance.machine(),
         "driver": provenance.driver(),
-        "bfloat16": torch.cuda.is_available()
-        and torch.cuda.is_bf16_supported(including_emulation=False),
         "ceilings": {},
     }
     if torch.cuda.is_available():
-        found["ceilings"] = _ceilings("bfloat16" if found["bfloat16"] else "float16")
+        found["ceilings"] = _ceilings(resolve_dtype(ModelSection(name="any")))
     return found
 
 
-def _ceilings(dtype: str) -> dict[str, float]:
+def _ceilings(dtype: torch.dtype) -> dict[str, float]:
     import torch
 
     size = 8192
-    left, right = (
-        torch.randn(size, size, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2)
-    )
+    left, right = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return {
@@ -81,7 +81,7 @@ def weights(task: str) -> dict[str, Any]:
 
     asked = WeightsTask.model_validate_json(task)
     started = time.perf_counter()
-    folder = random_checkpoint(asked.shape, asked.quantization, asked.dtype, Path(asked.cache))
+    folder = random_checkpoint(asked.shape, asked.model, Path(asked.cache))
     return {"folder": str(folder), "seconds": round(time.perf_counter() - started, 1)}
 
 

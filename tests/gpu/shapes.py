@@ -27,11 +27,14 @@ SMALL = {
 def make(folder: Path, size: str) -> Path:
     from fastlora.bench.suites import bundled, load_suite
     from fastlora.bench.weights import random_checkpoint
+    from fastlora.recipe.schema import ModelSection
 
     suites = {"1b": "llama32-1b", "8b-nf4": "llama31-8b"}
     shape = SMALL if size == "small" else load_suite(bundled()[suites[size]]).shape
-    quantization = "nf4" if size.endswith("-nf4") else "none"
-    return random_checkpoint(shape, quantization, "bfloat16", folder)
+    model = ModelSection(
+        name=size, quantization="nf4" if size.endswith("-nf4") else "none", dtype="bfloat16"
+    )
+    return random_checkpoint(shape, model, folder)
 
 
 def data(target: Path, rows: int, characters: int) -> None:

@@ -1,0 +1,143 @@
+"""Random checkpoints: what transformers loads from them, in which format, cut down and whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastlora.bench.suites import bundled, fitting, load_suite, plan_for
+from fastlora.bench.weights import cut_down, random_checkpoint
+from fastlora.errors import EngineError, RecipeError, UsageError
+from fastlora.recipe.schema import ModelSection
+
+SHAPE = load_suite(bundled()["tiny"]).shape
+QWEN = {
+    "model_type": "qwen2", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def make(folder: Path, shape: dict[str, object] = SHAPE, quantization: str = "none") -> Path:
+    model = ModelSection(name="any", quantization=quantization, dtype="float32")  # type: ignore[arg-type]
+    return random_checkpoint(shape, model, folder)
+
+
+def load(folder: Path) -> torch.nn.Module:
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert not told["mismatched_keys"]
+    return model
+
+
+@pytest.mark.parametrize("shape", [SHAPE, QWEN], ids=["llama", "qwen2-tied-biased"])
+def test_every_weight_is_there_and_plausible(tmp_path: Path, shape: dict[str, object]) -> None:
+    folder = make(tmp_path, shape)
+    model = load(folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert (parameter == 1).all()
+        else:
+            assert 0.01 < float(parameter.detach().std()) < 0.03, name
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_the_same_shape_is_made_once_and_with_the_same_bytes(tmp_path: Path) -> None:
+    first = make(tmp_path / "a")
+    stamp = (first / "config.json").stat().st_mtime_ns
+    assert make(tmp_path / "a") == first
+    assert (first / "config.json").stat().st_mtime_ns == stamp
+    second = make(tmp_path / "b")
+    for path in first.glob("*.safetensors"):
+        assert path.read_bytes() == (second / path.name).read_bytes()
+    assert make(tmp_path / "a", {**SHAPE, "hidden_size": 128}) != first
+
+
+def test_nf4_is_what_bitsandbytes_would_have_made_of_the_same_weights(tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
+    model = load(make(tmp_path, quantization="nf4"))
+    plain = load(make(tmp_path))
+    layer = model.model.layers[1].mlp.down_proj
+    assert isinstance(layer, bnb.nn.Linear4bit)
+    assert layer.weight.quant_state.nested
+    assert not isinstance(model.lm_head, bnb.nn.Linear4bit)
+    got = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    codes, state = bnb.functional.quantize_4bit(
+        plain.model.layers[1].mlp.down_proj.weight.data, compress_statistics=True, quant_type="nf4"
+    )
+    assert torch.equal(got, bnb.functional.dequantize_4bit(codes, state).to(got.dtype))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_cut_down_keeps_the_first_layers(tmp_path: Path, quantization: str) -> None:
+    whole = make(tmp_path, quantization=quantization)
+    small = load(cut_down(str(whole), None, 1, tmp_path / "cut"))
+    assert len(small.model.layers) == 1
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, load(whole).state_dict()[name]), name
+    assert json.loads((whole / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_cut_down_of_one_file_and_of_more_layers_than_there_are(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    before = (tiny_model / "config.json").read_text()
+    small, _ = AutoModelForCausalLM.from_pretrained(
+        cut_down(str(tiny_model), None, 1, tmp_path / "cut"), output_loading_info=True
+    )
+    assert len(small.model.layers) == 1
+    whole = load(cut_down(str(tiny_model), None, 99, tmp_path / "whole"))
+    assert len(whole.model.layers) == json.loads(before)["num_hidden_layers"]
+    assert (tiny_model / "config.json").read_text() == before
+
+
+def test_what_cannot_be_made_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="shape: not a model's"):
+        make(tmp_path, {"model_type": "no such"})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Disk", (), {"free": 1000})())
+    with pytest.raises(EngineError, match="free some space, or set FASTLORA_CACHE"):
+        make(tmp_path / "full")
+    assert not list((tmp_path / "full").iterdir())
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
+    with pytest.raises(EngineError, match="holds no safetensors"):
+        cut_down(str(tmp_path), None, 1, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_every_suite_is_whole(name: str) -> None:
+    from transformers import AutoConfig
+
+    plan = plan_for(name, 0.0)
+    assert plan.shape is not None
+    assert AutoConfig.for_model(**plan.shape).num_hidden_layers >= plan.parity_layers
+    assert [arm.name for arm in plan.arms]
+    head = bundled()[name].read_text().splitlines()
+    assert head[0].startswith("# ")
+    assert head[1] == f"# fastlora bench {name}"
+
+
+@pytest.mark.parametrize(
+    ("gib", "suite"),
+    [(0, "tiny"), (8, "tiny"), (12, "llama32-1b"), (19, "llama31-8b"), (140, "qwen25-7b")],
+)
+def test_the_suite_that_fits(gib: float, suite: str) -> None:
+    needs = {name: load_suite(path).vram_gib for name, path in bundled().items()}
+    assert fitting(needs, gib) == suite
+
+
+def test_a_suite_with_mistakes_tells_all_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    text = bundled()["tiny"].read_text()
+    path.write_text(text.replace("vram_gib = 0", "vram_gib = -1").replace("rank = 8", 'rank = "8"'))
+    with pytest.raises(RecipeError) as caught:
+        plan_for(str(path), 0.0)
+    assert any("vram_gib" in problem for problem in caught.value.problems)
+    assert any("lora.rank" in problem for problem in caught.value.problems)
+    with pytest.raises(UsageError, match="did you mean tiny"):
+        plan_for("tinny", 0.0)
