@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 class LoraLinear(torch.autograd.Function):
@@ -31,7 +32,9 @@ class LoraLinear(torch.autograd.Function):
         y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
         return y_TN + scaling * (down_TR @ b_NR.to(x_TK.dtype).T)
 
+    # x A^T is saved as a number, not as a function of x and A: a second derivative through it would be wrong.
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g_TN,) = gradients
         x_TK, weight_NK, a_RK, b_NR, down_TR = ctx.saved_tensors
