@@ -56,6 +56,7 @@ def run_worker(
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     lines = out.strip().splitlines()
     try:
         answer: dict[str, Any] = json.loads(lines[-1])

@@ -153,7 +153,7 @@ class Bench:
         model = plan.recipe.model
         small = cut_down(model.name, model.revision, plan.parity_layers, scratch / "cut-down")
         rows = scratch / "rows.json"
-        self.worker_rows(rows)
+        self._save_rows(rows)
         common = {
             "recipe": plan.recipe.model_dump(mode="json"),
             "parity_checkpoint": str(small),
@@ -183,7 +183,7 @@ class Bench:
                 for axis in ("seq_len_tokens", "micro_batch"):
                     self._frontier(arm, axis, {**common, "gradients": ""})
 
-    def worker_rows(self, path: Path) -> None:
+    def _save_rows(self, path: Path) -> None:
         """The rows that every arm is fed, drawn or from the recipe's data."""
         plan = self.plan
         per_step = plan.recipe.train.micro_batch * plan.recipe.train.accumulation_steps
@@ -209,7 +209,13 @@ class Bench:
             update={"data": recipe.data.model_copy(update={"packing": False})}
         )
         data = prepare_data(unpacked, load_tokenizer(recipe.model), self.console.print)
-        return work.dataset_rows(data.train, self.plan.work, per_step)
+        packing = any(arm.packed for arm in self.plan.arms)
+        return work.dataset_rows(
+            data.train,
+            self.plan.work,
+            rows_per_step=per_step,
+            pack_tokens=recipe.model.seq_len_tokens if packing else None,
+        )
 
     def _arm(self, arm: Arm, task: dict[str, Any]) -> None:
         self.console.print(f"bench: {arm.name} ...", markup=False)

@@ -68,15 +68,24 @@ def _zipf(draw: np.random.Generator, vocabulary: int, count: int) -> np.ndarray:
     )
 
 
-def dataset_rows(dataset: Dataset, work: Work, rows_per_step: int) -> list[Row]:
-    """The first rows of a user's data in an order drawn with work.seed; again from the start if they
-    are too few."""
+def dataset_rows(
+    dataset: Dataset, work: Work, *, rows_per_step: int, pack_tokens: int | None
+) -> list[Row]:
+    """Rows of a user's data in an order drawn with work.seed; again from the start if they are too few.
+
+    For work.steps optimizer steps of `rows_per_step` rows; if arms pack, of so many packs of
+    `pack_tokens`, so that they have enough steps too.
+    """
     import numpy as np
 
     order = np.random.default_rng(work.seed).permutation(len(dataset)).tolist()
-    count = work.steps * rows_per_step
-    places = [order[place % len(order)] for place in range(count)]
-    return [{name: dataset[place][name] for name in ("input_ids", "labels")} for place in places]
+    count, tokens = work.steps * rows_per_step, 0
+    rows: list[Row] = []
+    while len(rows) < count or tokens < count * (pack_tokens or 0):
+        row = dataset[order[len(rows) % len(order)]]
+        rows.append({name: row[name] for name in ("input_ids", "labels")})
+        tokens += len(row["input_ids"])
+    return rows
 
 
 def pack(rows: Sequence[Row], seq_len_tokens: int) -> list[Row]:
