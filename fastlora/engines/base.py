@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fastlora.errors import EngineError
@@ -115,11 +116,11 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def target_problems(
-    targets: Sequence[str], config: PretrainedConfig, announce: Announce
+    targets: Sequence[str], config: PretrainedConfig, engine: Engine | None, announce: Announce
 ) -> list[str]:
     """One line for each of lora.target_modules that names no layer of the model, with the nearest that
-    do. Layers are known by the ends of their names, as in PEFT. No weight is read: the model is built
-    from its configuration on the meta device."""
+    do, or one whose adapter could not be trained or merged. Layers are known by the ends of their names,
+    as in PEFT. No weight is read: the model is built from its configuration on the meta device."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -129,25 +130,52 @@ def target_problems(
     except Exception as error:  # code of the model's own, or too new an architecture
         announce(f"lora.target_modules: not checked before loading ({type(error).__name__})")
         return []
-    layers = [
-        name
+    layers = {
+        name: module
         for name, module in model.named_modules()
         if getattr(module, "weight", None) is not None and module.weight.dim() >= 2
-    ]
+    }
     ends = sorted({name.rpartition(".")[2] for name in layers})
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     problems = []
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
+        named = [
+            module
+            for name, module in layers.items()
+            if name == target or name.endswith(f".{target}")
+        ]
+        if not named:
             near = difflib.get_close_matches(target, ends, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            problems.append(
-                f"lora.target_modules: the model has no {target}; {hint}It has {', '.join(ends)}"
+            reason = f"the model has no {target}; {hint}It has {', '.join(ends)}"
+        elif any(module is head for module in named):
+            # TRL raises for an adapter there, tied or not; unsloth trains the layer whole instead.
+            reason = f"{target} cannot have an adapter: the loss is taken from its weight itself; leave it out"
+        elif any(module is embedding for module in named) and model.config.tie_word_embeddings:
+            # PEFT puts an adapter on one of the two, which merging then gives to both.
+            reason = (
+                f"an adapter on {target} could not be merged: this model's output layer shares its weight "
+                "(tie_word_embeddings); leave it out"
             )
+        elif any(module is embedding for module in named) and engine and engine.name == "unsloth":
+            reason = f'unsloth trains {target} whole, not with LoRA; leave it out, or set engine = "peft"'
+        else:
+            continue
+        problems.append(f"lora.target_modules: {reason}")
     return problems
 
 
 def not_loadable(name: str, error: Exception) -> str:
+    from safetensors import SafetensorError
+
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, SafetensorError):
+        again = (
+            "copy the folder"
+            if Path(name).is_dir()
+            else f"download it (hf download {name} --force-download)"
+        )
+        return f"model.name: a weight file of {name} is damaged or incomplete ({reason}); {again} again"
     return (
         f"model.name: {name} cannot be loaded ({reason}). Check the spelling of the Hub id or the path; a gated "
         "model needs `hf auth login`; without internet, download it first and give the folder's path."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,10 @@ class PeftEngine:
     capabilities = Capabilities(needs_cuda=False, checkpointing=("full", "none"))
 
     def prepare(self) -> None:
+        # Imported on a CPU with AVX512, bitsandbytes warns of an optional kernel that nobody has installed.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+            lambda record: "gemm_4bit_forward" not in str(record.msg)
+        )
         import peft  # noqa: F401  (nothing is patched: this only moves the cost of the import here)
 
     def auto_model(self) -> Any:
@@ -36,6 +41,7 @@ class PeftEngine:
     def load(self, recipe: Recipe, announce: Announce) -> PeftModel:
         import torch
         from peft import LoraConfig, get_peft_model
+        from safetensors import SafetensorError
         from transformers import BitsAndBytesConfig, set_seed
 
         dtype = resolve_dtype(recipe.model)
@@ -59,7 +65,7 @@ class PeftEngine:
                 device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
                 attn_implementation="sdpa",
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise EngineError(not_loadable(recipe.model.name, error)) from error
         base.config.use_cache = False  # with one, transformers does not keep packed rows apart
         set_seed(recipe.train.seed)

@@ -54,6 +54,7 @@ class UnslothEngine:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor
 
     def load(self, recipe: Recipe, announce: Announce) -> PeftModel:
+        from safetensors import SafetensorError
         from unsloth import FastLanguageModel
 
         model, lora = recipe.model, recipe.lora
@@ -75,7 +76,7 @@ class UnslothEngine:
                 use_gradient_checkpointing=checkpointing,
                 random_state=recipe.train.seed,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise EngineError(not_loadable(model.name, error)) from error
         for reason in slow_path_reasons(recipe, base.config.model_type):
             announce(f"engine: not on unsloth's fused path: {reason}")

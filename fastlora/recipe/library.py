@@ -27,11 +27,24 @@ def bundled() -> dict[str, Path]:
 def describe(path: Path) -> list[str]:
     """The header comment of a recipe file: title, launch command, memory."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read(path).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# ").rstrip())
     return lines
+
+
+def read(path: Path) -> str:
+    """The text of a recipe file, without the byte order mark that Windows editors put before it.
+
+    Raises UsageError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def find(name: str) -> Path:

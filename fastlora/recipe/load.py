@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fastlora.errors import RecipeError
+from fastlora.recipe import library
 from fastlora.recipe.schema import Recipe, SourceSection
 
 TomlTable = dict[str, Any]
@@ -23,18 +26,19 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     File paths inside the file are taken from the file's own folder, those given in `settings` from
     the working directory.
 
-    Raises RecipeError: the file cannot be read or is not TOML, or any key, type or value is wrong
-    (all of them in one error).
+    Raises UsageError: the file cannot be read. RecipeError: it is not TOML, or any key, type or value
+    is wrong (all of them in one error).
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(str(path), ["no such file"]) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(library.read(path))
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(str(path), [f"not readable as TOML: {error}"]) from None
-    _anchor_paths(table, path.parent)
+    _anchor_paths(table, path.parent, _PATHS)
     problems = list(_apply_settings(table, settings))
+    given = {setting.partition("=")[0].strip() for setting in settings}
+    _anchor_paths(table, Path.cwd(), [key for key in _PATHS if key in given])
     problems += _remove_unknown_keys(table, Recipe, "")
+    problems += _missing_sources(table)
     recipe = None
     try:
         recipe = Recipe.model_validate(table)
@@ -82,40 +86,77 @@ def _apply_settings(table: TomlTable, settings: Sequence[str]) -> Iterator[str]:
                 break
         else:
             value = parse_value(text.strip())
+            if _is_text(parts) and not isinstance(value, str | list | dict):
+                value = text.strip()  # output.dir=2024-11-24 is a folder, not a date
             if key.strip() in ("data.sources", "data.eval_sources") and isinstance(value, str):
                 value = [value]
             target[parts[-1]] = value
 
 
-def _anchor_paths(table: TomlTable, folder: Path) -> None:
-    """Make paths that exist beside the recipe absolute; the rest are Hub ids or are reported later."""
+def _is_text(parts: Sequence[str]) -> bool:
+    """Whether the key of a recipe takes a string, whatever it may hold."""
+    schema: type[BaseModel] | None = Recipe
+    annotation: Any = None
+    for part in parts:
+        field = schema.model_fields.get(part) if schema else None
+        annotation = field.annotation if field else None
+        schema = _section_of(annotation)
+    return annotation in (str, str | None)
 
-    def anchored(name: Any) -> Any:
-        if isinstance(name, str) and name and not Path(name).is_absolute():
-            beside = folder / name
-            if beside.exists() or _is_file_name(name):
-                return str(beside.absolute())
-        return name
 
-    model, data = table.get("model"), table.get("data")
-    if isinstance(model, dict) and "name" in model:
-        model["name"] = anchored(model["name"])
-    if not isinstance(data, dict):
-        return
-    if str(data.get("template", "")).endswith((".jinja", ".j2")):
-        data["template"] = anchored(data["template"])
-    for key in ("sources", "eval_sources"):
-        if not isinstance(data.get(key), list):
+_PATHS = ("model.name", "data.template", "data.sources", "data.eval_sources")
+_FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+_TEMPLATE_TYPES = (".jinja", ".j2")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def _anchor_paths(table: TomlTable, folder: Path, keys: Sequence[str]) -> None:
+    """Make paths that exist in `folder`, or that can only be paths, absolute; the rest are Hub ids or are
+    reported later."""
+
+    def anchored(value: Any) -> Any:
+        if isinstance(value, list):
+            return [anchored(item) for item in value]
+        if isinstance(value, dict) and "path" in value:
+            return value | {"path": anchored(value["path"])}
+        # Not Path.exists(), which raises for names that are too long.
+        if isinstance(value, str) and (os.path.exists(folder / value) or _is_path(value)):
+            return os.path.abspath(folder / value)
+        return value
+
+    for key in keys:
+        section, _, name = key.partition(".")
+        holder = table.get(section)
+        if not isinstance(holder, dict) or not holder.get(name):
             continue
-        for index, source in enumerate(data[key]):
-            if isinstance(source, str):
-                data[key][index] = anchored(source)
-            elif isinstance(source, dict) and "path" in source:
-                source["path"] = anchored(source["path"])
+        if name != "template" or str(holder[name]).endswith(_TEMPLATE_TYPES):
+            holder[name] = anchored(holder[name])
 
 
-def _is_file_name(name: str) -> bool:
-    return Path(name).suffix.lower() in {".jsonl", ".json", ".csv", ".parquet"}
+def _is_path(name: str) -> bool:
+    """Whether it can only be a path: it ends as data files do, or nearly, or no Hub id looks like it."""
+    suffix = Path(name).suffix.lower()
+    # Nearly, but not the two letters of a language, which end Hub ids.
+    mistyped = len(suffix) > 3 and difflib.get_close_matches(suffix, _FILE_TYPES, cutoff=0.75)
+    return suffix in _FILE_TYPES or bool(mistyped) or not _HUB_ID.fullmatch(name)
+
+
+def _missing_sources(table: TomlTable) -> Iterator[str]:
+    """Paths that neither exist nor end as data files do: to look them up on the Hub takes half a minute."""
+    data = table.get("data")
+    for key in ("sources", "eval_sources"):
+        sources = data.get(key) if isinstance(data, dict) else None
+        for index, source in enumerate(sources if isinstance(sources, list) else []):
+            path = source.get("path") if isinstance(source, dict) else source
+            if not isinstance(path, str) or not os.path.isabs(path) or os.path.exists(path):
+                continue
+            folder, name = os.path.split(path)
+            if name.lower().endswith(_FILE_TYPES):
+                continue  # reading it says what is wrong
+            beside = [file.name for file in Path(folder).glob("*") if file.suffix in _FILE_TYPES]
+            near = difflib.get_close_matches(name, beside, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"data files: {', '.join(_FILE_TYPES)}"
+            yield f"data.{key}[{index}]: {path}: no such file; {hint}"
 
 
 def _remove_unknown_keys(table: TomlTable, schema: type[BaseModel], prefix: str) -> list[str]:
@@ -201,7 +242,8 @@ def _did_you_mean(prefix: str, key: str, schema: type[BaseModel]) -> str:
 
 def explain(error: ValidationError) -> Iterator[str]:
     """A line for each thing that is wrong, with its key."""
-    seen: set[str] = set()
+    lines: dict[str, str] = {}  # by key, since a union reports each of its branches
+    given: dict[str, str] = {}
     for item in error.errors():
         # Union branches (str, list[...], ...) add their own path elements: keep those that are keys.
         parts = [p for p in item["loc"] if not (isinstance(p, str) and re.search(r"[\[(-]", p))]
@@ -211,13 +253,37 @@ def explain(error: ValidationError) -> Iterator[str]:
         key = re.sub(r"\.(literal|str|int|float|list)$", "", key)
         if item["type"] == "value_error":
             prefix = f"{key}." if key else ""
-            lines = [prefix + line for line in str(item["ctx"]["error"]).splitlines()]
-        elif item["type"] == "missing":
-            lines = [f"{key}: missing; this key must be given"]
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines = [f"{key}: {message}, got {item['input']!r}"]
-        for line in lines:
-            if line not in seen:
-                seen.add(line)
-                yield line
+            lines |= {prefix + line: "" for line in str(item["ctx"]["error"]).splitlines()}
+            continue
+        message = _in_users_words(key, item)
+        if key not in lines:
+            lines[key] = message
+        elif message not in lines[key]:
+            lines[key] += " or " + message.removeprefix("input should be ")
+        if item["type"] != "missing":
+            given[key] = f", got {_as_typed(item['input'])}"
+    for key, line in lines.items():
+        # A list with a wrong item is also no string, where both are allowed.
+        if not any(other.startswith(f"{key}[") for other in lines):
+            yield f"{key}: {line}{given.get(key, '')}" if line else key
+
+
+def _in_users_words(key: str, item: ErrorDetails) -> str:
+    match item["type"]:
+        case "missing":
+            return "missing; this key must be given"
+        case "model_type" if key.endswith("]"):
+            return 'input should be a string or a table with path = "..."'
+        case "model_type":
+            return f"is a section; write [{key}], and its keys below"
+        case "string_type" if not isinstance(item["input"], list | dict):
+            return "input should be a string, in quotes"
+    message = item["msg"].replace("a valid dictionary", "a table")
+    return message[0].lower() + message[1:]
+
+
+def _as_typed(value: Any) -> str:
+    """As TOML has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str | list | dict) else str(value)

@@ -17,13 +17,14 @@ from rich.text import Text
 
 from fastlora.data.prepare import Prepared, prepare_data
 from fastlora.engines import Engine, choose_engine
-from fastlora.engines.base import load_tokenizer, not_loadable, resolve_dtype, target_problems
+from fastlora.engines.base import load_tokenizer, resolve_dtype
 from fastlora.errors import EngineError, RunDirError
 from fastlora.recipe.advice import default_epochs
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir import provenance
 from fastlora.rundir.report import plot_loss
 from fastlora.rundir.store import RunDir, is_disk_full, whole_folder
+from fastlora.train.checks import check_model
 from fastlora.train.stop import Interrupted, StopSignals
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     """Prepare the data, show the first row with its supervised part coloured, count; train nothing."""
     recipe, notes = request.recipe, _Notes(console)
     tokenizer = load_tokenizer(recipe.model)
-    _check_model(recipe, notes)
+    check_model(recipe, tokenizer, None, notes)
     data = prepare_data(recipe, tokenizer, notes)
     preview = Text()
     for text, supervised in data.stats.preview:
@@ -99,7 +100,7 @@ def train_run(
         engine = choose_engine(recipe.engine, notes)
         engine.prepare()
         tokenizer = load_tokenizer(recipe.model)
-        _check_model(recipe, notes)
+        check_model(recipe, tokenizer, engine, notes)
         data = prepare_data(recipe, tokenizer, notes)
         if run is None:
             run = RunDir.create(_parent(request))
@@ -159,34 +160,6 @@ def _refuse_other_recipe(run: RunDir, request: Request) -> None:
             "\n".join([f"{run.path}: cannot be resumed with another recipe:", *changed, "Resume with the first one, "
                        "or start a new run without --resume."])
         )  # fmt: skip
-
-
-def _check_model(recipe: Recipe, announce: _Notes) -> None:
-    """Before an evening is spent, and before the weights are read: what its configuration rules out.
-
-    Raises EngineError: a base that exists only quantized is to be merged in 16 bits, or
-    lora.target_modules names modules that the model does not have (PEFT ignores those beside good ones).
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            recipe.model.name,
-            revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise EngineError(not_loadable(recipe.model.name, error)) from error
-    problems = []
-    if recipe.output.merge != "none" and getattr(config, "quantization_config", None):
-        problems.append(
-            f"output.merge: {recipe.model.name} is quantized on disk; name its 16-bit original or set "
-            'output.merge = "none"'
-        )
-    if recipe.lora.target_modules != "all-linear":
-        problems += target_problems(recipe.lora.target_modules, config, announce)
-    if problems:
-        raise EngineError("\n".join(problems))
 
 
 def _effective_batch(recipe: Recipe) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_defaults_and_set(tmp_path: Path) -> None:
     )
     assert (recipe.lora.rank, recipe.train.lr, recipe.model.name) == (64, 1e-4, "other/model")
     assert recipe.train.keep_best is False
-    assert recipe.data.sources[0].path == "a.csv"
+    assert recipe.data.sources[0].path == str(Path.cwd() / "a.csv")
     assert recipe.model.quantization == "nf4"
 
 
@@ -112,7 +113,7 @@ def test_typos_name_what_was_meant(tmp_path: Path, section: str, typo: str, mean
     ("key", "value"),
     [
         ("engine", '"axolotl"'),
-        ("model.name", "7"),
+        ("model.name", "[7]"),
         ("model.seq_len_tokens", '"2048"'),
         ("model.quantization", '"nf5"'),
         ("model.trust_remote_code", '"yes"'),
@@ -123,12 +124,19 @@ def test_typos_name_what_was_meant(tmp_path: Path, section: str, typo: str, mean
         ("data.packing", "1"),
         ("data.on_bad_row", '"ignore"'),
         ("data.eval_split", "-1"),
+        ("data.eval_split", "true"),
+        ("data.eval_split", "inf"),
+        ("data.eval_split", "1.0"),
         ("data.sources", "[]"),
+        ("lora.alpha", "inf"),
+        ("train.epochs", "inf"),
+        ("train.lr", "nan"),
         ("train.lr", "0"),
         ("train.lr", '"2e-4"'),
         ("train.steps", "0"),
         ("train.scheduler", '"cosin"'),
         ("train.seed", "-1"),
+        ("train.seed", str(2**32)),
         ("eval.exact_match_rows", '"10"'),
         ("output.merge", "16"),
         ("output.report_to", '["mlflow"]'),
@@ -138,15 +146,52 @@ def test_wrong_types_and_values_are_reported_with_their_key(
     tmp_path: Path, key: str, value: str
 ) -> None:
     found = problems(tmp_path, MINIMAL, f"{key}={value}")
-    assert found, key
-    assert all(problem.startswith(key) for problem in found), found
+    assert [re.split(r"[:\[]", problem)[0] for problem in found] == [key]
+
+
+def test_problems_are_said_in_words_of_toml(tmp_path: Path) -> None:
+    text = (
+        MINIMAL.replace('"runs/x"', "2024-11-24")
+        .replace('"rows.jsonl"', '"rows.jsonl", 3')
+        .replace('"org/model"', "7")
+    )
+    settings = (
+        "lora=7",
+        "data.eval_split=true",
+        'lora.target_modules="all"',
+        "train.seed=x",
+    )
+    assert problems(tmp_path, text, *settings[1:]) == [
+        "model.name: input should be a string, in quotes, got 7",
+        "lora.target_modules: input should be 'all-linear' or a valid list, got 'all'",
+        'data.sources[1]: input should be a string or a table with path = "...", got 3',
+        "data.eval_split: input should be a valid integer or a valid number, got true",
+        "train.seed: input should be a valid integer, got 'x'",
+        "output.dir: input should be a string, in quotes, got 2024-11-24",
+    ]
+    assert problems(tmp_path, MINIMAL, settings[0]) == [
+        "lora: is a section; write [lora], and its keys below, got 7"
+    ]
+    assert problems(tmp_path, MINIMAL, "lora.target_modules=[1]") == [
+        "lora.target_modules[0]: input should be a string, in quotes, got 1"
+    ]
+    assert problems(tmp_path, MINIMAL, "data.eval_split=1.0") == [
+        "data.eval_split: 1.0 may mean one row or all of them; write 1 for one row"
+    ]
+
+
+def test_set_takes_text_as_it_stands_where_a_string_is_wanted(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, MINIMAL), ["output.dir=2024-11-24", "model.revision=12345678"]
+    )
+    assert (recipe.output.dir, recipe.model.revision) == ("2024-11-24", "12345678")
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
     text = MINIMAL + (
         '[lora]\nrank = "16"\n[train]\nlerning_rate = 1\nepochs = 1\nsteps = 2\nmicro_batch = 3\neffective_batch = 16\n'
     )
-    found = problems(tmp_path, text, "oops", "data.template=7")
+    found = problems(tmp_path, text, "oops", "data.template=[7]")
     assert [problem.split(":")[0] for problem in found] == [
         "--set oops", "train.lerning_rate", "lora.rank", "data.template", "train.epochs", "train.effective_batch",
     ] or sorted(problem.split(":")[0] for problem in found) == sorted([
@@ -180,6 +225,82 @@ def test_paths_are_taken_from_the_recipes_folder(tmp_path: Path) -> None:
     assert recipe.model.name == str(tmp_path / "model")
     assert recipe.data.sources[0].path == str(tmp_path / "rows.jsonl")
     assert load_recipe(write(tmp_path, MINIMAL)).model.name == "org/model"
+
+
+def test_paths_of_settings_are_taken_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As absolute paths, so that the run can be merged from any other."""
+    for folder in ("recipes/m", "work/m", "work/org/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "work/chat.jinja").touch()
+    monkeypatch.chdir(tmp_path / "work")
+    recipe = load_recipe(
+        write(tmp_path / "recipes", MINIMAL),
+        [
+            "model.name=./m",
+            "data.template=chat.jinja",
+            'data.sources=["org/data", {path = "rows.csv"}, "org/other"]',
+            "data.eval_sources=../rows.json",
+        ],
+    )
+    work = tmp_path / "work"
+    assert recipe.model.name == str(work / "m")
+    assert recipe.data.template == str(work / "chat.jinja")
+    assert [source.path for source in recipe.data.sources] == [
+        str(work / "org/data"), str(work / "rows.csv"), "org/other",
+    ]  # fmt: skip
+    assert recipe.data.eval_sources[0].path == str(tmp_path / "rows.json")
+    # The file's own are not looked for there.
+    text = MINIMAL.replace("rows.jsonl", "org/data")
+    assert load_recipe(write(tmp_path / "recipes", text)).data.sources[0].path == "org/data"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("alp.jsnol", "did you mean alp.jsonl?"),
+        ("ALP.JSONLL", "data files: .jsonl, .json, .csv, .parquet"),
+        ("./rows", "data files"),
+        ("a/b/alp.cvs", "data files"),
+        ("my rows", "data files"),
+        ("x" * 300 + "/", "data files"),
+    ],
+)
+def test_a_source_that_can_only_be_a_file_is_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, hint: str
+) -> None:
+    (tmp_path / "alp.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    text = MINIMAL.replace("rows.jsonl", name)
+    for found in (
+        problems(tmp_path, text),
+        problems(tmp_path, MINIMAL, f'data.sources=["{name}"]'),
+    ):
+        assert len(found) == 1
+        assert found[0].startswith(f"data.sources[0]: {tmp_path}")
+        assert f"no such file; {hint}" in found[0]
+
+
+@pytest.mark.parametrize("name", ["squad", "org/rows", "org/rows-v1.0", "org/wiki.cs", "o/c4.en"])
+def test_hub_ids_stay_as_they_are(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL.replace("rows.jsonl", name)))
+    assert recipe.data.sources[0].path == name
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL, encoding="utf-8-sig")
+    assert load_recipe(path).model.name == "org/model"
+    assert library.read(path) == MINIMAL
+
+
+def test_other_encodings_are_refused_by_name_and_byte(tmp_path: Path) -> None:
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b"# caf\xe9\n")
+    for read in (library.read, load_recipe):
+        with pytest.raises(UsageError, match=r"latin.toml: not UTF-8 at byte 5; save it as UTF-8"):
+            read(path)
 
 
 def test_find(tmp_path: Path) -> None:

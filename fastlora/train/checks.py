@@ -1,0 +1,102 @@
+"""What the machine and the model's configuration rule out, said all at once: before an evening is spent,
+before a weight is read, and before a run has a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from fastlora.engines.base import (
+    Announce,
+    Engine,
+    not_loadable,
+    resolve_checkpointing,
+    resolve_dtype,
+    target_problems,
+)
+from fastlora.errors import EngineError
+from fastlora.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+def check_model(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine | None,
+    announce: Announce,
+) -> None:
+    """`engine` is None where none is chosen: in a dry run.
+
+    Raises EngineError: a line for each thing that this recipe asks of this model here and cannot have.
+    """
+    from transformers import AutoConfig
+
+    model = recipe.model
+    problems = list(_machine_problems(recipe, engine))
+    try:
+        config = AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        problems.append(not_loadable(model.name, error))
+    else:
+        if recipe.output.merge != "none" and getattr(config, "quantization_config", None):
+            problems.append(
+                f"output.merge: {model.name} is quantized on disk; name its 16-bit original or set "
+                'output.merge = "none"'
+            )
+        problems += _token_problems(model.name, tokenizer, config, announce)
+        if recipe.lora.target_modules != "all-linear":
+            problems += target_problems(recipe.lora.target_modules, config, engine, announce)
+    if problems:
+        raise EngineError("\n".join(problems))
+
+
+def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
+    try:
+        resolve_dtype(recipe.model)
+    except EngineError as error:
+        yield str(error)
+    try:
+        if engine is not None:
+            resolve_checkpointing(recipe, engine)
+    except EngineError as error:
+        yield str(error)
+    for reporter in recipe.output.report_to:
+        # Without an origin it is no module: wandb leaves a folder of its name where it ran.
+        found = find_spec(reporter)
+        if found is None or found.origin is None:
+            yield (
+                f"output.report_to: {reporter} is not installed; pip install {reporter}, or leave it out"
+            )
+
+
+def _token_problems(
+    name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, announce: Announce
+) -> Iterator[str]:
+    """Tokens past the end of the embedding: the first row that holds one would end the run.
+
+    Tokens with a name (`image_token`) that no template writes only earn a note: some text models, Gemma 3 1B
+    among them, have the tokenizer of their siblings that see.
+    """
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if size is None:
+        return
+    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= size}
+    template = str(tokenizer.chat_template)
+    always = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    unasked = {token for token in tokenizer.all_special_tokens if token not in template} - always
+    if beyond - unasked:
+        shown = ", ".join(sorted(beyond - unasked)[:3])
+        yield (
+            f"model.name: the tokenizer of {name} has tokens past the end of the model's embedding ({size}): {shown}; "
+            f"{len(beyond)} in all. Use the tokenizer that came with the model; or, if they were added on purpose, "
+            "make room with model.resize_token_embeddings(len(tokenizer)) and save the model again"
+        )
+    elif beyond:
+        announce(
+            f"model.name: the model has no embedding for {', '.join(sorted(beyond)[:3])}; rows must not hold them"
+        )

@@ -1,0 +1,173 @@
+"""What is refused before the weights are read, and what must not be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastlora.engines import Engine
+from fastlora.engines.base import load_tokenizer
+from fastlora.engines.peft import PeftEngine
+from fastlora.engines.unsloth import UnslothEngine
+from fastlora.errors import EngineError
+from fastlora.recipe.schema import Recipe
+from fastlora.train.checks import check_model
+
+Checked = Callable[..., tuple[list[str], list[str]]]
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_model: Path) -> Path:
+    """A copy of the tiny model without its weights: nothing here may read them."""
+    return Path(
+        shutil.copytree(
+            tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
+
+
+def change(folder: Path, **keys: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
+
+
+@pytest.fixture
+def checked(model: Path) -> Checked:
+    """check_model on that copy: (problems, notes)."""
+
+    def check(engine: Engine | None = None, **sections: dict[str, Any]) -> Any:
+        recipe = Recipe.model_validate(
+            {
+                "model": {"name": str(model)},
+                "data": {"sources": ["x.jsonl"]},
+                "output": {"dir": "runs"},
+            }
+            | sections
+        )
+        notes: list[str] = []
+        try:
+            check_model(recipe, load_tokenizer(recipe.model), engine, notes.append)
+        except EngineError as error:
+            return str(error).splitlines(), notes
+        return [], notes
+
+    return check
+
+
+def test_all_problems_come_together_and_leave_no_run(workplace: Any) -> None:
+    _, err = workplace.run(
+        "--set", 'output.report_to=["tensorboard", "wandb"]',
+        "--set", "train.checkpointing=unsloth",
+        "--set", 'lora.target_modules=["q_proj", "lm_head", "embed_tokens", "v_prj"]',
+        expect=1,
+    )  # fmt: skip
+    for problem in (
+        "output.report_to: tensorboard is not installed; pip install tensorboard",
+        "output.report_to: wandb is not installed; pip install wandb",
+        "train.checkpointing: the peft engine has no 'unsloth'; it has full, none",
+        "lora.target_modules: lm_head cannot have an adapter",
+        "lora.target_modules: an adapter on embed_tokens could not be merged",
+        "lora.target_modules: the model has no v_prj; did you mean v_proj?",
+    ):
+        assert problem in err
+    assert not (workplace.folder / "runs").exists()
+    assert "gemm_4bit_forward" not in err
+
+
+def test_a_folder_of_wandbs_name_is_not_wandb(
+    checked: Checked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    problems, _ = checked(output={"dir": "runs", "report_to": ["wandb"]})
+    assert [line.partition(":")[0] for line in problems] == ["output.report_to"]
+
+
+def test_a_configuration_that_cannot_be_read_does_not_hide_the_rest(
+    checked: Checked, model: Path
+) -> None:
+    change(model, model_type="llama9")
+    problems, _ = checked(PeftEngine(), train={"checkpointing": "unsloth"})
+    assert [line.partition(":")[0] for line in problems] == ["train.checkpointing", "model.name"]
+
+
+def test_a_layer_that_is_tied_has_no_adapter_of_its_own(checked: Checked, model: Path) -> None:
+    lora = {"target_modules": ["q_proj", "embed_tokens"]}
+    assert "tie_word_embeddings" in checked(lora=lora)[0][0]
+    change(model, tie_word_embeddings=False)
+    assert checked(lora=lora) == ([], [])
+    assert checked(PeftEngine(), lora=lora) == ([], [])
+    assert "unsloth trains embed_tokens whole" in checked(UnslothEngine(), lora=lora)[0][0]
+    assert "lm_head cannot have" in checked(lora={"target_modules": ["lm_head"]})[0][0]
+
+
+def test_an_adapter_on_the_embedding_trains_and_merges_where_it_is_not_tied(
+    workplace: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tiny = workplace.root / "recipes/tiny/model"
+    config = AutoConfig.from_pretrained(tiny, tie_word_embeddings=False)
+    base = AutoModelForCausalLM.from_pretrained(tiny, config=config)
+    base.lm_head.weight.data = base.model.embed_tokens.weight.data.clone()
+    base.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "untied")
+    workplace.run(
+        "--set", f"model.name={tmp_path}/untied", "--set", "output.merge=16bit",
+        "--set", 'lora.target_modules=["q_proj", "embed_tokens"]', "--set", "train.keep_best=true",
+    )  # fmt: skip
+    manifest = workplace.manifest()
+    assert manifest["merge"]["carried"] == pytest.approx(1, abs=0.05)
+    losses = [value for _, which, value in workplace.losses() if which == "loss"]
+    assert losses[-1] < losses[0]
+
+
+def add_tokens(folder: Path, *tokens: str, **named: str) -> None:
+    """Fill the embedding of 128, then go on."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<|{number}|>" for number in range(len(tokenizer), 128)])
+    tokenizer.add_tokens([*tokens, *named.values()], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    saved["extra_special_tokens"] = named
+    (folder / "tokenizer_config.json").write_text(json.dumps(saved))
+
+
+def test_tokens_past_the_end_of_the_embedding(checked: Checked, model: Path) -> None:
+    add_tokens(model)
+    assert checked() == ([], [])
+    add_tokens(model, "<tool>")
+    (problem,), _ = checked()
+    assert "past the end of the model's embedding (128): <tool>; 1 in all" in problem
+    assert "resize_token_embeddings" in problem
+
+
+def test_named_tokens_past_the_end_count_where_the_template_writes_them(
+    checked: Checked, model: Path
+) -> None:
+    """Gemma 3 1B has its siblings' token for images, and trains."""
+    add_tokens(model, image_token="<image_soft_token>")
+    problems, (note,) = checked()
+    assert problems == []
+    assert "no embedding for <image_soft_token>; rows must not hold them" in note
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# <image_soft_token> #}")
+    assert "embedding (128): <image_soft_token>; 1 in all" in checked()[0][0]
+
+
+def test_a_damaged_weight_file_is_said_to_be(workplace: Any, tmp_path: Path) -> None:
+    tiny = workplace.root / "recipes/tiny/model"
+    shutil.copytree(tiny, tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    _, err = workplace.run("--set", f"model.name={tmp_path}/cut", expect=1)
+    assert "cut is damaged or incomplete" in err
+    assert "copy the folder again" in err
+    assert "Traceback" not in err
