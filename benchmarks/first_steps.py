@@ -57,12 +57,12 @@ def _measure(
     import torch
 
     from fastlora.bench import work
-    from fastlora.bench.arm import ArmTask, Loaded, empty, timed_steps
+    from fastlora.bench.arm import ArmTask, empty, timed_steps
 
     task = ArmTask(
         arm=arm, recipe=recipe, parity_checkpoint="", rows="", gradients="", work=plan.work
     )
-    loaded = Loaded(task, recipe.model.name)
+    loaded = task.load()
     if upcast:
         for parameter in loaded.model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):

@@ -45,17 +45,29 @@ class ArmTask(BaseModel):
     work: Work
     vram_cap_gib: float | None = None
 
+    def load(self) -> Loaded:
+        return Loaded(self, self.recipe)
+
+    def load_for_parity(self, dtype: str | None = None) -> Loaded:
+        """The cut-down model, without dropout: no two engines draw the same mask."""
+        model = {"name": self.parity_checkpoint} | ({"dtype": dtype} if dtype else {})
+        recipe = self.recipe.model_copy(
+            update={
+                "model": self.recipe.model.model_copy(update=model),
+                "lora": self.recipe.lora.model_copy(update={"dropout": 0.0}),
+            }
+        )
+        return Loaded(self, recipe)
+
 
 class Loaded:
-    """An engine's model with its adapter, ready to train; `checkpoint` replaces the recipe's model."""
+    """An engine's model with its adapter, ready to train as `recipe` says."""
 
-    def __init__(self, task: ArmTask, checkpoint: str) -> None:
+    def __init__(self, task: ArmTask, recipe: Recipe) -> None:
         import torch
 
         self.notes: list[str] = []
-        self.recipe = task.recipe.model_copy(
-            update={"model": task.recipe.model.model_copy(update={"name": checkpoint})}
-        )
+        self.recipe = recipe
         self.engine: Engine = choose_engine(task.arm.engine, self.notes.append)
         self.engine.prepare()
         self.dtype = resolve_dtype(self.recipe.model)
@@ -163,7 +175,7 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
     train = task.recipe.train
     cap_memory(task.vram_cap_gib)
     started = time.perf_counter()
-    loaded = Loaded(task, task.recipe.model.name)
+    loaded = task.load()
     loaded.set_adapter(0.0)
     load_s = time.perf_counter() - started
     short = parity_rows(rows, train.micro_batch)
@@ -184,7 +196,7 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
     flops = flops_per_token(loaded.model, loaded.checkpointing != "none")
     empty(loaded)
 
-    parity = parity_step(Loaded(task, task.parity_checkpoint), short)
+    parity = parity_step(task.load_for_parity(), short)
     save_file(parity["gradients"], task.gradients)
     return {
         **measured,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastlora.bench import work as works
-from fastlora.bench.arm import ArmTask, Loaded, cap_memory, make_optimizer, memory, release
+from fastlora.bench.arm import ArmTask, cap_memory, make_optimizer, memory, release
 
 RESOLUTION = 0.04
 """The search ends when what fits and what does not lie so close together."""
@@ -91,7 +91,7 @@ def run_frontier(task: FrontierTask) -> dict[str, Any]:
     longest = task.recipe.model.model_copy(update={"seq_len_tokens": task.limit})
     if task.axis == "seq_len_tokens":
         task = task.model_copy(update={"recipe": task.recipe.model_copy(update={"model": longest})})
-    loaded = Loaded(task, task.recipe.model.name)
+    loaded = task.load()
     loaded.set_adapter(0.0)
     parameters = [parameter for _, parameter in loaded.adapter()]
     train = loaded.recipe.train

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.bench import work as works
-from fastlora.bench.arm import ArmTask, Loaded, parity_rows, parity_step, release
+from fastlora.bench.arm import ArmTask, parity_rows, parity_step, release
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,12 +26,10 @@ def run_reference(task: ReferenceTask) -> dict[str, Any]:
 
     rows = parity_rows(works.load(Path(task.rows)), task.recipe.train.micro_batch)
     torch.backends.cuda.matmul.allow_tf32 = False
-    plain = parity_step(Loaded(task, task.parity_checkpoint), rows)
+    plain = parity_step(task.load_for_parity(), rows)
     release()
     save_file(plain["gradients"], task.plain_gradients)
-    model = task.recipe.model.model_copy(update={"dtype": "float32"})
-    exact_task = task.model_copy(update={"recipe": task.recipe.model_copy(update={"model": model})})
-    loaded = Loaded(exact_task, task.parity_checkpoint)
+    loaded = task.load_for_parity("float32")
     dequantize(loaded.model)
     exact = parity_step(loaded, rows)
     save_file(exact["gradients"], task.gradients)
