@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -14,11 +15,22 @@ def command(run: Path, as_json: bool) -> None:
 
     The merged model is read back and compared with the adapter before it takes its place in RUN/merged.
     """
-    from fastlora.export.merge import merge_in_new_process
+    from fastlora.train.stop import Interrupted, StopSignals
+
+    try:
+        with StopSignals():
+            _merge(run, as_json)
+    except Interrupted as stopped:
+        sys.exit(stopped.exit_code)
+
+
+def _merge(run: Path, as_json: bool) -> None:
+    from fastlora.export.merge import merge_in_new_process, refuse_unfinished
     from fastlora.rundir.store import RunDir
 
     opened = RunDir.open(run)
     try:
+        refuse_unfinished(opened)
         report = merge_in_new_process(opened)
         opened.update(merge=report, status="finished")
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fastlora.errors import UsageError
 from fastlora.recipe import library
 
 
@@ -31,6 +32,23 @@ def command(
 
     File paths in a recipe are taken from its own folder; those in --set, and output.dir, from here.
     """
+    from fastlora.train.stop import Interrupted, StopSignals
+
+    if dry_run and resume:
+        raise UsageError("--dry-run and --resume: give one of them; a dry run trains nothing")
+    try:
+        # Libraries print banners to stdout, which is for results.
+        with StopSignals(), contextlib.redirect_stdout(sys.stderr):
+            document = _run(recipe, settings, resume, dry_run)
+    except Interrupted as stopped:
+        sys.exit(stopped.exit_code)
+    if as_json:
+        click.echo(json.dumps(document, default=str))
+    elif not dry_run:
+        _print_result(document)
+
+
+def _run(recipe: str, settings: tuple[str, ...], resume: bool, dry_run: bool) -> dict[str, Any]:
     from fastlora.recipe.load import load_recipe
 
     path = library.find(recipe)
@@ -40,23 +58,12 @@ def command(
 
     from fastlora.train.session import Request, train_run
     from fastlora.train.session import dry_run as rehearse
-    from fastlora.train.stop import Interrupted
 
     # A bundled recipe's path may lie deep in an environment; its name resumes it as well.
-    request = Request(
-        loaded, recipe if recipe in library.bundled() else str(path), settings, resume
-    )
+    name = recipe if recipe in library.bundled() else str(path)
+    request = Request(loaded, name, settings, resume)
     console = Console(stderr=True)
-    try:
-        # Libraries print banners to stdout, which is for results.
-        with contextlib.redirect_stdout(sys.stderr):
-            document = rehearse(request, console) if dry_run else train_run(request, console)
-    except Interrupted as stopped:
-        sys.exit(stopped.exit_code)
-    if as_json:
-        click.echo(json.dumps(document, default=str))
-    elif not dry_run:
-        _print_result(document)
+    return rehearse(request, console) if dry_run else train_run(request, console)
 
 
 def _print_result(manifest: dict[str, Any]) -> None:

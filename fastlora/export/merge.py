@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.errors import FastloraError, GateError, RunDirError
 from fastlora.export.answers import answer, read_answers
-from fastlora.rundir.store import RunDir, whole_folder
+from fastlora.rundir.store import RunDir, drop_scratch, whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,14 @@ NOISE = 0.05
 CARRIED = (0.8, 1.2)
 
 
+def refuse_unfinished(run: RunDir) -> None:
+    """Raises RunDirError: the run has no adapter yet, or has not yet answered with it."""
+    if "result" not in run.manifest or "after" not in run.manifest.get("exact_match", ["after"]):
+        raise RunDirError(
+            f"{run.path}: the run has not finished; go on with:\n  {run.manifest.get('resume_command')}"
+        )
+
+
 def merge_in_new_process(run: RunDir) -> dict[str, Any]:
     """Merge the run's adapter; returns the report of `merge_run`.
 
@@ -38,10 +46,13 @@ def merge_in_new_process(run: RunDir) -> dict[str, Any]:
     }
     # -P: in a checkout, the folder kernels/ must not pass for a module. A session of its own: Ctrl-C is for
     # this process, which then ends that one.
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "fastlora.export.merge", str(run.path)],
-        stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "fastlora.export.merge", str(run.path)],
+            stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        )  # fmt: skip
+    finally:
+        drop_scratch(run.merged)  # of a process that was killed, by us or for want of memory
     lines = done.stdout.strip().splitlines()
     try:
         document = json.loads(lines[-1]) if lines else {}

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a scratch folder to fill; it becomes `target` when all of it is on the disk."""
+    drop_scratch(target)
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -67,6 +70,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
         sync_folder(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def drop_scratch(target: Path) -> None:
+    """Remove what processes that were killed had written of `target`."""
+    from psutil import pid_exists
+
+    for scratch in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        pid = scratch.suffix[1:]
+        if pid.isdecimal() and not pid_exists(int(pid)):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:
@@ -94,6 +107,22 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def check_place(parent: Path) -> None:
+    """Find out whether a run can be made under `parent`, and leave nothing there.
+
+    Raises RunDirError: it cannot.
+    """
+    try:
+        existing = next(place for place in (parent, *parent.absolute().parents) if place.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".fastlora-", dir=existing))
+    except OSError as error:
+        raise _no_place(parent, error) from None
+
+
+def _no_place(parent: Path, error: OSError) -> RunDirError:
+    return RunDirError(f"{parent}: a run cannot be made here: {error.strerror}; set output.dir")
+
+
 def new_folder(parent: Path) -> Path:
     """Make and return parent/N with the next free number. Raises RunDirError where that cannot be."""
     try:
@@ -107,9 +136,7 @@ def new_folder(parent: Path) -> Path:
             except FileExistsError:
                 continue
     except OSError as error:
-        raise RunDirError(
-            f"{parent}: a run cannot be made here: {error.strerror}; set output.dir"
-        ) from None
+        raise _no_place(parent, error) from None
 
 
 class RunDir:
@@ -132,33 +159,47 @@ class RunDir:
     def open(cls, path: Path) -> RunDir:
         """The run in `path`. Raises RunDirError: not a run's folder, or in use."""
         run = cls(path)
-        try:
-            run.manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunDirError(f"{path}: not a run's folder ({error})") from None
+        run._read_manifest()
         run._take_lock()
         return run
 
     @classmethod
-    def open_unfinished(cls, parent: Path) -> RunDir:
-        """The newest run under `parent` that did not finish.
+    def open_unfinished(
+        cls, parent: Path, unlike: Callable[[dict[str, Any]], list[str]] = lambda _: []
+    ) -> RunDir:
+        """The newest run under `parent` that did not finish; one with a checkpoint before one without.
 
-        Raises RunDirError: there is none, or a live process is writing to it.
+        `unlike`: why the run of a manifest is not to be taken; nothing if it is.
+
+        Raises RunDirError: there is none. It names the unfinished ones, with the reasons against them.
         """
+        candidates, refused = [], []
         for path in sorted(_runs(parent), key=lambda path: -int(path.name)):
             run = cls(path)
-            try:
-                run.manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
+            if not run.manifest_path.exists():
                 continue  # stopped before it had begun
-            except (OSError, ValueError) as error:
-                raise RunDirError(f"{run.manifest_path}: not readable: {error}") from None
+            try:
+                run._read_manifest()
+            except RunDirError as error:
+                refused.append(str(error))
+                continue
             if run.manifest.get("status") != "finished":
+                if why := unlike(run.manifest):
+                    refused.append("\n  ".join([f"{path}:", *why]))
+                else:
+                    candidates.append(run)
+        for run in sorted(candidates, key=lambda run: not run.complete_checkpoints()):
+            try:
                 run._take_lock()
+            except RunDirError as error:
+                refused.append(str(error))
+                continue
+            run._read_manifest()  # a live process may have finished it since
+            if run.manifest.get("status") != "finished":
                 return run
-        raise RunDirError(
-            f"{parent}: no unfinished run to resume; leave out --resume to start a new one"
-        )
+            run.close()
+        message = f"{parent}: no unfinished run of this recipe to resume; leave out --resume to start a new one"
+        raise RunDirError("\n".join([message, *refused]))
 
     @property
     def manifest_path(self) -> Path:
@@ -179,6 +220,12 @@ class RunDir:
     @property
     def merged(self) -> Path:
         return self.path / "merged"
+
+    def _read_manifest(self) -> None:
+        try:
+            self.manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunDirError(f"{self.path}: not a run's folder ({error})") from None
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -217,9 +264,14 @@ class RunDir:
                     continue
         return entries
 
-    def rewind_metrics(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again."""
-        kept = [entry for entry in self.read_metrics() if entry.get("step", 0) <= step]
+    def rewind_metrics(self, step: int, owes_evaluation: bool = False) -> None:
+        """Forget what was logged after `step`, or by the evaluation at it if that is owed: a resumed run
+        logs it again."""
+        kept = [
+            entry
+            for entry in self.read_metrics()
+            if (entry.get("step", 0), owes_evaluation and "eval_loss" in entry) <= (step, False)
+        ]
         write_atomic(self.metrics_path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def complete_checkpoints(self) -> list[tuple[int, Path]]:
@@ -227,7 +279,7 @@ class RunDir:
         found = []
         for path in self.checkpoints.glob("checkpoint-*"):
             step = path.name.rpartition("-")[2]
-            if step.isdigit() and (path / COMPLETE).exists():
+            if step.isdecimal() and (path / COMPLETE).exists():
                 found.append((int(step), path))
         return sorted(found)
 
@@ -257,4 +309,4 @@ class RunDir:
 
 def _runs(parent: Path) -> Iterator[Path]:
     if parent.is_dir():
-        yield from (path for path in parent.iterdir() if path.name.isdigit() and path.is_dir())
+        yield from (path for path in parent.iterdir() if path.name.isdecimal() and path.is_dir())

@@ -1,10 +1,8 @@
-"""What happens beside the training loop: logging, progress, checkpoints made whole, stopping."""
+"""What a run logs while it trains: metrics.jsonl and the progress on stderr."""
 
 from __future__ import annotations
 
-import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.rundir.store import RunDir
-from fastlora.train.stop import StopSignals
 
 
 class TokenCounter:
@@ -38,11 +35,6 @@ class Metrics(TrainerCallback):
 
     def __init__(self, run: RunDir, counter: TokenCounter, console: Console) -> None:
         self.run, self.counter, self.console = run, counter, console
-        earlier = [entry for entry in run.read_metrics() if "tokens" in entry]
-        # A resumed run counts on from where its checkpoint was.
-        self._tokens_before = (
-            (earlier[-1]["tokens"], earlier[-1]["supervised_tokens"]) if earlier else (0, 0)
-        )
         self._mark = self._step_end = 0.0
         self._paused = 0.0
         self._tokens_at_mark = 0
@@ -53,6 +45,7 @@ class Metrics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._mark = self._step_end = time.perf_counter()
+        self._paused, self._tokens_at_mark = 0.0, self.counter.read()[0]
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if self.console.is_terminal:
@@ -112,8 +105,8 @@ class Metrics(TrainerCallback):
                 "loss": logs["loss"],
                 "grad_norm": logs.get("grad_norm"),
                 "lr": logs.get("learning_rate"),
-                "tokens": self._tokens_before[0] + tokens,
-                "supervised_tokens": self._tokens_before[1] + supervised,
+                "tokens": tokens,
+                "supervised_tokens": supervised,
                 "tokens_per_s": round((tokens - self._tokens_at_mark) / max(seconds, 1e-9), 1),
             }
             if torch.cuda.is_available():
@@ -150,75 +143,3 @@ class Metrics(TrainerCallback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-class Checkpoints(TrainerCallback):
-    """Marks a checkpoint complete when all of it is on the disk, and only then removes older ones."""
-
-    def __init__(self, run: RunDir, keep: int, keep_best: bool) -> None:
-        self.run, self.keep, self.keep_best = run, keep, keep_best
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        # The last step is evaluated and saved whatever the cadence; by epochs it is anyway.
-        if state.global_step >= state.max_steps:
-            control.should_evaluate |= args.eval_strategy == "steps"
-            control.should_save |= args.save_strategy == "steps"
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        # Called before the trainer takes note of a new best, so the comparison is with the old one.
-        loss = (metrics or {}).get("eval_loss", math.nan)
-        if self.keep_best and (state.best_metric is None or loss < state.best_metric):
-            control.should_save = True
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.run.mark_complete(self.run.checkpoints / f"checkpoint-{state.global_step}")
-        self.run.rotate(self.keep, state.best_global_step if self.keep_best else None)
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends training, with a checkpoint, after the step in which a signal came."""
-
-    def __init__(self, signals: StopSignals) -> None:
-        self.signals = signals
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self.signals.pending is not None:
-            control.should_save = control.should_training_stop = True
-
-
-class StopOnNonFinite(TrainerCallback):
-    """Ends training when the loss is NaN or infinite: every further step would be spent on rubbish."""
-
-    def __init__(self) -> None:
-        self.step: int | None = None
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
-            self.step = state.global_step
-            control.should_training_stop = True
-            control.should_save = False
-
-
-def best_checkpoint(run: RunDir, state: TrainerState) -> Path | None:
-    """The complete checkpoint with the lowest held-out loss, if there was an evaluation."""
-    return dict(run.complete_checkpoints()).get(state.best_global_step or -1)

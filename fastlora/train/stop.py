@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -19,11 +21,11 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Within it, SIGINT and SIGTERM raise Interrupted; while `deferred`, they only set `pending`."""
+    """Within it, SIGINT and SIGTERM raise Interrupted; while `deferring`, they only set `pending`."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
-        self.deferred = False
+        self._deferred = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -35,11 +37,21 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Interrupted comes at the end of it: for what must not be cut, or would swallow an exception."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self.raise_pending()
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.pending is not None:
             os._exit(128 + number)
         self.pending = number
-        if not self.deferred:
+        if not self._deferred:
             raise Interrupted(number)
         # write(2) and not print: the signal may have come in the middle of a print.
         os.write(

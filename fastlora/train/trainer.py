@@ -14,7 +14,9 @@ from fastlora.engines.base import Engine, resolve_checkpointing, resolve_dtype
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.callbacks import TokenCounter
+from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.collate import Collator
+from fastlora.train.stop import Interrupted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +38,7 @@ def build_trainer(
     run: RunDir,
     engine: Engine,
     counter: TokenCounter,
+    checkpoints: Checkpoints,
     callbacks: list[TrainerCallback],
     epochs: float,
 ) -> Trainer:
@@ -70,6 +73,24 @@ def build_trainer(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
 
+        def _run_epoch(self, *rest: Any, **named: Any) -> None:
+            # A run may be resumed whose training is over; the trainer itself would do one step more.
+            if not self.control.should_training_stop:
+                super()._run_epoch(*rest, **named)
+
+        def evaluate(self, *rest: Any, **named: Any) -> dict[str, float]:
+            try:
+                # A loader draws a seed; training goes on with the random numbers it would have had.
+                with torch.random.fork_rng(devices=()):
+                    metrics: dict[str, float] = super().evaluate(*rest, **named)
+                return metrics
+            except Interrupted:
+                self._save_checkpoint(self.model, None)
+                raise
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            checkpoints.save(partial(super()._save_checkpoint, model, trial))
+
         def floating_point_ops(self, inputs: dict[str, Any]) -> int:
             """Not counted: it walks every parameter, for every micro-batch (1.6 ms at 1B)."""
             return 0
@@ -85,8 +106,9 @@ def build_trainer(
         train_dataset=data.train.with_format("torch"),
         eval_dataset=None if data.eval is None else data.eval.with_format("torch"),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[checkpoints, *callbacks],
     )
+    checkpoints.trainer = trainer
     # TRL casts the adapter of a quantized model to bfloat16, where updates below 1/256 of a weight are
     # lost; unsloth keeps it in float32. The same recipe is to mean the same training.
     for parameter in trainer.model.parameters():
@@ -197,7 +219,7 @@ def training_arguments(
         load_best_model_at_end=False,  # done by us, after an interrupt it would be wasted
         metric_for_best_model="eval_loss" if has_eval else None,
         greater_is_better=False if has_eval else None,
-        restore_callback_states_from_checkpoint=True,
+        restore_callback_states_from_checkpoint=False,  # Checkpoints keeps its own
         # reports
         report_to=list(recipe.output.report_to) or "none",
         disable_tqdm=True,

@@ -60,6 +60,17 @@ class Workplace:
             text=True,
         )
 
+    def interrupt(self, how: str, step: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`fastlora run` hit at a step: see interrupt.py."""
+        script = str(Path(__file__).parent / "interrupt.py")
+        return subprocess.run(
+            [sys.executable, script, how, str(step), "run", str(self.recipe), *arguments],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
     def run(self, *arguments: str, expect: int = 0, **environment: str) -> tuple[str, str]:
         process = self.start(*arguments, **environment)
         out, err = process.communicate(timeout=300)
@@ -80,7 +91,7 @@ class Workplace:
             entry = json.loads(line)
             found += [
                 (entry["step"], key, entry[key])
-                for key in ("loss", "grad_norm", "eval_loss")
+                for key in ("loss", "grad_norm", "tokens", "supervised_tokens", "eval_loss")
                 if key in entry
             ]
         return found

@@ -1,7 +1,9 @@
 """`python interrupt.py HOW STEP RUN_ARGUMENTS`: fastlora, hit at a chosen step.
 
 HOW: SIGINT or SIGTERM in the middle of the step; `twice` for two signals; `kill-save` for SIGKILL in the
-middle of writing the checkpoint of that step; `full-save` for a disk that is full when it is written.
+middle of writing the checkpoint of that step; `full-save` for a disk that is full when it is written;
+`evaluation` for SIGINT in the middle of the evaluation after it. STEP does not matter to `answers`, SIGINT in
+the exact match after training, and `finaliser`, SIGTERM in a `__del__` before the merge.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -33,6 +36,40 @@ def main() -> None:
             ) from OSError(28, "No space left on device")
 
         Trainer._save_optimizer_and_scheduler = save
+    elif how == "evaluation":
+        from transformers.trainer_callback import CallbackHandler
+
+        original_prediction = CallbackHandler.on_prediction_step
+
+        def predicted(self: Any, args: Any, state: Any, control: Any) -> Any:
+            if state.global_step == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original_prediction(self, args, state, control)
+
+        CallbackHandler.on_prediction_step = predicted
+    elif how == "answers":
+        from fastlora.train import exact
+
+        original_answer, calls = exact.answer, []
+
+        def answer(*rest: Any, **named: Any) -> Any:
+            calls.append(how)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original_answer(*rest, **named)
+
+        exact.answer = answer
+    elif how == "finaliser":
+        from fastlora.train import session
+
+        class Last:
+            def __del__(self) -> None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def collect() -> None:
+            Last()
+
+        session.gc = SimpleNamespace(collect=collect)
     else:
         original_step, hit = Trainer.training_step, []
 

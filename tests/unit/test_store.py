@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from fastlora.errors import RunDirError
 from fastlora.rundir.report import plot_loss
-from fastlora.rundir.store import COMPLETE, RunDir, is_disk_full, whole_folder, write_atomic
+from fastlora.rundir.store import (
+    COMPLETE,
+    RunDir,
+    check_place,
+    is_disk_full,
+    whole_folder,
+    write_atomic,
+)
 
 
 def test_runs_are_numbered_and_never_shared(tmp_path: Path) -> None:
@@ -33,6 +42,46 @@ def test_resume_takes_the_newest_unfinished(tmp_path: Path) -> None:
     assert RunDir.open_unfinished(tmp_path).path.name == "2"
     with pytest.raises(RunDirError, match="no unfinished run"):
         RunDir.open_unfinished(tmp_path / "elsewhere")
+
+
+def test_resume_passes_by_runs_that_it_cannot_take(tmp_path: Path) -> None:
+    def made(recipe: str, *, checkpoint: bool = False) -> RunDir:
+        run = RunDir.create(tmp_path)
+        run.update(status="failed", recipe=recipe)
+        if checkpoint:
+            (run.checkpoints / "checkpoint-1").mkdir()
+            run.mark_complete(run.checkpoints / "checkpoint-1")
+        return run
+
+    def unlike(manifest: dict[str, str]) -> list[str]:
+        return [] if manifest["recipe"] == "ours" else [f"recipe: {manifest['recipe']}"]
+
+    runs = [made("ours"), made("ours", checkpoint=True), made("ours"), made("theirs"), made("ours")]
+    for run in runs[:-1]:
+        run.close()
+    resumed = RunDir.open_unfinished(tmp_path, unlike)
+    assert resumed.path.name == "2"  # 5 is in use, 4 another's, 3 failed before it had trained
+    assert RunDir.open_unfinished(tmp_path, unlike).path.name == "3"
+    (tmp_path / "6").mkdir()
+    (tmp_path / "6" / "manifest.json").write_text("{")
+    with pytest.raises(RunDirError) as refused:
+        RunDir.open_unfinished(tmp_path, lambda _: ["not today"])
+    assert f"{tmp_path}/6: not a run's folder" in str(refused.value)
+    assert f"{tmp_path}/4:\n  not today" in str(refused.value)
+
+
+def test_only_decimal_names_are_runs(tmp_path: Path) -> None:
+    (tmp_path / "²").mkdir()
+    assert RunDir.create(tmp_path).path.name == "1"
+
+
+def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
+    check_place(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "runs", Path("/proc/runs"), tmp_path / ("x" * 300)):
+        with pytest.raises(RunDirError, match=r"output\.dir"):
+            check_place(place)
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
@@ -77,6 +126,16 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (target / "weights").read_text() == "two"
 
 
+def test_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".merged.{pid}").mkdir()
+    with whole_folder(tmp_path / "merged"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", f".merged.{os.getppid()}"}
+
+
 def test_checkpoints_count_only_when_complete(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path)
     for step in (5, 10, 15, 20):
@@ -106,6 +165,11 @@ def test_metrics_forget_what_a_resumed_run_repeats(tmp_path: Path) -> None:
         2,
         3,
     ]
+    run.append_metrics({"step": 3, "eval_loss": 1.0})
+    run.rewind_metrics(3)
+    assert len(run.read_metrics()) == 4
+    run.rewind_metrics(3, owes_evaluation=True)
+    assert len(run.read_metrics()) == 3
 
 
 def test_a_full_disk_is_recognised_through_its_causes() -> None:

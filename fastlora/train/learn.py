@@ -1,0 +1,114 @@
+"""From the base model to the adapter on the disk, with its answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastlora.rundir.report import plot_loss
+from fastlora.rundir.store import whole_folder
+from fastlora.train.callbacks import Metrics, TokenCounter
+from fastlora.train.checkpoints import Checkpoints
+from fastlora.train.exact import ask, pick_questions
+from fastlora.train.job import Job
+from fastlora.train.steps import count_steps
+from fastlora.train.trainer import build_trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import PeftModel
+
+OnTrained = Callable[["PeftModel", dict[str, Any]], None]
+
+
+def learn(job: Job, on_trained: OnTrained | None) -> None:
+    """Load, train, save. A run whose training was over when it was stopped goes on behind that.
+
+    `on_trained` is called with the trained model and the manifest when the adapter is on the disk.
+    """
+    run, recipe, notes, signals = job.run, job.recipe, job.notes, job.signals
+    for torn in run.drop_incomplete_checkpoints():
+        notes(f"resume: {torn.name} was not written to its end; removed")
+
+    loading = time.perf_counter()
+    model = job.engine.load(recipe, notes)
+    run.update(load_s=round(time.perf_counter() - loading, 1))
+    asked = pick_questions(job)
+    if asked and "exact_match" not in run.manifest:
+        before = ask(job, model, asked)
+        run.update(exact_match={"rows": len(asked), "before": before})
+        notes.say(f"exact match before training: {before} of {len(asked)}")
+
+    counter = TokenCounter()
+    checkpoints = Checkpoints(run, recipe.train, counter, signals)
+    metrics = Metrics(run, counter, notes.console)
+    _, epochs = count_steps(recipe, job.data)
+    trainer = build_trainer(
+        recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, [metrics],
+        epochs,
+    )  # fmt: skip
+    newest = checkpoints.newest()
+    started = time.perf_counter()
+    with signals.deferring():
+        try:
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        finally:
+            metrics.close()
+
+    # The trainer may have wrapped the model; from here on it is the plain PEFT model again.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    state = trainer.state
+    best = checkpoints.best() if recipe.train.keep_best else None
+    if best is not None:
+        _load_adapter(model, best)
+        notes(
+            f"keep_best: the adapter of step {state.best_global_step}, "
+            f"held-out loss {state.best_metric:.4f}"
+        )
+    with whole_folder(run.adapter) as folder:
+        model.save_pretrained(str(folder))
+        job.tokenizer.save_pretrained(str(folder))
+    entries = run.read_metrics()
+    plot_loss(entries, run.path / "loss.png")
+    run.update(
+        result=_result(entries, state.global_step, time.perf_counter() - started)
+        | {"best_step": state.best_global_step if recipe.train.keep_best else None},
+        notes=notes.said,
+    )
+    if on_trained is not None:
+        on_trained(model, run.manifest)
+    if asked:
+        after = ask(job, model, asked)
+        run.update(exact_match=run.manifest["exact_match"] | {"after": after})
+        notes.say(f"exact match after training: {after} of {len(asked)}")
+
+
+def _load_adapter(model: PeftModel, checkpoint: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device=str(model.device)))
+
+
+def _result(entries: list[dict[str, Any]], steps: int, seconds: float) -> dict[str, Any]:
+    losses = [entry for entry in entries if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    # The first steps compile and tune kernels; the median of the rest is what a long run sees.
+    speeds = sorted(entry["tokens_per_s"] for entry in losses[2:] or losses)
+    return {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "first_loss": losses[0]["loss"] if losses else None,
+        "last_loss": losses[-1]["loss"] if losses else None,
+        "eval_losses": held_out,
+        "tokens": losses[-1]["tokens"] if losses else 0,
+        "tokens_per_s_median": speeds[len(speeds) // 2] if speeds else None,
+        "peak_allocated_gib": max(
+            (entry.get("peak_allocated_gib", 0) for entry in losses), default=0
+        )
+        or None,
+        "peak_reserved_gib": max((entry.get("peak_reserved_gib", 0) for entry in losses), default=0)
+        or None,
+    }
