@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-SEEDS = (3407, 1, 2)
+SEEDS = (3407, 1)
 
 
 @click.command()

@@ -12,6 +12,7 @@ from fastlora.engines.base import (
     Capabilities,
     new_position_ids,
     not_loadable,
+    prefer_expandable_segments,
     resolve_dtype,
 )
 from fastlora.errors import EngineError
@@ -31,6 +32,7 @@ class PeftEngine:
         logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
             lambda record: "gemm_4bit_forward" not in str(record.msg)
         )
+        prefer_expandable_segments()
         import peft  # noqa: F401  (nothing is patched: this only moves the cost of the import here)
 
     def auto_model(self) -> Any:
@@ -56,7 +58,7 @@ class PeftEngine:
             ),
         }[recipe.model.quantization]
         try:
-            base = self.auto_model().from_pretrained(
+            base, told = self.auto_model().from_pretrained(
                 recipe.model.name,
                 revision=recipe.model.revision,
                 trust_remote_code=recipe.model.trust_remote_code,
@@ -64,9 +66,16 @@ class PeftEngine:
                 quantization_config=quantization,
                 device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
                 attn_implementation="sdpa",
+                output_loading_info=True,
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise EngineError(not_loadable(recipe.model.name, error)) from error
+        if missing := sorted(told["missing_keys"]):
+            # transformers draws them at random and goes on.
+            raise EngineError(
+                f"model.name: {recipe.model.name} lacks {len(missing)} weights, such as {missing[0]}; copy or download "
+                "it again"
+            )
         base.config.use_cache = False  # with one, transformers does not keep packed rows apart
         set_seed(recipe.train.seed)
         lora = recipe.lora

@@ -171,3 +171,16 @@ def test_a_damaged_weight_file_is_said_to_be(workplace: Any, tmp_path: Path) -> 
     assert "cut is damaged or incomplete" in err
     assert "copy the folder again" in err
     assert "Traceback" not in err
+
+
+def test_a_weight_file_that_lacks_weights_is_refused(workplace: Any, tmp_path: Path) -> None:
+    """transformers would draw them at random, and the run would train on noise."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "partial"
+    shutil.copytree(workplace.root / "recipes/tiny/model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _, err = workplace.run("--set", f"model.name={folder}", expect=1)
+    assert "lacks 1 weights, such as model.layers.0.mlp.up_proj.weight" in " ".join(err.split())
