@@ -9,7 +9,7 @@ run: $(VENV)/.installed
 	$(VENV)/bin/fastlora run tiny
 
 test: check
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n auto --dist loadgroup
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check --quiet

@@ -1,11 +1,11 @@
-"""Why two engines' losses part within a few steps: the adapter's initial values, the types, or the engine.
+"""Why two trainings' losses part within a few steps: the adapter's initial values, the types, or the engine.
 
 python benchmarks/first_steps.py ENGINE [--suite llama31-8b] [--steps 5] [--json FILE]
 
-Trains ENGINE (peft, liger or unsloth) on the same 8 rows of uniform random tokens, again and again, from
-its own initial adapter and from given ones, and prints the loss at each step. peft comes a second time
-with what `prepare_model_for_kbit_training` does: norms, embeddings and head in float32. One engine per
-process; compare the columns of two runs. Why it was asked: docs/benchmarking.md.
+Trains ENGINE (peft, liger or unsloth) on the same 8 rows of uniform random tokens, again and again: from its
+own initial adapter, from two given ones, and, for peft, with parts of the frozen base in float32, as PEFT's
+`prepare_model_for_kbit_training` has them all. Prints the loss at each step. One engine per process;
+compare the lines of two. What came of it: docs/benchmarking.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from typing import Any
 import click
 
 SEEDS = (3407, 1)
+UPCAST = {
+    "norms": ("norm",),
+    "head": ("lm_head",),
+    "embeddings (so the residual stream)": ("embed_tokens",),
+    "all of them": ("norm", "lm_head", "embed_tokens"),
+}
 
 
 @click.command()
@@ -35,53 +41,51 @@ def main(engine: str, suite: str, steps: int, target: Path | None) -> None:
     checkpoint = random_checkpoint(plan.shape, plan.recipe.model, cache_folder() / "checkpoints")
     arm = Arm.parse(engine)
     recipe = arm.recipe(renamed(plan.recipe, str(checkpoint)))
-    found: dict[str, list[float]] = {}
-    _measure(arm, recipe, plan, steps, found, engine, upcast=False)
-    if engine == "peft":
-        _measure(arm, recipe, plan, steps, found, "peft, float32 norms and head", upcast=True)
+    found = _measure(arm, recipe, plan, steps)
     for name, losses in found.items():
-        click.echo(f"{name:45} " + " ".join(f"{loss:.4f}" for loss in losses))
+        click.echo(f"{name:40} " + " ".join(f"{loss:.4f}" for loss in losses))
     if target:
         target.write_text(json.dumps(found, indent=1))
 
 
-def _measure(
-    arm: Any,
-    recipe: Any,
-    plan: Any,
-    steps: int,
-    found: dict[str, list[float]],
-    name: str,
-    upcast: bool,
-) -> None:
+def _measure(arm: Any, recipe: Any, plan: Any, steps: int) -> dict[str, list[float]]:
     import torch
 
     from fastlora.bench import work
-    from fastlora.bench.arm import ArmTask, empty, timed_steps
+    from fastlora.bench.arm import ArmTask, timed_steps
 
     task = ArmTask(
         arm=arm, recipe=recipe, parity_checkpoint="", rows="", gradients="", work=plan.work
     )
     loaded = task.load()
-    if upcast:
-        for parameter in loaded.model.parameters():
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
     train = recipe.train
-    draw = torch.Generator().manual_seed(0)
     per_step = train.micro_batch * train.accumulation_steps
     tokens = torch.randint(
-        0, plan.shape["vocab_size"] - 256, (per_step, recipe.model.seq_len_tokens), generator=draw
+        0,
+        plan.shape["vocab_size"] - 256,
+        (per_step, recipe.model.seq_len_tokens),
+        generator=torch.Generator().manual_seed(0),
     ).tolist()
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
-    for seed in (None, *SEEDS):
-        if seed is not None:
-            loaded.set_adapter(0.0, seed)
-        losses = timed_steps(
-            loaded, work.steps(rows * steps, train.micro_batch, train.accumulation_steps)
-        )["losses"]
-        found[f"{name}, {'its own start' if seed is None else f'start {seed}'}"] = losses
-    empty(loaded)
+    rows = [{"input_ids": row, "labels": row} for row in tokens] * steps
+    work_steps = work.steps(rows, train.micro_batch, train.accumulation_steps)
+
+    found = {f"{arm.name}, its own start": timed_steps(loaded, work_steps)["losses"]}
+    for seed in SEEDS:
+        loaded.set_adapter(0.0, seed)
+        found[f"{arm.name}, start {seed}"] = timed_steps(loaded, work_steps)["losses"]
+    for what, parts in UPCAST.items() if arm.engine == "peft" else ():
+        raised = [
+            parameter
+            for name, parameter in loaded.model.named_parameters()
+            if parameter.dtype is loaded.dtype and any(part in name for part in parts)
+        ]
+        for parameter in raised:
+            parameter.data = parameter.data.float()
+        loaded.set_adapter(0.0, SEEDS[0])
+        found[f"{arm.name}, {what} in float32"] = timed_steps(loaded, work_steps)["losses"]
+        for parameter in raised:
+            parameter.data = parameter.data.to(loaded.dtype)  # exact: that is where they came from
+    return found
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,12 +13,19 @@ ROOT = Path(__file__).parents[1]
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT]
 
 
+# Read when the libraries are imported, here and in every process that a test starts. No test asks the Hub,
+# and two workers on two cores want a thread each.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+}
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or leaves tokens in the user's cache, or asks the Hub."""
+    """No test reads or leaves tokens in the user's cache."""
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path_factory.getbasetemp() / "fastlora-cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")

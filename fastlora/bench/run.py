@@ -349,7 +349,10 @@ class Bench:
             vram_cap_gib=self.request.vram_cap_gib,
             settings={
                 "command": self.request.command,
-                "recipe": plan.recipe.model_dump(mode="json"),
+                # Where random weights lay on this machine says nothing to others.
+                "recipe": (
+                    renamed(plan.recipe, "random weights") if plan.shape else plan.recipe
+                ).model_dump(mode="json"),
                 "work": plan.work.model_dump(mode="json"),
                 "weights": "random, true shape" if plan.shape else plan.recipe.model.name,
                 "shape": plan.shape,

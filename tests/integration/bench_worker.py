@@ -2,7 +2,7 @@
 
 gradient: one adapter tensor's gradient comes out 5 % too large. frozen: the optimizer does not step.
 tokens: the arm is fed other rows. oom: the third step runs out of memory. kill: the process dies.
-hang: it never answers. interrupt: the parent gets Ctrl-C while the arm runs.
+interrupt: the parent gets Ctrl-C while the arm runs.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ def plant(fault: str | None) -> None:
         arm.Loaded.loss = full
     elif fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif fault == "hang":
-        time.sleep(600)
     elif fault == "interrupt":
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(600)
