@@ -15,6 +15,7 @@ check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check --quiet
 	$(VENV)/bin/ruff check --quiet
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python -P benchmarks/readme.py --check
 	$(VENV)/bin/lint-imports --no-cache > /dev/null || $(VENV)/bin/lint-imports --no-cache
 
 $(VENV)/.installed: pyproject.toml hatch_build.py
