@@ -31,9 +31,9 @@ UPCAST = {
 @click.option("--steps", default=5, show_default=True)
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the losses there.")
 def main(engine: str, suite: str, steps: int, target: Path | None) -> None:
-    from fastlora.bench.run import cache_folder, renamed
+    from fastlora.bench.run import cache_folder
     from fastlora.bench.schema import Arm
-    from fastlora.bench.suites import plan_for
+    from fastlora.bench.suites import plan_for, renamed
     from fastlora.bench.weights import random_checkpoint
 
     plan = plan_for(suite, 0.0)

@@ -6,7 +6,6 @@ which costs all of them the same.
 
 from __future__ import annotations
 
-import gc
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from fastlora.bench import work as works
+from fastlora.bench.flops import flops_per_token
+from fastlora.bench.memory import cap_memory, memory, release
 from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype
@@ -281,62 +282,6 @@ def make_optimizer(
     return optimizer
 
 
-def flops_per_token(model: PeftModel, recomputed: bool) -> dict[str, float]:
-    """Multiply-adds counted twice. matmul: forward and dX of every frozen linear layer, 4 N, head
-    included; attention: forward and backward of a causal row, per squared token; recompute_*: what
-    checkpointing does again, which is not the head."""
-    import torch
-
-    body = head = 0
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".lora_" not in name:
-            size = module.in_features * module.out_features
-            if "lm_head" in name:
-                head += size
-            else:
-                body += size
-    config = model.config
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    # Q K^T and P V, 2 FLOPs each, half of the square: 2 L^2 width forward, twice that backward.
-    forward_attention = 2.0 * width * config.num_hidden_layers
-    return {
-        "matmul": 4.0 * (body + head),
-        "attention": 3 * forward_attention,
-        "recompute_matmul": 2.0 * body * recomputed,
-        "recompute_attention": forward_attention * recomputed,
-    }
-
-
-def memory() -> dict[str, float | None]:
-    """Peaks in GiB since they were last reset, and what the driver counts now; None on a CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {"peak_allocated_gib": None, "peak_reserved_gib": None, "driver_gib": None}
-    free, total = torch.cuda.mem_get_info()
-    return {
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
-        "driver_gib": round((total - free) / 2**30, 3),
-    }
-
-
-def cap_memory(cap_gib: float | None) -> None:
-    """Let this process have no more of the GPU than a smaller card would: the CUDA context counts in,
-    which the allocator's own limit leaves out."""
-    import torch
-
-    if cap_gib is None or not torch.cuda.is_available():
-        return
-    torch.zeros(1, device="cuda")  # makes the context
-    free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved()
-    fraction = max(0.01, (cap_gib * 2**30 - context) / total)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
-
-
 def empty(loaded: Loaded) -> None:
     """Free a model's memory although unsloth keeps hold of its layers for the whole process."""
     import torch
@@ -345,11 +290,3 @@ def empty(loaded: Loaded) -> None:
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         tensor.grad = None
     release()
-
-
-def release() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

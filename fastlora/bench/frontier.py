@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastlora.bench import work as works
-from fastlora.bench.arm import ArmTask, cap_memory, make_optimizer, memory, release
+from fastlora.bench.arm import ArmTask, make_optimizer
+from fastlora.bench.memory import cap_memory, memory, release
 
 RESOLUTION = 0.04
 """The search ends when what fits and what does not lie so close together."""

@@ -34,8 +34,8 @@ def run_worker(
 ) -> dict[str, Any]:
     """Run `worker.py kind` on a task (JSON) and return what it answers.
 
-    Its stderr, with that of the libraries, goes to `log`. Raises Failed; on KeyboardInterrupt the
-    process is ended first.
+    Its stderr, with that of the libraries, goes to `log`. Raises Failed; whatever else is raised meanwhile,
+    the process is ended first.
     """
     with (
         log.open("a", encoding="utf-8") as errors,

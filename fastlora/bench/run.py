@@ -13,21 +13,19 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fastlora.bench import gates, work
+from fastlora.bench import work
+from fastlora.bench.assess import assess, ledger
 from fastlora.bench.processes import COMMAND, Failed, run_worker
 from fastlora.bench.schema import (
-    OPTIONS,
     Arm,
     ArmResult,
     Frontier,
-    Gate,
-    LedgerEntry,
     Report,
-    Spread,
 )
-from fastlora.bench.suites import Plan, plan_for
+from fastlora.bench.suites import Plan, ingredients, plan_for, renamed
 from fastlora.errors import EngineError, UsageError
 from fastlora.rundir import provenance
+from fastlora.train.stop import Interrupted, StopSignals
 
 FRONTIER_BATCHES = 1024
 """Larger micro-batches are not searched for: nobody trains with them."""
@@ -69,13 +67,18 @@ class Bench:
         """What each arm's process sent, by the arm's name."""
         self.failures: dict[str, Failed] = {}
         self.frontiers: list[Frontier] = []
-        self.interrupted = False
+        self.stopped: Interrupted | None = None
+        """The signal that ended it early."""
 
     def run(self) -> Report:
-        """Measure. An arm that fails is a row of the report; Ctrl-C gives a report of what there is.
+        """Measure. An arm that fails is a row of the report; a signal gives a report of what there is.
 
-        Raises UsageError or EngineError: nothing could be measured.
+        Raises UsageError or EngineError: nothing could be measured; Interrupted: nothing was yet.
         """
+        with StopSignals():  # so that SIGTERM too ends the process that measures
+            return self._run()
+
+    def _run(self) -> Report:
         began, started = datetime.now(UTC), time.perf_counter()
         self.machine = self._worker("probe", "")
         self.plan = self._plan()
@@ -87,10 +90,17 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="fastlora-bench-") as scratch:
             try:
                 self._measure(Path(scratch))
-            except KeyboardInterrupt:
-                self.interrupted = True
+            except Interrupted as stopped:
+                self.stopped = stopped
                 self.console.print("interrupted: the report has what was measured so far")
-            arms = self._judged(Path(scratch))
+            arms = assess(
+                self.plan.arms,
+                self.results,
+                self.failures,
+                gradients=Path(scratch),
+                warmup_steps=self.plan.work.warmup_steps,
+                ceilings=self.machine["ceilings"],
+            )
         return self._report(arms, began, time.perf_counter() - started)
 
     def _plan(self) -> Plan:
@@ -272,67 +282,6 @@ class Bench:
                 raise
             raise EngineError(f"bench: {kind}: {failed.detail}") from None
 
-    def _judged(self, scratch: Path) -> list[ArmResult]:
-        if not hasattr(self, "plan"):
-            return []
-        judged = []
-        firsts: dict[
-            bool, Arm
-        ] = {}  # padded and packed arms take other steps through the same rows
-        for arm in self.plan.arms:
-            if arm.name in self.results:
-                firsts.setdefault(arm.packed, arm)
-                judged.append(self._judge(arm, firsts, scratch))
-            elif arm.name in self.failures:
-                failed = self.failures[arm.name]
-                peaks = {
-                    key: failed.told.get(key)
-                    for key in ("peak_allocated_gib", "peak_reserved_gib", "driver_gib")
-                }
-                judged.append(
-                    ArmResult(arm=arm.name, status=failed.status, detail=failed.detail, **peaks)  # type: ignore[arg-type]
-                )
-            else:
-                judged.append(ArmResult(arm=arm.name, status="interrupted", detail="not measured"))
-        return judged
-
-    def _judge(self, arm: Arm, firsts: dict[bool, Arm], scratch: Path) -> ArmResult:
-        from safetensors.torch import load_file
-
-        result = self.results[arm.name]
-        first = self.results[next(iter(firsts.values())).name]
-        beside = self.results[firsts[arm.packed].name]
-        found: list[Gate] = [
-            gates.gate_work(result, beside, same_order=True)
-            if beside is not result
-            else gates.gate_work(result, first, same_order=False),
-            gates.gate_loss(result["losses"]),
-            gates.gate_gradients(result),
-            gates.gate_weights(result),
-            gates.gate_parity(
-                *(
-                    load_file(scratch / f"{name}.safetensors")
-                    for name in (arm.name, "plain", "exact")
-                )
-            ),
-        ]
-        if beside is not result:
-            found.append(gates.gate_trajectory(result["losses"], beside["losses"]))
-        passed = all(gate.passed for gate in found)
-        shown = figures(result, self.plan.work.warmup_steps, self.machine["ceilings"])
-        return ArmResult(
-            arm=arm.name,
-            status="ok" if passed else "red",
-            detail=""
-            if passed
-            else "; ".join(f"{g.name}: {g.detail}" for g in found if not g.passed),
-            gates=found,
-            losses=result["losses"],
-            load_s=result["load_s"],
-            notes=result["notes"],
-            **(shown if passed else {}),  # no speed on a red gate
-        )
-
     def _report(self, arms: list[ArmResult], began: datetime, seconds: float) -> Report:
         plan = self.plan
         states = {arm.status for arm in arms}
@@ -343,7 +292,7 @@ class Bench:
         return Report(
             name=plan.name,
             model=self.request.model or (plan.name if plan.shape else plan.recipe.model.name),
-            status="partial" if self.interrupted else status,
+            status="partial" if self.stopped else status,
             started=began.isoformat(timespec="seconds"),
             seconds=round(seconds, 1),
             vram_cap_gib=self.request.vram_cap_gib,
@@ -369,89 +318,6 @@ class Bench:
             ledger=ledger(arms) if self.request.ledger else [],
             frontier=self.frontiers,
         )
-
-
-def figures(result: dict[str, Any], warmup: int, ceilings: dict[str, float]) -> dict[str, Any]:
-    """The report's figures of an arm, from its steps after warm-up."""
-    seconds = result["step_s"][warmup:]
-    tokens, supervised = result["step_tokens"][warmup:], result["step_supervised"][warmup:]
-    flops, total = result["flops"], sum(result["step_tokens"])
-    # Squared lengths are known for the whole run; their share is that of the tokens.
-    squared = result["squared_lengths"] * sum(tokens) / total
-    model = flops["matmul"] * sum(tokens) + flops["attention"] * squared
-    again = flops["recompute_matmul"] * sum(tokens) + flops["recompute_attention"] * squared
-    peak = ceilings.get("gemm_tflops", 0) * 1e12 * sum(seconds)
-    return {
-        "tokens_per_s": spread([t / s for t, s in zip(tokens, seconds, strict=True)]),
-        "supervised_tokens_per_s": spread(
-            [t / s for t, s in zip(supervised, seconds, strict=True)]
-        ),
-        "step_s": spread(seconds),
-        "peak_allocated_gib": result["peak_allocated_gib"],
-        "peak_reserved_gib": result["peak_reserved_gib"],
-        "driver_gib": result["driver_gib"],
-        "mfu": round(model / peak, 4) if peak else None,
-        "hfu": round((model + again) / peak, 4) if peak else None,
-        "counted": {
-            "steps": len(result["step_s"]),
-            "tokens": total,
-            "supervised_tokens": sum(result["step_supervised"]),
-            "padding_share": round(1 - total / result["fed_tokens"], 4),
-            "digest": result["digest"],
-        },
-    }
-
-
-def spread(values: Sequence[float]) -> Spread:
-    ordered = sorted(values)
-
-    def at(share: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 6)
-
-    return Spread(p20=at(0.2), p50=at(0.5), p80=at(0.8))
-
-
-def ingredients(arm: Arm) -> list[Arm]:
-    """The arm without each of its ingredients, and with each that it could have and has not."""
-    others = []
-    for option, (engines, _) in OPTIONS.items():
-        if (
-            arm.engine not in engines
-            or option in arm.options
-            or option in ("+packing", "+fastlora")
-        ):
-            continue
-        others.append(Arm.parse(arm.name + option))
-    return others
-
-
-def ledger(arms: Sequence[ArmResult]) -> list[LedgerEntry]:
-    """An entry for each arm that is another one with one option more."""
-    by_name = {arm.arm: arm for arm in arms}
-    entries = []
-    for arm in arms:
-        for option, (_, what) in OPTIONS.items():
-            base = by_name.get(arm.arm.removesuffix(option))
-            if base is None or base is arm:
-                continue
-            entries.append(
-                LedgerEntry(
-                    ingredient=what,
-                    arm=arm.arm,
-                    base=base.arm,
-                    tokens_per_s=arm.tokens_per_s.p50 if arm.tokens_per_s else None,
-                    base_tokens_per_s=base.tokens_per_s.p50 if base.tokens_per_s else None,
-                    peak_reserved_gib=arm.peak_reserved_gib,
-                    base_peak_reserved_gib=base.peak_reserved_gib,
-                )
-            )
-    return entries
-
-
-def renamed(recipe: Any, name: str) -> Any:
-    """The recipe with another model."""
-    model = recipe.model.model_copy(update={"name": name})
-    return recipe.model_copy(update={"model": model})
 
 
 def cache_folder() -> Path:

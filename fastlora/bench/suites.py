@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastlora.bench.schema import Arm, Suite, Work
+from fastlora.bench.schema import OPTIONS, Arm, Suite, Work
 from fastlora.errors import RecipeError, UsageError
 from fastlora.recipe import library
 from fastlora.recipe.load import explain, load_recipe
@@ -96,3 +96,23 @@ def fitting(needs_gib: dict[str, float], vram_gib: float) -> str:
     """The most demanding suite that fits into vram_gib."""
     fits = {name: needed for name, needed in needs_gib.items() if needed <= vram_gib}
     return max(fits, key=lambda name: fits[name])
+
+
+def ingredients(arm: Arm) -> list[Arm]:
+    """The arm without each of its ingredients, and with each that it could have and has not."""
+    others = []
+    for option, (engines, _) in OPTIONS.items():
+        if (
+            arm.engine not in engines
+            or option in arm.options
+            or option in ("+packing", "+fastlora")
+        ):
+            continue
+        others.append(Arm.parse(arm.name + option))
+    return others
+
+
+def renamed(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with another model."""
+    model = recipe.model.model_copy(update={"name": name})
+    return recipe.model_copy(update={"model": model})

@@ -130,7 +130,7 @@ def _explained(error: Exception) -> dict[str, Any]:
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
-        from fastlora.bench.arm import memory
+        from fastlora.bench.memory import memory
 
         reason = str(error).split(". ")
         return {"status": "oom", "detail": ". ".join(reason[:2]), **memory()}

@@ -84,6 +84,7 @@ def command(
     from fastlora.bench.run import Bench, Request
     from fastlora.bench.schema import Arm
     from fastlora.rundir.store import new_folder
+    from fastlora.train.stop import Interrupted
 
     request = Request(
         target=target,
@@ -100,15 +101,18 @@ def command(
     folder = out or new_folder(Path("runs/bench") / Path(target or "auto").stem)
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(request, folder, Console(stderr=True))
-    report = bench.run()
+    try:
+        report = bench.run()
+    except Interrupted as stopped:
+        sys.exit(stopped.exit_code)
     write(report, folder)
     if as_json:
         click.echo(report.model_dump_json())
     else:
         print_report(report, console)
         click.echo(f"report    {folder / 'report.html'}")
-    if bench.interrupted:
-        sys.exit(130)
+    if bench.stopped:
+        sys.exit(bench.stopped.exit_code)
     if report.status == "red":
         sys.exit(3)
     if not any(arm.status == "ok" for arm in report.arms):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -79,7 +80,8 @@ def test_ctrl_c_leaves_a_partial_report(tmp_path: Path, monkeypatch: pytest.Monk
     running, arms = bench(
         tmp_path, monkeypatch, {"peft-optimizer": "interrupt", "peft-checkpointing": ""}
     )
-    assert running.interrupted
+    assert running.stopped is not None
+    assert running.stopped.exit_code == 130
     assert arms["peft"].tokens_per_s is not None
     assert arms["peft-optimizer"].status == arms["peft-checkpointing"].status == "interrupted"
 
@@ -156,19 +158,21 @@ def test_wrong_arguments_are_explained(arguments: list[str], told: str, tmp_path
     assert told in " ".join(done.stderr.split())
 
 
-def test_ctrl_c_ends_the_command_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_and_its_process(tmp_path: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fastlora", "bench", "tiny", "--out", "cut"],
         cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if "peft ..." in line:
-            process.send_signal(signal.SIGINT)
             break
+    time.sleep(1)
+    (arm,) = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
     process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert (
-        Report.model_validate_json((tmp_path / "cut/report.json").read_text()).status == "partial"
-    )
+    assert process.returncode == 128 + number
+    assert not arm.is_running()
+    report = Report.model_validate_json((tmp_path / "cut/report.json").read_text())
+    assert report.status == "partial"
