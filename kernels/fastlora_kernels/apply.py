@@ -13,6 +13,7 @@ are the layers that it leaves to PEFT (q and v without k, a base with bias, othe
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
+from fastlora_kernels.bnb_or_not import BaseLinear4bit, Linear4bit, Params4bit
+from fastlora_kernels.ops.dequantize import FourBit
 from fastlora_kernels.ops.lora_linear import lora_linear
 
 Kinds = Mapping[str, int]
@@ -53,11 +56,11 @@ class Attached:
 def attach(model: nn.Module) -> Attached:
     """Serve every LoRA layer of `model` that our op can serve; leave the others as they are.
 
-    Served: `peft.tuners.lora.Linear` on a plain, frozen `torch.nn.Linear`, one active adapter, no variant (DoRA
-    and its like), no bias in the adapter, no dropout in training. What can change from call to call is looked
-    at on every call, and PEFT's own forward runs where it does not fit: adapters disabled, merged or switched,
-    `adapter_names`, dropout, hooks, dtypes. Outside autocast, base, adapter and x must be of one dtype: there
-    PEFT computes a float32 adapter in float32, and in x's bfloat16 dA and dB would be off by 0.2 %.
+    Served: PEFT's LoRA layers on a plain, frozen `torch.nn.Linear` or a bitsandbytes `Linear4bit`, one active
+    adapter, no variant (DoRA and its like), no bias in the adapter, no dropout in training. What can change from
+    call to call is looked at on every call, and PEFT's own forward runs where it does not fit: adapters disabled,
+    merged or switched, `adapter_names`, dropout, hooks, dtypes. Outside autocast, base, adapter and x must be of one
+    dtype: there PEFT computes a float32 adapter in float32, and in x's bfloat16 dA and dB would be off by 0.2 %.
 
     A reason in the report that can pass (a disabled adapter, dropout) holds for now and for training. May be
     called again, for a new report. A gradient of a gradient through a served layer raises RuntimeError.
@@ -71,14 +74,15 @@ def attach(model: nn.Module) -> Attached:
         kind = name.rpartition(".")[2] or type(layer).__name__
         found: str | _Parts | None = _never(layer)
         if found is None:
-            layer.__class__ = AttachedLinear
+            layer.__class__ = ATTACHED.get(type(layer), type(layer))
             found = _parts(layer, training=True)
         if isinstance(found, str):
             left[found][kind] += 1
             continue
         served[kind] += 1
         base, down, up, _ = found
-        if not base.weight.dtype == down.weight.dtype == up.weight.dtype:
+        base_dtype = base.compute_dtype if type(base) is BaseLinear4bit else base.weight.dtype
+        if not base_dtype == down.weight.dtype == up.weight.dtype:
             only_autocast[kind] += 1
     return Attached(dict(served), dict(only_autocast), {why: dict(n) for why, n in left.items()})
 
@@ -86,8 +90,8 @@ def attach(model: nn.Module) -> Attached:
 def detach(model: nn.Module) -> None:
     """Give every layer of `model` PEFT's own forward again."""
     for layer in model.modules():
-        if type(layer) is AttachedLinear:
-            layer.__class__ = Linear
+        if type(layer) in DETACHED:
+            layer.__class__ = DETACHED[type(layer)]
 
 
 class AttachedLinear(Linear):  # type: ignore[misc]  # peft is untyped
@@ -108,13 +112,34 @@ class AttachedLinear(Linear):  # type: ignore[misc]  # peft is untyped
         return Linear.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
+class AttachedLinear4bit(Linear4bit):  # type: ignore[misc]
+    """The same on a 4-bit base, which computes in its own compute_dtype and answers in x's dtype."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (..., K) -> (..., N) in x's dtype."""
+        parts = _parts(self)
+        if not (args or kwargs or isinstance(parts, str)):
+            base, down, up, scaling = parts
+            dtype = _compute_dtype(x, down.weight, up.weight)
+            if dtype is not None and dtype == base.compute_dtype:
+                bias = None if base.bias is None else base.bias.to(dtype)
+                y = lora_linear(x.to(dtype), base.weight, bias, down.weight, up.weight, scaling)
+                return y.to(x.dtype)
+        return Linear4bit.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+ATTACHED = {Linear: AttachedLinear, Linear4bit: AttachedLinear4bit}
+DETACHED = {ours: theirs for theirs, ours in ATTACHED.items()}
+
+
 def _never(layer: Any) -> str | None:
     """Why this layer cannot be served whatever its state; None if it can."""
-    if type(layer) not in (Linear, AttachedLinear):
+    peft = DETACHED.get(type(layer), type(layer))
+    if peft not in ATTACHED:
         return f"layer is a {type(layer).__name__}"
     if "forward" in vars(layer):
         return "its forward was replaced"
-    if type(layer.base_layer) is not nn.Linear:
+    if type(layer.base_layer) is not (BaseLinear4bit if peft is Linear4bit else nn.Linear):
         return f"base layer is a {type(layer.base_layer).__name__}"
     return None
 
@@ -147,6 +172,11 @@ def _parts(layer: Any, training: bool = False) -> _Parts | str:
         return "bias in the adapter"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out"
+    if type(base) is BaseLinear4bit:
+        if FourBit.of(base.weight) is None:
+            return "4-bit weight not quantized yet, or of another layout"
+        if base.weight.device.type == "cpu" and "FASTLORA_KERNELS" not in os.environ:
+            return "4-bit weight on a CPU"  # the reference is slower than bitsandbytes there
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "base layer is trained too"  # the op gives W and b no gradient
     scaling = layer.scaling[adapter]
@@ -160,16 +190,15 @@ def _plain(linear: nn.Module) -> bool:
 
     Offloading, sharding and quantization come as hooks, a replaced forward, or tensors of another class.
     """
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and not (
-            linear._forward_hooks
-            or linear._forward_pre_hooks
-            or linear._backward_hooks
-            or linear._backward_pre_hooks
-            or "forward" in vars(linear)
-        )
+    return (type(linear), type(linear.weight)) in (
+        (nn.Linear, nn.Parameter),
+        (BaseLinear4bit, Params4bit),
+    ) and not (
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+        or "forward" in vars(linear)
     )
 
 

@@ -27,6 +27,10 @@ def choose_backend(device: torch.device, available: tuple[Backend, ...]) -> Back
                 raise ValueError(
                     f"FASTLORA_KERNELS=triton: the tensors are on {device}, and Triton needs a GPU"
                 )
+            if backend == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
+                raise ValueError(
+                    "FASTLORA_KERNELS=interpret: set TRITON_INTERPRET=1 too, before Triton is imported"
+                )
             return backend
     raise ValueError(
         f"FASTLORA_KERNELS={wanted}: not a backend of this op; it has {', '.join(available)}"

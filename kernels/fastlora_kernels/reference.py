@@ -1,45 +1,47 @@
-"""The ops in plain PyTorch: what a kernel is measured and tested against."""
+"""The ops in plain PyTorch, as their equations stand: what a kernel is measured and tested against."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from fastlora_kernels.ops.dequantize import FourBit
 
 
-class LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T, with the frozen W and b left without gradients.
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """y = x W^T + b + scaling (x A^T) B^T, all in x's type. LoRA, Hu et al. 2021 (arXiv:2106.09685), 4.1.
 
-    LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1. Backward, with g = dL/dy:
-    dx = g W + s (g B) A,  dA = s (g B)^T x,  dB = s g^T (x A^T).
-    The rank-R products are taken first, so that no (N, K) delta is ever formed.
+    x (..., K), weight (N, K) dense, bias (N), lora_a (R, K), lora_b (N, R) -> (..., N).
     """
+    down = x @ lora_a.to(x.dtype).T
+    return torch.nn.functional.linear(x, weight, bias) + scaling * (down @ lora_b.to(x.dtype).T)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TK: torch.Tensor,
-        weight_NK: torch.Tensor,
-        bias_N: torch.Tensor | None,
-        a_RK: torch.Tensor,
-        b_NR: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        down_TR = x_TK @ a_RK.to(x_TK.dtype).T
-        ctx.save_for_backward(x_TK, weight_NK, a_RK, b_NR, down_TR)
-        ctx.scaling = scaling
-        y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
-        return y_TN + scaling * (down_TR @ b_NR.to(x_TK.dtype).T)
 
-    # x A^T is saved as a number, not as a function of x and A: a second derivative through it would be wrong.
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (g_TN,) = gradients
-        x_TK, weight_NK, a_RK, b_NR, down_TR = ctx.saved_tensors
-        up_TR = ctx.scaling * (g_TN @ b_NR.to(g_TN.dtype))
-        dx_TK = g_TN @ weight_NK + up_TR @ a_RK.to(g_TN.dtype)
-        da_RK = (up_TR.T @ x_TK).to(a_RK.dtype)
-        db_NR = (ctx.scaling * (g_TN.T @ down_TR)).to(b_NR.dtype)
-        return dx_TK, None, None, da_RK, db_NR, None
+def dequantize(
+    weight: FourBit,
+    dtype: torch.dtype,
+    fold: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """code[q] absmax + scaling B A, (N, K), in float32 and rounded once to `dtype`; see ops/dequantize.py."""
+    codes = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1).view(-1).long()
+    absmax = weight.absmax
+    if weight.nested_absmax is not None:
+        assert weight.nested_table is not None
+        assert weight.offset is not None
+        outer = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
+        absmax = weight.nested_table[absmax.long()] * outer + weight.offset
+    scale = absmax.repeat_interleave(weight.blocksize)[: codes.numel()]
+    dense = (weight.table[codes] * scale).view(weight.shape)
+    if fold is not None:
+        a, b, scaling = fold
+        dense = dense + scaling * (b.to(dtype).float() @ a.to(dtype).float())
+    return dense.to(dtype)

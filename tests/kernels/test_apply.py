@@ -12,7 +12,7 @@ import fastlora_kernels.apply
 import pytest
 import torch
 from fastlora_kernels import attach, detach
-from fastlora_kernels.ops.lora_linear import lora_linear
+from fastlora_kernels.ops.lora_linear import folds, lora_linear
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
@@ -146,6 +146,56 @@ def test_16_bit_errs_no_more_than_peft(
         assert error <= 2 * allowed + torch.finfo(torch.float32).eps, name
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("tokens", [3, 200], ids=["split", "folded"])
+@pytest.mark.parametrize("backend", ["reference", "interpret"])
+def test_nf4_in_float32_is_pefts(
+    tokens: int,
+    nested: bool,
+    bias: bool,
+    backend: str,
+    calls: list[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASTLORA_KERNELS", backend)
+    model = nf4(k=128, n=96, bias=bias, compress_statistics=nested)
+    assert folds(tokens, 96, 128) is (tokens == 200)
+    x = torch.randn(tokens, 128)
+    theirs = results(model, x)
+    assert attach(model).served == {"proj": 1}
+    assert_equal(results(model, x), theirs, rtol=1e-4, atol=1e-5)
+    assert calls == [torch.float32]
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [3, 200], ids=["split", "folded"])
+def test_nf4_under_autocast_errs_no_more_than_peft(
+    tokens: int,
+    x_dtype: torch.dtype,
+    calls: list[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    model = nf4(k=128, n=96, dtype=torch.bfloat16, bias=True)
+    model["proj"].base_layer.bias.data.normal_()
+    x = torch.randn(tokens, 128).to(x_dtype)
+    wide = copy.deepcopy(model)
+    wide["proj"].base_layer.compute_dtype = torch.float32
+    wide["proj"].base_layer.weight.quant_state.dtype = torch.float32
+    exact = results(wide, x.float())
+    theirs = results(model, x, autocast=True)
+    assert attach(model).only_autocast == {"proj": 1}
+    ours = results(model, x, autocast=True)
+    assert calls == [torch.bfloat16]
+    for name, truth in exact.items():
+        assert ours[name].dtype == theirs[name].dtype, name
+        error, allowed = (
+            float((found[name].float() - truth).norm() / truth.norm()) for found in (ours, theirs)
+        )
+        assert error <= 2 * allowed + torch.finfo(torch.float32).eps, name
+
+
 def test_autocast_comes_and_goes(calls: list[torch.dtype]) -> None:
     """The same layer with and without autocast, one call after the other."""
     model = lora_model()
@@ -184,13 +234,19 @@ def changed(change: Callable[[Any], Any], **config: Any) -> nn.ModuleDict:
     return model
 
 
-def nf4(through_peft: bool) -> nn.ModuleDict:
+def nf4(
+    through_peft: bool = True,
+    k: int = 64,
+    n: int = 17,
+    dtype: torch.dtype = torch.float32,
+    **given: Any,
+) -> nn.ModuleDict:
     bnb = pytest.importorskip("bitsandbytes")
-    base = bnb.nn.Linear4bit(64, 17, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    base = bnb.nn.Linear4bit(k, n, compute_dtype=dtype, quant_type="nf4", **given)
     model = nn.ModuleDict({"proj": base.to("cpu")})  # .to quantizes
     model.is_loaded_in_4bit = through_peft  # what transformers sets, and PEFT goes by
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["proj"]), model)
-    fill(model)
+    fill(model, torch.float32)
     return model
 
 
@@ -209,7 +265,11 @@ LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
     "none": (none_active, "0 active adapters"),
     "dora": (lambda: lora_model(use_dora=True), "variant DoraLinearVariant"),
     "dropout": (lambda: lora_model(lora_dropout=0.5), "dropout in training"),
-    "nf4": (lambda: nf4(True), "layer is a Linear4bit"),
+    "nf4": (nf4, "4-bit weight on a CPU"),
+    "nf4, an odd number of inputs": (
+        lambda: nf4(k=65),
+        "4-bit weight not quantized yet, or of another layout",
+    ),
     "nf4 unannounced": (lambda: nf4(False), "base layer is a Linear4bit"),
     "own class": (lambda: lora_model(base=OwnLinear(24, 17)), "base layer is a OwnLinear"),
     "own lora": (
@@ -246,7 +306,7 @@ LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
 def test_what_is_left_to_peft_is_pefts_to_the_last_bit(case: str, calls: list[torch.dtype]) -> None:
     build, reason = LEFT[case]
     model = build()
-    k = 64 if case.startswith("nf4") else 24
+    k = {"nf4": 64, "nf4 unannounced": 64, "nf4, an odd number of inputs": 65}.get(case, 24)
     x = torch.randn(2, k, 3) if case == "conv" else torch.randn(5, k)
     theirs = results(model, x)
     attached = attach(model)

@@ -40,7 +40,7 @@ def test_rows_are_sane(bench: ModuleType, dtype: str, tmp_path: Path) -> None:
     sizes = ["--shapes", "64x128,96x64", "--tokens", "16,33", "--ranks", "4"]
     result = run(bench, *sizes, "--dtype", dtype, "--json", str(target))
     assert result.exit_code == 0, result.output
-    assert "left to PEFT: layer is a Linear4bit" in result.output
+    assert "left to PEFT: 4-bit weight on a CPU" in result.output
 
     document = json.loads(target.read_text())
     assert document.keys() >= {"date", "commit", "versions", "machine", "dtype", "repeats"}

@@ -56,6 +56,10 @@ def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLORA_KERNELS", raising=False)
     assert choose_backend(cpu, ("triton", "reference")) == "reference"
     monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 too"):
+        choose_backend(cpu, ("interpret", "reference"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend(cpu, ("interpret", "reference")) == "interpret"
     with pytest.raises(ValueError, match="it has reference"):
         choose_backend(cpu, ("reference",))
