@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Case(NamedTuple):
     work: Callable[[Size, torch.dtype, str], tuple[int, int, int]]  # see linear_work
 
 
-def linear_layer(size: Size, dtype: torch.dtype, base: str) -> Any:
+def linear_layer(size: Size, dtype: torch.dtype, base: str, dora: bool = False) -> Any:
     """With a B that is not zero, as in the midst of training."""
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, inject_adapter_in_model
@@ -67,10 +68,14 @@ def linear_layer(size: Size, dtype: torch.dtype, base: str) -> Any:
         linear = nn.Linear(size.k, size.n, bias=False, dtype=dtype, device=DEVICE)
     model: Any = nn.ModuleDict({"proj": linear.requires_grad_(False)})
     model.is_loaded_in_4bit = base == "nf4"  # set by transformers, asked for by PEFT
-    config = LoraConfig(r=size.rank, lora_alpha=2 * size.rank, target_modules=["proj"])
+    config = LoraConfig(
+        r=size.rank, lora_alpha=2 * size.rank, use_dora=dora, target_modules=["proj"]
+    )
     layer = inject_adapter_in_model(config, model)["proj"]
     layer.lora_A.float()
     nn.init.normal_(layer.lora_B.float()["default"].weight, std=0.1 / size.rank**0.5)
+    if dora:
+        layer.lora_magnitude_vector.float()
     return layer
 
 
@@ -86,32 +91,42 @@ def dense(layer: Any, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
-def linear_arms(size: Size, dtype: torch.dtype, base: str, seed: int) -> dict[str, Any]:
+def linear_arms(
+    size: Size, dtype: torch.dtype, base: str, seed: int, dora: bool = False
+) -> dict[str, Any]:
     """truth, floor, peft, and ours or `left`, the reason why PEFT keeps the layer."""
     from fastlora_kernels import attach
 
     torch.manual_seed(seed)
     x = torch.randn(size.tokens, size.k, dtype=dtype, device=DEVICE, requires_grad=True)
     g = torch.randn(size.tokens, size.n, dtype=dtype, device=DEVICE)
-    layer = linear_layer(size, dtype, base)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    layer = linear_layer(size, dtype, base, dora)
+    trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    if dora:
+        trained.append(layer.lora_magnitude_vector["default"].weight)
     twin = copy.copy(layer)  # shares every weight
     left = list(attach(twin).left)
 
     def with_gradients(y: Tensor, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, Tensor]:
         found = (y.detach(), *torch.autograd.grad(y, inputs, g))
-        return dict(zip(("y", "dx", "dA", "dB"), found, strict=True))
+        names = ("y", "dx", "dA", "dB", "dm")[: len(found)]
+        return dict(zip(names, found, strict=True))
 
     def step(layer: Any) -> dict[str, Tensor]:
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             y = layer(x)
-        return with_gradients(y, (x, a, b), g)
+        return with_gradients(y, (x, *trained), g)
 
     def truth() -> dict[str, Tensor]:
         wide = torch.float64 if dtype == torch.float32 else torch.float32
-        x_, a_, b_ = (given.detach().to(wide).requires_grad_() for given in (x, a, b))
-        y = x_ @ dense(layer, wide).T + layer.scaling["default"] * (x_ @ a_.T) @ b_.T
-        return with_gradients(y, (x_, a_, b_), g.to(wide))
+        inputs = [given.detach().to(wide).requires_grad_() for given in (x, *trained)]
+        x_, a_, b_, *magnitude = inputs
+        weight, scaling = dense(layer, wide), layer.scaling["default"]
+        y = x_ @ weight.T + scaling * (x_ @ a_.T) @ b_.T
+        if magnitude:
+            norm = torch.linalg.vector_norm((weight + scaling * b_ @ a_).detach(), dim=1)
+            y = y * (magnitude[0] / norm)
+        return with_gradients(y, tuple(inputs), g.to(wide))
 
     return {
         "truth": truth,
@@ -137,6 +152,8 @@ def linear_work(size: Size, dtype: torch.dtype, base: str) -> tuple[int, int, in
 CASES = (
     Case("lora_linear", "dense", linear_arms, linear_work),
     Case("lora_linear", "nf4", linear_arms, linear_work),
+    Case("dora_linear", "dense", partial(linear_arms, dora=True), linear_work),
+    Case("dora_linear", "nf4", partial(linear_arms, dora=True), linear_work),
 )
 
 

@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from fastlora_kernels.bnb_or_not import BaseLinear4bit, Linear4bit, Params4bit
 from fastlora_kernels.ops.dequantize import FourBit
+from fastlora_kernels.ops.dora_linear import dora_linear
 from fastlora_kernels.ops.lora_linear import lora_linear
 
 Kinds = Mapping[str, int]
-_Parts = tuple[nn.Linear, nn.Linear, nn.Linear, float]
+_Parts = tuple[nn.Linear, nn.Linear, nn.Linear, float, torch.Tensor | None]
+"""Base layer, A, B, scaling and, with DoRA, the magnitude."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Attached:
 
     def lines(self) -> Iterator[str]:
         total = _total(self.served) + sum(_total(kinds) for kinds in self.left.values())
-        yield f"lora_linear serves {_total(self.served)} of {total} LoRA layers{_listed(self.served)}"
+        yield f"fastlora serves {_total(self.served)} of {total} LoRA layers{_listed(self.served)}"
         if self.only_autocast:
             yield f"  under autocast only: {_total(self.only_autocast)}{_listed(self.only_autocast)}"
         for reason, kinds in self.left.items():
@@ -57,7 +60,7 @@ def attach(model: nn.Module) -> Attached:
     """Serve every LoRA layer of `model` that our op can serve; leave the others as they are.
 
     Served: PEFT's LoRA layers on a plain, frozen `torch.nn.Linear` or a bitsandbytes `Linear4bit`, one active
-    adapter, no variant (DoRA and its like), no bias in the adapter, no dropout in training. What can change from
+    adapter, DoRA but no other variant, no bias in the adapter, no dropout in training. What can change from
     call to call is looked at on every call, and PEFT's own forward runs where it does not fit: adapters disabled,
     merged or switched, `adapter_names`, dropout, hooks, dtypes. Outside autocast, base, adapter and x must be of one
     dtype: there PEFT computes a float32 adapter in float32, and in x's bfloat16 dA and dB would be off by 0.2 %.
@@ -80,7 +83,7 @@ def attach(model: nn.Module) -> Attached:
             left[found][kind] += 1
             continue
         served[kind] += 1
-        base, down, up, _ = found
+        base, down, up, *_ = found
         base_dtype = base.compute_dtype if type(base) is BaseLinear4bit else base.weight.dtype
         if not base_dtype == down.weight.dtype == up.weight.dtype:
             only_autocast[kind] += 1
@@ -101,14 +104,11 @@ class AttachedLinear(Linear):  # type: ignore[misc]  # peft is untyped
         """x (..., K) -> (..., N), in the autocast dtype or else in x's."""
         parts = _parts(self)
         if not (args or kwargs or isinstance(parts, str)):
-            base, down, up, scaling = parts
+            base, down, up, *_ = parts
             dtype = _compute_dtype(x, base.weight, base.bias, down.weight, up.weight)
             if dtype is not None:
                 # What autocast does. The op casts A and B itself and returns their gradients in their own dtype.
-                bias = None if base.bias is None else base.bias.to(dtype)
-                return lora_linear(
-                    x.to(dtype), base.weight.to(dtype), bias, down.weight, up.weight, scaling
-                )
+                return _op(parts, x.to(dtype), base.weight.to(dtype))
         return Linear.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -119,13 +119,19 @@ class AttachedLinear4bit(Linear4bit):  # type: ignore[misc]
         """x (..., K) -> (..., N) in x's dtype."""
         parts = _parts(self)
         if not (args or kwargs or isinstance(parts, str)):
-            base, down, up, scaling = parts
+            base, down, up, *_ = parts
             dtype = _compute_dtype(x, down.weight, up.weight)
             if dtype is not None and dtype == base.compute_dtype:
-                bias = None if base.bias is None else base.bias.to(dtype)
-                y = lora_linear(x.to(dtype), base.weight, bias, down.weight, up.weight, scaling)
-                return y.to(x.dtype)
+                return _op(parts, x.to(dtype), base.weight).to(x.dtype)
         return Linear4bit.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _op(parts: _Parts, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    base, down, up, scaling, magnitude = parts
+    bias = None if base.bias is None else base.bias.to(x.dtype)
+    if magnitude is None:
+        return lora_linear(x, weight, bias, down.weight, up.weight, scaling)
+    return dora_linear(x, weight, bias, down.weight, up.weight, magnitude, scaling)
 
 
 ATTACHED = {Linear: AttachedLinear, Linear4bit: AttachedLinear4bit}
@@ -145,7 +151,7 @@ def _never(layer: Any) -> str | None:
 
 
 def _parts(layer: Any, training: bool = False) -> _Parts | str:
-    """Base layer, A, B and scaling as they now are, or why PEFT must serve the layer in its present state.
+    """The layer's parts as they now are, or why PEFT must serve the layer in its present state.
 
     `training` counts dropout as active although the layer may be in eval mode.
     """
@@ -158,8 +164,13 @@ def _parts(layer: Any, training: bool = False) -> _Parts | str:
     if len(adapters) != 1:
         return f"{len(adapters)} active adapters"
     (adapter,) = adapters
+    magnitude = None
     if adapter in layer.lora_variant:
-        return f"variant {type(layer.lora_variant[adapter]).__name__}"
+        if type(layer.lora_variant[adapter]) is not DoraLinearVariant:
+            return f"variant {type(layer.lora_variant[adapter]).__name__}"
+        magnitude = layer.lora_magnitude_vector[adapter].weight
+        if layer.base_layer.in_features % 2:
+            return "DoRA on an odd number of inputs"
     dropout = layer.lora_dropout[adapter]
     if type(dropout) is not nn.Identity and (
         type(dropout) is not nn.Dropout or (dropout.p > 0 and (training or dropout.training))
@@ -182,7 +193,7 @@ def _parts(layer: Any, training: bool = False) -> _Parts | str:
     scaling = layer.scaling[adapter]
     if not isinstance(scaling, float | int):
         return "scaling is not a number"
-    return base, down, up, scaling
+    return base, down, up, scaling, magnitude
 
 
 def _plain(linear: nn.Module) -> bool:

@@ -26,12 +26,48 @@ def lora_linear(
     return torch.nn.functional.linear(x, weight, bias) + scaling * (down @ lora_b.to(x.dtype).T)
 
 
+def dora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """y = m / |W + s B A| (x W^T + s (x A^T) B^T) + b, the norm of each row held constant in backward.
+
+    DoRA, Liu et al. 2024 (arXiv:2402.09353), sections 4.1 and 4.3. magnitude (N); the rest as in lora_linear.
+    """
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(weight.float() + scaling * (lora_b @ lora_a).float(), dim=1)
+    y: torch.Tensor = lora_linear(x, weight, None, lora_a, lora_b, scaling)
+    y = y * (magnitude / norm).to(x.dtype)
+    return y if bias is None else y + bias
+
+
+def row_norms(
+    weight: FourBit | torch.Tensor,
+    fold: tuple[torch.Tensor, torch.Tensor, float],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """|W + scaling B A| of each row, (N), in float32; A and B rounded to `dtype` first."""
+    a, b, scaling = fold
+    dense = (
+        weight.float() if isinstance(weight, torch.Tensor) else dequantize(weight, torch.float32)
+    )
+    delta = scaling * (b.to(dtype).float() @ a.to(dtype).float())
+    norms: torch.Tensor = torch.linalg.vector_norm(dense + delta, dim=1)
+    return norms
+
+
 def dequantize(
     weight: FourBit,
     dtype: torch.dtype,
     fold: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """code[q] absmax + scaling B A, (N, K), in float32 and rounded once to `dtype`; see ops/dequantize.py."""
+    """c (code[q] absmax + scaling B A), (N, K), in float32 and rounded once to `dtype`; see ops/dequantize.py."""
     codes = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1).view(-1).long()
     absmax = weight.absmax
     if weight.nested_absmax is not None:
@@ -44,4 +80,6 @@ def dequantize(
     if fold is not None:
         a, b, scaling = fold
         dense = dense + scaling * (b.to(dtype).float() @ a.to(dtype).float())
+    if row_scale is not None:
+        dense = dense * row_scale[:, None]
     return dense.to(dtype)

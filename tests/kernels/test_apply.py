@@ -147,6 +147,23 @@ def test_16_bit_errs_no_more_than_peft(
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dora_is_served(bias: bool, autocast: bool) -> None:
+    model = lora_model(bias=bias, use_dora=True)
+    model["proj"].lora_magnitude_vector["default"].weight.data *= 1.5
+    x = torch.randn(2, 5, 24)
+    exact, theirs = results(model, x), results(model, x, autocast)
+    assert attach(model).served == {"proj": 1}
+    ours = results(model, x, autocast)
+    assert ours.keys() == theirs.keys()
+    assert "proj.lora_magnitude_vector.default.weight" in ours
+    for name, truth in exact.items():
+        assert ours[name].dtype == theirs[name].dtype, name
+        error, allowed = (float((found[name].float() - truth).norm()) for found in (ours, theirs))
+        assert error <= 2 * allowed + 1e-6 * float(truth.norm()), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("tokens", [3, 200], ids=["split", "folded"])
 @pytest.mark.parametrize("backend", ["reference", "interpret"])
@@ -263,7 +280,7 @@ LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
     "merged": (lambda: changed(lambda p: p.merge()), "adapter merged"),
     "two": (both_active, "2 active adapters"),
     "none": (none_active, "0 active adapters"),
-    "dora": (lambda: lora_model(use_dora=True), "variant DoraLinearVariant"),
+    "dora, odd": (lambda: lora_model(k=23, use_dora=True), "DoRA on an odd number of inputs"),
     "dropout": (lambda: lora_model(lora_dropout=0.5), "dropout in training"),
     "nf4": (nf4, "4-bit weight on a CPU"),
     "nf4, an odd number of inputs": (
@@ -306,7 +323,9 @@ LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
 def test_what_is_left_to_peft_is_pefts_to_the_last_bit(case: str, calls: list[torch.dtype]) -> None:
     build, reason = LEFT[case]
     model = build()
-    k = {"nf4": 64, "nf4 unannounced": 64, "nf4, an odd number of inputs": 65}.get(case, 24)
+    k = {"dora, odd": 23, "nf4": 64, "nf4 unannounced": 64, "nf4, an odd number of inputs": 65}.get(
+        case, 24
+    )
     x = torch.randn(2, k, 3) if case == "conv" else torch.randn(5, k)
     theirs = results(model, x)
     attached = attach(model)
@@ -405,7 +424,7 @@ def test_attach_twice_copy_and_detach(calls: list[torch.dtype]) -> None:
     assert type(twin["proj"]) is not Linear
     model["proj"](x)
     assert len(calls) == 1
-    assert str(attach(nn.Linear(2, 2))) == "lora_linear serves 0 of 0 LoRA layers"
+    assert str(attach(nn.Linear(2, 2))) == "fastlora serves 0 of 0 LoRA layers"
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A 4-bit weight as the dense matrix that it stands for, with the adapter's product folded in if asked for.
 
-W'_nk = code[q_nk] absmax_{block(nk)} + scaling (B A)_nk
+W'_nk = c_n (code[q_nk] absmax_{block(nk)} + scaling (B A)_nk), c_n = 1 without DoRA
 
 Scales that are themselves quantized are absmax_j = code8[p_j] absmax8_{block8(j)} + offset (double quantization).
 QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3; the layout is bitsandbytes': two codes a byte, the
@@ -25,6 +25,10 @@ from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 BLOCK_N, BLOCK_K = 64, 128
+NORM_BLOCK_N = 16  # a program walks whole rows: 256 programs for 4,096 of them
+
+Fold = tuple[torch.Tensor, torch.Tensor, float]
+"""A (R, K) and B (N, R), contiguous, and the scaling of their product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,81 +80,170 @@ class FourBit:
 
 
 @jit
+def _weight(
+    weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
+    n_N, h_H, n_rows, n_bytes,
+    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the frozen weight in float32, (N, 2 H); zero outside. KIND: dense, 4bit or nested."""
+    inside_NH = (n_N[:, None] < n_rows) & (h_H[None, :] < n_bytes)
+    byte_NH = n_N.to(tl.int64)[:, None] * n_bytes + h_H[None, :]  # 64 bits: 2^31 weights are 16 GB
+    if KIND == "dense":
+        first_NH = tl.load(weight_ptr + 2 * byte_NH, mask=inside_NH, other=0.0).to(tl.float32)
+        second_NH = tl.load(weight_ptr + 2 * byte_NH + 1, mask=inside_NH, other=0.0).to(tl.float32)
+    else:
+        packed_NH = tl.load(weight_ptr + byte_NH, mask=inside_NH, other=0).to(tl.int32)
+        # Both weights of a byte have the same scale: blocks are even.
+        block_NH = byte_NH * 2 // BLOCKSIZE
+        if KIND == "nested":
+            code_NH = tl.load(absmax_ptr + block_NH, mask=inside_NH, other=0).to(tl.int32)
+            outer_NH = tl.load(
+                nested_absmax_ptr + block_NH // NESTED_BLOCKSIZE, mask=inside_NH, other=0.0
+            )
+            scale_NH = tl.load(nested_table_ptr + code_NH) * outer_NH + tl.load(offset_ptr)
+        else:
+            scale_NH = tl.load(absmax_ptr + block_NH, mask=inside_NH, other=0.0)
+        scale_NH = tl.where(inside_NH, scale_NH, 0.0)
+        first_NH = tl.load(table_ptr + (packed_NH >> 4)) * scale_NH
+        second_NH = tl.load(table_ptr + (packed_NH & 15)) * scale_NH
+    return tl.interleave(first_NH, second_NH)
+
+
+@jit
+def _product(
+    a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, DTYPE: tl.constexpr, RANK: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+):  # fmt: skip
+    """A tile of scaling B A in float32, (N, K); A and B rounded to DTYPE first, as for the products on x."""
+    r_R = tl.arange(0, PADDED_RANK)
+    b_NR = tl.load(
+        b_ptr + n_N.to(tl.int64)[:, None] * RANK + r_R[None, :],
+        mask=(n_N[:, None] < n_rows) & (r_R[None, :] < RANK),
+        other=0.0,
+    )
+    a_RK = tl.load(
+        a_ptr + r_R.to(tl.int64)[:, None] * n_columns + k_K[None, :],
+        mask=(r_R[:, None] < RANK) & (k_K[None, :] < n_columns),
+        other=0.0,
+    )
+    delta_NK = tl.dot(b_NR.to(DTYPE), a_RK.to(DTYPE), input_precision="ieee")
+    return tl.cast(scaling, tl.float32) * delta_NK
+
+
+@jit
 def _dequantize(
-    codes_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, out_ptr,
-    n_rows, n_bytes, scaling,
-    NESTED: tl.constexpr, FOLD: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr,
-    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, row_scale_ptr,
+    out_ptr, n_rows, n_bytes, scaling,
+    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    FOLD: tl.constexpr, ROW_SCALE: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside_NH = (n_N[:, None] < n_rows) & (h_H[None, :] < n_bytes)
-    byte_NH = n_N.to(tl.int64)[:, None] * n_bytes + h_H[None, :]  # 64 bits: 2^31 weights are 16 GB
-    packed_NH = tl.load(codes_ptr + byte_NH, mask=inside_NH, other=0).to(tl.int32)
-    # Both weights of a byte have the same scale: blocks are even.
-    block_NH = byte_NH * 2 // BLOCKSIZE
-    if NESTED:
-        code_NH = tl.load(absmax_ptr + block_NH, mask=inside_NH, other=0).to(tl.int32)
-        outer_NH = tl.load(
-            nested_absmax_ptr + block_NH // NESTED_BLOCKSIZE, mask=inside_NH, other=0.0
-        )
-        scale_NH = tl.load(nested_table_ptr + code_NH) * outer_NH + tl.load(offset_ptr)
-    else:
-        scale_NH = tl.load(absmax_ptr + block_NH, mask=inside_NH, other=0.0)
-    high_NH = tl.load(table_ptr + (packed_NH >> 4)) * scale_NH
-    low_NH = tl.load(table_ptr + (packed_NH & 15)) * scale_NH
-    weight_NK = tl.interleave(high_NH, low_NH)
-
     k_K = tl.program_id(1) * (2 * BLOCK_H) + tl.arange(0, 2 * BLOCK_H)
-    inside_NK = (n_N[:, None] < n_rows) & (k_K[None, :] < 2 * n_bytes)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    weight_NK = _weight(
+        weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
+        n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE,
+    )  # fmt: skip
     if FOLD:
-        r_R = tl.arange(0, PADDED_RANK)
-        b_NR = tl.load(
-            b_ptr + n_N.to(tl.int64)[:, None] * RANK + r_R[None, :],
-            mask=(n_N[:, None] < n_rows) & (r_R[None, :] < RANK),
-            other=0.0,
+        weight_NK += _product(
+            a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK
         )
-        a_RK = tl.load(
-            a_ptr + r_R.to(tl.int64)[:, None] * (2 * n_bytes) + k_K[None, :],
-            mask=(r_R[:, None] < RANK) & (k_K[None, :] < 2 * n_bytes),
-            other=0.0,
-        )
-        dtype = (
-            out_ptr.dtype.element_ty
-        )  # as everywhere: A and B are cast to x's type for the products
-        delta_NK = tl.dot(b_NR.to(dtype), a_RK.to(dtype), input_precision="ieee")
-        weight_NK += tl.cast(scaling, tl.float32) * delta_NK
+    if ROW_SCALE:
+        weight_NK *= tl.load(row_scale_ptr + n_N, mask=n_N < n_rows, other=0.0)[:, None]
     out_NK = out_ptr + n_N.to(tl.int64)[:, None] * (2 * n_bytes) + k_K[None, :]
-    tl.store(out_NK, weight_NK.to(out_ptr.dtype.element_ty), mask=inside_NK)
+    inside_NK = (n_N[:, None] < n_rows) & (k_K[None, :] < 2 * n_bytes)
+    tl.store(out_NK, weight_NK.to(dtype), mask=inside_NK)
+
+
+@jit
+def _row_norms(
+    weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, like_ptr,
+    out_ptr, n_rows, n_bytes, scaling,
+    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = like_ptr.dtype.element_ty
+    squares_N = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, n_bytes, BLOCK_H):
+        h_H = start + tl.arange(0, BLOCK_H)
+        k_K = 2 * start + tl.arange(0, 2 * BLOCK_H)
+        weight_NK = _weight(
+            weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
+            n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE,
+        )  # fmt: skip
+        weight_NK += _product(
+            a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK
+        )
+        squares_N += tl.sum(weight_NK * weight_NK, axis=1)
+    tl.store(out_ptr + n_N, tl.sqrt(squares_N), mask=n_N < n_rows)
+
+
+def _frozen(weight: FourBit | torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernels are told of the frozen weight: pointers, and what is compiled in."""
+    if isinstance(weight, torch.Tensor):
+        return (weight,) * 6, {"KIND": "dense", "BLOCKSIZE": 2, "NESTED_BLOCKSIZE": 1}
+    nested = weight.nested_absmax is not None
+    pointers = (
+        weight.codes,
+        weight.absmax,
+        weight.table,
+        weight.nested_absmax if nested else weight.absmax,
+        weight.nested_table if nested else weight.table,
+        weight.offset if nested else weight.table,
+    )
+    compiled = {"BLOCKSIZE": weight.blocksize, "NESTED_BLOCKSIZE": weight.nested_blocksize}
+    return pointers, {"KIND": "nested" if nested else "4bit", **compiled}
+
+
+def _ranks(rank: int) -> dict[str, int]:
+    return {"RANK": rank, "PADDED_RANK": max(16, triton.next_power_of_2(rank))}
 
 
 def dequantize(
     weight: FourBit,
     dtype: torch.dtype,
-    fold: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    fold: Fold | None = None,
+    row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The dense (N, K) matrix in `dtype`; with `fold` = (A (R, K), B (N, R), scaling), W + scaling B A.
+    """The dense (N, K) matrix in `dtype`; with `fold`, W + scaling B A; with `row_scale` c (N, float32), its rows
+    times c.
 
-    Computed in float32, rounded once. A and B contiguous, of any float type; they are rounded to `dtype` first.
+    Computed in float32, rounded once. A and B are rounded to `dtype` first.
     Raises ValueError: a backend that is not there (see dispatch).
     """
     if choose_backend(weight.codes.device, BACKENDS) == "reference":
-        return reference.dequantize(weight, dtype, fold)
+        return reference.dequantize(weight, dtype, fold, row_scale)
     n, k = weight.shape
     out_NK = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
+    pointers, compiled = _frozen(weight)
     a, b, scaling = fold or (weight.table, weight.table, 0.0)
-    rank = a.shape[0] if fold else 16
-    nested = weight.nested_absmax is not None
-    grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(k, BLOCK_K))
-    _dequantize[grid](
-        weight.codes, weight.absmax, weight.table,
-        weight.nested_absmax if nested else weight.absmax,
-        weight.nested_table if nested else weight.table,
-        weight.offset if nested else weight.table,
-        a, b, out_NK, n, k // 2, scaling,
-        NESTED=nested, FOLD=fold is not None, RANK=rank, PADDED_RANK=max(16, triton.next_power_of_2(rank)),
-        BLOCKSIZE=weight.blocksize, NESTED_BLOCKSIZE=weight.nested_blocksize,
+    _dequantize[(triton.cdiv(n, BLOCK_N), triton.cdiv(k, BLOCK_K))](
+        *pointers, a, b, weight.table if row_scale is None else row_scale, out_NK, n, k // 2, scaling,
+        **compiled, **_ranks(a.shape[0] if fold else 1), FOLD=fold is not None, ROW_SCALE=row_scale is not None,
         BLOCK_N=BLOCK_N, BLOCK_H=BLOCK_K // 2,
     )  # fmt: skip
     return out_NK
+
+
+def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) -> torch.Tensor:
+    """|W + scaling B A| of each row, (N) in float32, without that matrix in memory.
+
+    weight: 4-bit, or dense, contiguous, with an even number of inputs. A and B are rounded to `dtype` first.
+    Raises ValueError: a backend that is not there (see dispatch).
+    """
+    device = fold[0].device
+    if choose_backend(device, BACKENDS) == "reference":
+        return reference.row_norms(weight, fold, dtype)
+    n, k = weight.shape
+    out_N = torch.empty(n, dtype=torch.float32, device=device)
+    pointers, compiled = _frozen(weight)
+    a, b, scaling = fold
+    like = torch.empty(0, dtype=dtype, device=device)  # its type alone is looked at
+    _row_norms[(triton.cdiv(n, NORM_BLOCK_N),)](
+        *pointers, a, b, like, out_N, n, k // 2, scaling, **compiled, **_ranks(a.shape[0]),
+        BLOCK_N=NORM_BLOCK_N, BLOCK_H=BLOCK_K // 2,
+    )  # fmt: skip
+    return out_N

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastlora_kernels.ops.dequantize import FourBit, dequantize
+from fastlora_kernels.ops.dequantize import Fold, FourBit, dequantize
 
 Weight = torch.Tensor
 """Dense (N, K), or a 4-bit weight of bitsandbytes, which knows its own shape."""
@@ -36,18 +36,26 @@ def lora_linear(
     lora_b (N, R) in any float dtype, in which their gradients come back. Returns (..., N) in x's dtype.
     Raises ValueError: shapes that do not fit, or a 4-bit layout that FourBit.of does not know.
     """
+    n, k = fitting("lora_linear", x, weight, lora_a, lora_b)
+    y: torch.Tensor = LoraLinear.apply(x.reshape(-1, k), weight, bias, lora_a, lora_b, scaling)
+    return y.reshape(*x.shape[:-1], n)
+
+
+def fitting(
+    op: str, x: torch.Tensor, weight: Weight, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> tuple[int, int]:
+    """(N, K). Raises ValueError: see lora_linear."""
     quantized = FourBit.of(weight)
     if quantized is None and weight.dtype == torch.uint8:
-        raise ValueError("lora_linear: a quantized weight of a layout that is not served")
+        raise ValueError(f"{op}: a quantized weight of a layout that is not served")
     n, k = weight.shape if quantized is None else quantized.shape
     r = lora_a.shape[0]
     if x.shape[-1] != k or lora_a.shape != (r, k) or lora_b.shape != (n, r):
         raise ValueError(
-            f"lora_linear: x {tuple(x.shape)}, weight {(n, k)}, lora_a {tuple(lora_a.shape)} and "
+            f"{op}: x {tuple(x.shape)}, weight {(n, k)}, lora_a {tuple(lora_a.shape)} and "
             f"lora_b {tuple(lora_b.shape)} do not fit; expected (..., K), (N, K), (R, K), (N, R)"
         )
-    y: torch.Tensor = LoraLinear.apply(x.reshape(-1, k), weight, bias, lora_a, lora_b, scaling)
-    return y.reshape(*x.shape[:-1], n)
+    return n, k
 
 
 def folds(tokens: int, n: int, k: int) -> bool:
@@ -56,9 +64,19 @@ def folds(tokens: int, n: int, k: int) -> bool:
     return tokens * (n + k) >= n * k
 
 
-def dense(weight: Weight, dtype: torch.dtype, fold: Any = None) -> torch.Tensor:
+def dense(
+    weight: Weight,
+    dtype: torch.dtype,
+    fold: Fold | None = None,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The matrix (N, K); `fold` and `row_scale` (see dequantize) are for 4-bit weights alone."""
     quantized = FourBit.of(weight)
-    return weight if quantized is None else dequantize(quantized, dtype, fold)
+    if quantized is None:
+        assert fold is None
+        assert row_scale is None
+        return weight
+    return dequantize(quantized, dtype, fold, row_scale)
 
 
 class LoraLinear(torch.autograd.Function):

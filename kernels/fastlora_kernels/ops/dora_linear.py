@@ -1,0 +1,171 @@
+"""A linear layer with a DoRA adapter: the rows of W + s B A, each scaled to a learnt magnitude.
+
+    y = c z + b,  z = x W^T + s S B^T,  S = x A^T,  c_n = m_n / |W + s B A|_n
+    dx = (c g) W + s ((c g) B) A,  dA = s ((c g) B)^T x,  dB = s (c g)^T S,  dm_n = sum_t g_tn z_tn / |W + s B A|_n
+
+DoRA, Liu et al. 2024 (arXiv:2402.09353); the norm is a constant in backward (section 4.3). Its rows are summed
+up without W + s B A in memory. On a 4-bit W above a number of tokens c and s B A are folded into it, which makes
+forward and dx a product each; else the wide products are scaled once. Saved: x, S, and z, of which dm is made (a
+copy: what reads y may overwrite it). Shapes: T tokens, K inputs, N outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.ops.dequantize import FourBit, row_norms
+from fastlora_kernels.ops.lora_linear import Weight, dense, fitting, folds
+from fastlora_kernels.triton_or_not import jit, tl, triton
+
+BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
+BLOCK_T, BLOCK_N = 64, 64
+
+
+@jit
+def _scale_columns(
+    z_ptr, c_ptr, bias_ptr, out_ptr, n_tokens, n_columns,
+    BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    t_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_TN = (t_T[:, None] < n_tokens) & (n_N[None, :] < n_columns)
+    place_TN = t_T.to(tl.int64)[:, None] * n_columns + n_N[None, :]
+    c_N = tl.load(c_ptr + n_N, mask=n_N < n_columns, other=0.0)
+    out_TN = tl.load(z_ptr + place_TN, mask=inside_TN, other=0.0).to(tl.float32) * c_N[None, :]
+    if BIAS:
+        bias_N = tl.load(bias_ptr + n_N, mask=n_N < n_columns, other=0.0).to(tl.float32)
+        out_TN += bias_N[None, :]
+    tl.store(out_ptr + place_TN, out_TN.to(out_ptr.dtype.element_ty), mask=inside_TN)
+
+
+@jit
+def _column_dots(
+    left_ptr, right_ptr, partial_ptr, n_tokens, n_columns, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    t_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_TN = (t_T[:, None] < n_tokens) & (n_N[None, :] < n_columns)
+    place_TN = t_T.to(tl.int64)[:, None] * n_columns + n_N[None, :]
+    left_TN = tl.load(left_ptr + place_TN, mask=inside_TN, other=0.0).to(tl.float32)
+    right_TN = tl.load(right_ptr + place_TN, mask=inside_TN, other=0.0).to(tl.float32)
+    partial_N = partial_ptr + tl.program_id(0).to(tl.int64) * n_columns + n_N
+    tl.store(partial_N, tl.sum(left_TN * right_TN, axis=0), mask=n_N < n_columns)
+
+
+def scale_columns(
+    z: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """z (T, N) times c (N, float32) plus bias (N), in float32 and rounded once to z's type."""
+    if choose_backend(z.device, BACKENDS) == "reference":
+        out = z.float() * c
+        return (out if bias is None else out + bias.float()).to(z.dtype)
+    out_TN = torch.empty_like(z)
+    grid = (triton.cdiv(z.shape[0], BLOCK_T), triton.cdiv(z.shape[1], BLOCK_N))
+    _scale_columns[grid](
+        z, c, c if bias is None else bias, out_TN, *z.shape, BIAS=bias is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N
+    )  # fmt: skip
+    return out_TN
+
+
+def column_dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """sum_t left_tn right_tn, (N) in float32: blocks of tokens, then their sums, in a fixed order."""
+    if choose_backend(left.device, BACKENDS) == "reference":
+        return (left.float() * right.float()).sum(dim=0)
+    blocks = triton.cdiv(left.shape[0], BLOCK_T)
+    partial = torch.empty((blocks, left.shape[1]), dtype=torch.float32, device=left.device)
+    _column_dots[(blocks, triton.cdiv(left.shape[1], BLOCK_N))](
+        left, right, partial, *left.shape, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N
+    )
+    return partial.sum(dim=0)
+
+
+def dora_linear(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """m / |W + s B A| (x W^T + s (x A^T) B^T) + b; gradients for x, A, B and m, none for W and b.
+
+    magnitude (N) in any float dtype; the rest, and what is raised, as in lora_linear. A dense weight must be
+    contiguous and have an even number of inputs.
+    """
+    n, k = fitting("dora_linear", x, weight, lora_a, lora_b)
+    if magnitude.shape != (n,):
+        raise ValueError(
+            f"dora_linear: magnitude {tuple(magnitude.shape)} does not fit; expected ({n},)"
+        )
+    y: torch.Tensor = DoraLinear.apply(
+        x.reshape(-1, k), weight, bias, lora_a, lora_b, magnitude, scaling
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
+class DoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TK: torch.Tensor,
+        weight: Weight,
+        bias_N: torch.Tensor | None,
+        a_RK: torch.Tensor,
+        b_NR: torch.Tensor,
+        magnitude_N: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        dtype = x_TK.dtype
+        a, b = a_RK.to(dtype), b_NR.to(dtype)
+        norm_N = row_norms(FourBit.of(weight) or weight, (a, b, scaling), dtype)
+        c_N = magnitude_N.float() / norm_N
+        down_TR = x_TK @ a.T
+        ctx.fold = weight.dtype == torch.uint8 and folds(x_TK.shape[0], b.shape[0], a.shape[1])
+        if ctx.fold:
+            y_TN = torch.nn.functional.linear(
+                x_TK, dense(weight, dtype, (a, b, scaling), c_N), bias_N
+            )
+            # z = (y - b) / c, and dm = sum g z / norm = sum g (y - b) / m.
+            kept_TN = y_TN.clone()
+        else:
+            kept_TN = torch.nn.functional.linear(x_TK, dense(weight, dtype))
+            kept_TN.addmm_(down_TR, b.T, alpha=scaling)
+            y_TN = scale_columns(kept_TN, c_N, bias_N)
+        ctx.weight, ctx.scaling = weight, scaling
+        ctx.save_for_backward(x_TK, a_RK, b_NR, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N)
+        return y_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        g_TN = gradients[0].contiguous()
+        x_TK, a_RK, b_NR, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N = ctx.saved_tensors
+        dtype, scaling = x_TK.dtype, ctx.scaling
+        wants_x, _, _, wants_a, wants_b, wants_m, _ = ctx.needs_input_grad
+        a, b = a_RK.to(dtype), b_NR.to(dtype)
+        up_TR = g_TN @ (b_NR.float() * c_N[:, None]).to(dtype)
+        dx_TK = da_RK = db_NR = dm_N = None
+        if wants_x and ctx.fold:
+            dx_TK = g_TN @ dense(ctx.weight, dtype, (a, b, scaling), c_N)
+        elif wants_x:
+            dx_TK = scale_columns(g_TN, c_N) @ dense(ctx.weight, dtype)
+            dx_TK.addmm_(up_TR, a, alpha=scaling)
+        if wants_a:
+            da_RK = (up_TR.T @ x_TK).to(a_RK.dtype) * scaling
+        if wants_b:
+            db_NR = ((g_TN.T @ down_TR).float() * (scaling * c_N)[:, None]).to(b_NR.dtype)
+        if wants_m:
+            dots_N = column_dots(g_TN, kept_TN)
+            if ctx.fold:
+                if bias_N is not None:
+                    dots_N -= g_TN.sum(dim=0, dtype=torch.float32) * bias_N.float()
+                dots_N /= magnitude_N.float()
+            else:
+                dots_N /= norm_N
+            dm_N = dots_N.to(magnitude_N.dtype)
+        return dx_TK, None, None, da_RK, db_NR, dm_N, None
