@@ -180,9 +180,8 @@ class Encoder:
         before, found, after = (self._attempt(example, replaced) or "").partition(STAND_IN)
         if not found or not full.endswith(after):
             raise BadRow(f"the chat template does not lay out message {place + 1} as it stands")
-        end = content_end = len(full) - len(after)
-        if after.startswith(self.template.closing):
-            end += len(self.template.closing)
+        content_end = len(full) - len(after)
+        end = content_end + self.template.closed(after)
         if start is not None and start <= content_end:
             return start, end
         if not full.startswith(before):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of the cache key: raise it when the same input would give other tokens.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 _SHOWN_BAD_ROWS = 10
 _CHUNK = 1000  # rows per tokenizer call: enough for its threads, little memory
 

@@ -105,6 +105,21 @@ class ChatTemplate:
         """What closes an assistant's turn, whitespace at the end left off."""
         return self._ending[0]
 
+    def closed(self, after: str) -> int:
+        """How many characters of `after`, the text behind an assistant's content, close the turn.
+
+        All of the closing, or its beginning up to a special token: Phi-3 ends each turn with one, and the
+        last with one more.
+        """
+        if after.startswith(self.closing):
+            return len(self.closing)
+        told = self.tokenizer(
+            self.closing, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        pairs = zip(told["input_ids"], told["offset_mapping"], strict=True)
+        ends = [end for token, (_, end) in pairs if token in self._special]
+        return max((end for end in ends if after.startswith(self.closing[:end])), default=0)
+
     def without_space_behind(self, text: str) -> str:
         """`text`, which ends with an assistant's turn, up to the turn's closing."""
         closing, space = self._ending
@@ -117,5 +132,8 @@ class ChatTemplate:
         if self.source is None or not self.closing:
             return None
         last = int(self.tokenizer(self.closing, add_special_tokens=False)["input_ids"][-1])
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return last if last in special else None
+        return last if last in self._special else None
+
+    @cached_property
+    def _special(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)

@@ -180,6 +180,21 @@ def test_supervised_tokens_as_worked_out_by_hand(name: str) -> None:
     assert marked(encoder_like(name), Chat(CHAT)) == WORKED[name]
 
 
+def test_a_template_that_closes_the_last_turn_with_one_token_more() -> None:
+    """Phi-3's form: each turn ends with <|im_end|>, the conversation with EOS too."""
+    encoder = encoder_like("qwen")
+    encoder.tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    encoder = Encoder(encoder.tokenizer, template="tokenizer", supervise="completion")
+    eos = encoder.tokenizer.eos_token
+    assert marked(encoder, Chat(CHAT)) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Yes?<|im_end|>]]\n"
+        f"<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n[[4<|im_end|>\n{eos}]]"
+    )
+
+
 @pytest.mark.parametrize("name", WORKED)
 def test_the_model_continues_where_the_generation_prompt_ends(name: str) -> None:
     """What is masked before the last answer is, token for token, the prompt at inference."""
