@@ -1,0 +1,104 @@
+"""Figures from steps, by hand; what the ledger compares; FLOPs of a small model, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastlora.bench.assess import figures, ledger, spread
+from fastlora.bench.schema import Arm, ArmResult, Spread
+from fastlora.bench.suites import ingredients
+from fastlora.errors import UsageError
+
+RESULT: dict[str, Any] = {
+    "step_s": [9.0, 1.0, 2.0, 4.0],
+    "step_tokens": [100, 100, 200, 200],
+    "step_supervised": [50, 50, 100, 100],
+    "fed_tokens": 800,
+    "squared_lengths": 60_000,
+    "peak_allocated_gib": 1.0, "peak_reserved_gib": 1.5, "driver_gib": 2.0, "digest": "aa",
+    "flops": {"matmul": 1e9, "attention": 1e6, "recompute_matmul": 5e8, "recompute_attention": 5e5},
+}  # fmt: skip
+
+
+def test_figures_are_of_the_steps_after_warm_up() -> None:
+    shown = figures(RESULT, 1, {"gemm_tflops": 0.1})
+    assert shown["tokens_per_s"] == Spread(p20=50, p50=100, p80=100)
+    assert shown["supervised_tokens_per_s"].p50 == 50
+    assert shown["step_s"] == Spread(p20=1, p50=2, p80=4)
+    # 500 of 600 tokens in 7 s; 5/6 of the squared lengths.
+    model = (1e9 * 500 + 1e6 * 50_000) / 7 / 0.1e12
+    again = (5e8 * 500 + 5e5 * 50_000) / 7 / 0.1e12
+    assert shown["mfu"] == pytest.approx(model, abs=1e-4)
+    assert shown["hfu"] == pytest.approx(model + again, abs=1e-4)
+    assert shown["counted"]["padding_share"] == 0.25
+    assert figures(RESULT, 1, {})["mfu"] is None
+
+
+def test_spread_of_one_and_of_many() -> None:
+    assert spread([3.0]) == Spread(p20=3, p50=3, p80=3)
+    assert spread(list(range(10, 0, -1))) == Spread(p20=3, p50=6, p80=9)
+
+
+def test_ingredients_of_an_arm_are_each_switched_alone() -> None:
+    names = [arm.name for arm in ingredients(Arm.parse("unsloth"))]
+    assert names == [
+        "unsloth+graphs", "unsloth-kernels", "unsloth-loss", "unsloth-offload", "unsloth-checkpointing",
+        "unsloth-optimizer",
+    ]  # fmt: skip
+    assert [arm.name for arm in ingredients(Arm.parse("peft-optimizer"))] == [
+        "peft-optimizer-checkpointing"
+    ]
+
+
+def test_the_ledger_pairs_each_arm_with_the_one_it_differs_from() -> None:
+    def arm(name: str, speed: float | None, gib: float) -> ArmResult:
+        measured = None if speed is None else Spread(p20=speed, p50=speed, p80=speed)
+        status = "ok" if speed else "oom"
+        return ArmResult(arm=name, status=status, tokens_per_s=measured, peak_reserved_gib=gib)
+
+    entries = ledger(
+        [arm("peft", 10, 9), arm("unsloth", 20, 5), arm("unsloth-kernels", 15, 6),
+         arm("unsloth-checkpointing", None, 20)]
+    )  # fmt: skip
+    assert [(e.arm, e.base, e.tokens_per_s, e.base_tokens_per_s) for e in entries] == [
+        ("unsloth-kernels", "unsloth", 15, 20),
+        ("unsloth-checkpointing", "unsloth", None, 20),
+    ]
+
+
+def test_arms_are_parsed_and_change_the_recipe() -> None:
+    from fastlora.bench.suites import plan_for
+
+    recipe = plan_for("tiny", 0.0).recipe
+    arm = Arm.parse("unsloth-checkpointing-optimizer+graphs+packing")
+    changed = arm.recipe(recipe)
+    assert (changed.train.checkpointing, changed.train.optimizer) == ("none", "adamw")
+    assert changed.data.packing
+    assert arm.environment == {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}
+    assert Arm.parse("unsloth-offload").recipe(recipe).train.checkpointing == "full"
+    for wrong in ("peft-kernels", "peft+", "peft+nothing", "tensor", ""):
+        with pytest.raises(UsageError, match="--arms"):
+            Arm.parse(wrong)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_flops_of_a_small_llama_by_hand(recomputed: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastlora.bench.flops import flops_per_token
+
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+    found = flops_per_token(model, recomputed)
+    assert found["matmul"] == 4 * (3 * layer + 32 * 100)
+    # A row of L tokens: L^2 / 2 pairs, 2 products of width 32, 2 FLOPs; backward is twice that.
+    assert found["attention"] == 3 * (2 * 2 * 32 / 2) * 3
+    assert found["recompute_matmul"] == 2 * 3 * layer * recomputed
+    assert found["recompute_attention"] == 2 * 32 * 3 * recomputed
