@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,10 @@ class PeftEngine:
         )
         prefer_expandable_segments()
         import peft  # noqa: F401  (nothing is patched: this only moves the cost of the import here)
+        from transformers.utils import logging as transformers_logging
+
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()  # in a log file each of its states is a line
 
     def auto_model(self) -> Any:
         from transformers import AutoModelForCausalLM

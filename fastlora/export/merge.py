@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastlora.engines.peft import PeftEngine
 from fastlora.errors import FastloraError, GateError, RunDirError
 from fastlora.export.answers import answer, read_answers
 from fastlora.rundir.store import RunDir, drop_scratch, whole_folder
@@ -183,6 +184,7 @@ def _room_for(config: Any, dtype: torch.dtype) -> tuple[torch.device, torch.dtyp
 def main(run_path: str) -> int:
     """Prints the report, or {"error": ...}, as one line of JSON; progress goes to stderr."""
     results, sys.stdout = sys.stdout, sys.stderr
+    PeftEngine().prepare()
     run = RunDir(Path(run_path))
     run.manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
     try:
