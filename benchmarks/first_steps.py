@@ -11,6 +11,7 @@ compare the lines of two. What came of it: docs/benchmarking.md.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,23 @@ UPCAST = {
 @click.option("--steps", default=5, show_default=True)
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the losses there.")
 def main(engine: str, suite: str, steps: int, target: Path | None) -> None:
+    from fastlora.bench.processes import run_worker
     from fastlora.bench.run import cache_folder
     from fastlora.bench.schema import Arm
     from fastlora.bench.suites import plan_for, renamed
-    from fastlora.bench.weights import random_checkpoint
+    from fastlora.bench.worker import WeightsTask
 
     plan = plan_for(suite, 0.0)
     assert plan.shape is not None
-    checkpoint = random_checkpoint(plan.shape, plan.recipe.model, cache_folder() / "checkpoints")
+    # In another process: here unsloth must come before transformers.
+    weights = WeightsTask(
+        shape=plan.shape, model=plan.recipe.model, cache=str(cache_folder() / "checkpoints")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        made = run_worker(
+            "weights", weights.model_dump_json(), log=Path(folder) / "log", timeout_s=900
+        )
+    checkpoint = made["folder"]
     arm = Arm.parse(engine)
     recipe = arm.recipe(renamed(plan.recipe, str(checkpoint)))
     found = _measure(arm, recipe, plan, steps)

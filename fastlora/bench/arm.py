@@ -1,7 +1,6 @@
 """One arm, in its own process: timed steps on the whole model, then gradients on a cut-down one.
 
-A bare loop (forward, backward, clip, step), because every engine is to be measured and not TRL's trainer,
-which costs all of them the same.
+A bare loop (forward, backward, clip, step), because every engine is to be measured and not TRL's trainer.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from fastlora.bench.memory import cap_memory, memory, release
 from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype
+from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.train.collate import Collator
 
@@ -42,23 +42,17 @@ class ArmTask(BaseModel):
     parity_checkpoint: str
     rows: str
     gradients: str
-    """Where the gradients of the parity step go."""
+    """Where the gradients of the parity step go; those of the whole model beside it, as NAME.depth.*."""
     work: Work
     vram_cap_gib: float | None = None
 
     def load(self) -> Loaded:
         return Loaded(self, self.recipe)
 
-    def load_for_parity(self, dtype: str | None = None) -> Loaded:
-        """The cut-down model, without dropout: no two engines draw the same mask."""
-        model = {"name": self.parity_checkpoint} | ({"dtype": dtype} if dtype else {})
-        recipe = self.recipe.model_copy(
-            update={
-                "model": self.recipe.model.model_copy(update=model),
-                "lora": self.recipe.lora.model_copy(update={"dropout": 0.0}),
-            }
-        )
-        return Loaded(self, recipe)
+    def load_for_parity(self) -> Loaded:
+        """The cut-down model."""
+        model = self.recipe.model.model_copy(update={"name": self.parity_checkpoint})
+        return Loaded(self, self.recipe.model_copy(update={"model": model}))
 
 
 class Loaded:
@@ -83,11 +77,21 @@ class Loaded:
         if "-kernels" in task.arm.options:
             from fastlora.engines.unsloth import without_fused_lora
 
-            self.notes.append(f"{without_fused_lora(self.model)} fused LoRA kernels taken out")
+            count = without_fused_lora(self.model)
+            if not count:
+                raise EngineError(
+                    "-kernels: unsloth has no fused LoRA kernel in this model to take out"
+                )
+            self.notes.append(f"{count} fused LoRA kernels taken out")
         if "+fastlora" in task.arm.options:
             from fastlora_kernels import attach
 
-            self.notes += attach(self.model).lines()
+            attached = attach(self.model)
+            if not attached.served:
+                raise EngineError(
+                    f"+fastlora: this arm would be {task.arm.engine} alone. {attached}"
+                )
+            self.notes += attached.lines()
         for _, parameter in self.adapter():
             parameter.data = parameter.data.float()  # as the trainer keeps them
         self.model.train()
@@ -148,10 +152,14 @@ def parity_rows(rows: Sequence[works.Row], count: int) -> list[works.Row]:
     return list(islice((row for row in cut if max(row["labels"][1:]) >= 0), count))
 
 
-def parity_step(loaded: Loaded, rows: Sequence[works.Row]) -> dict[str, Any]:
-    """Loss and gradients, float32 on the CPU, of one short micro-batch with B away from zero."""
+def parity_step(loaded: Loaded, rows: Sequence[works.Row]) -> dict[str, torch.Tensor]:
+    """Gradients by name, and "loss", float32 on the CPU, of one micro-batch with B away from zero and
+    without dropout, whose masks no two engines draw alike."""
     import torch
 
+    dropouts = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in dropouts:
+        module.eval()
     loaded.set_adapter(PARITY_B_DEVIATION)
     inputs = loaded.collate(rows)
     counted = torch.tensor(counted_tokens([inputs]), device=loaded.device)
@@ -164,7 +172,11 @@ def parity_step(loaded: Loaded, rows: Sequence[works.Row]) -> dict[str, Any]:
         for name, parameter in loaded.adapter()
         if parameter.grad is not None
     }
-    return {"loss": float(loss.detach()), "gradients": gradients}
+    for _, parameter in loaded.adapter():
+        parameter.grad = None
+    for module in dropouts:
+        module.train()
+    return {**gradients, "loss": loss.detach().float().cpu()}
 
 
 def run_arm(task: ArmTask) -> dict[str, Any]:
@@ -177,31 +189,37 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
     cap_memory(task.vram_cap_gib)
     started = time.perf_counter()
     loaded = task.load()
-    loaded.set_adapter(0.0)
     load_s = time.perf_counter() - started
-    short = parity_rows(rows, train.micro_batch)
+    whole = rows[: train.micro_batch]
+    short = parity_rows(
+        rows, max(2, train.micro_batch)
+    )  # two, or packing has no boundary to leak through
     if task.arm.packed:
-        rows = works.pack(rows, task.recipe.model.seq_len_tokens)
         # In one sequence, and still the gradients of rows apart.
-        short = works.pack(short, PARITY_TOKENS * len(short))
+        whole, short = (works.pack(some, sum(map(_length, some))) for some in (whole, short))
+        rows = works.pack(rows, task.recipe.model.seq_len_tokens)
+    depth = parity_step(loaded, whole)
+    del depth["loss"]
+    save_file(
+        {name: gradient.bfloat16() for name, gradient in depth.items()},
+        str(Path(task.gradients).with_suffix(".depth.safetensors")),
+    )
+    loaded.set_adapter(0.0)
+    before = {name: parameter.detach().cpu().clone() for name, parameter in loaded.adapter()}
     steps = works.steps(rows, train.micro_batch, train.accumulation_steps)
     measured = timed_steps(loaded, steps)
+    first_rows_after = step_loss(loaded, steps[0])
     after = {name: parameter.detach().cpu() for name, parameter in loaded.adapter()}
-    unchanged = [
-        name
-        for name, value in after.items()
-        if (initial := initial_value(name, tuple(value.shape), 0.0)) is not None
-        and torch.equal(initial, value)
-    ]
+    unchanged = [name for name, value in after.items() if torch.equal(before[name], value)]
     notes = loaded.notes
     flops = flops_per_token(loaded.model, loaded.checkpointing != "none")
     empty(loaded)
 
     parity = parity_step(task.load_for_parity(), short)
-    save_file(parity["gradients"], task.gradients)
+    save_file(parity, task.gradients)
     return {
         **measured,
-        "parity_loss": parity["loss"],
+        "first_rows_after": first_rows_after,
         "adapter_tensors": len(after),
         "unchanged": unchanged,
         "load_s": round(load_s, 1),
@@ -221,6 +239,7 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
     digest = works.Digest()
     losses, seconds, tokens, supervised = [], [], [], []
     if cuda:
+        release()  # what loading left behind is not training's
         torch.cuda.reset_peak_memory_stats()
     for step in steps:
         batches = [loaded.collate(rows) for rows in step]
@@ -266,6 +285,20 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         ],
         **memory(),
     }
+
+
+def _length(row: works.Row) -> int:
+    return len(row["input_ids"])
+
+
+def step_loss(loaded: Loaded, step: list[list[works.Row]]) -> float:
+    """The loss of one step's rows as the adapter now is."""
+    import torch
+
+    batches = [loaded.collate(rows) for rows in step]
+    counted = torch.tensor(counted_tokens(batches), device=loaded.device)
+    with torch.no_grad():
+        return sum(float(loaded.loss(loaded.on_device(inputs), counted)) for inputs in batches)
 
 
 def make_optimizer(

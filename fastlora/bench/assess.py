@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.bench import gates
+from fastlora.bench import work as works
 from fastlora.bench.processes import Failed
 from fastlora.bench.schema import OPTIONS, Arm, ArmResult, Gate, LedgerEntry, Spread
 
@@ -16,19 +17,19 @@ def assess(
     results: Mapping[str, dict[str, Any]],
     failures: Mapping[str, Failed],
     *,
-    gradients: Path,
+    scratch: Path,
+    seq_len_tokens: int,
     warmup_steps: int,
     ceilings: Mapping[str, float],
 ) -> list[ArmResult]:
-    """A row for each arm. `gradients`: the folder with NAME.safetensors of each arm, plain and exact."""
+    """A row for each arm. `scratch`: the folder with rows.json and the gradients, NAME.safetensors."""
     rows = []
     firsts: dict[bool, str] = {}  # padded and packed arms take other steps through the same rows
     for arm in arms:
         if arm.name in results:
-            result = results[arm.name]
-            first = results[firsts.setdefault(arm.packed, arm.name)]
-            found = _gates(arm, result, first, results[next(iter(firsts.values()))], gradients)
-            rows.append(_row(arm, result, found, figures(result, warmup_steps, ceilings)))
+            firsts.setdefault(arm.packed, arm.name)
+            found = _gates(arm, results, firsts, scratch, seq_len_tokens)
+            rows.append(_row(arm, results[arm.name], found, warmup_steps, ceilings))
         elif arm.name in failures:
             failed = failures[arm.name]
             peaks = {
@@ -45,31 +46,45 @@ def assess(
 
 def _gates(
     arm: Arm,
-    result: Mapping[str, Any],
-    first: Mapping[str, Any],
-    first_of_all: Mapping[str, Any],
-    gradients: Path,
+    results: Mapping[str, Mapping[str, Any]],
+    firsts: Mapping[bool, str],
+    scratch: Path,
+    seq_len_tokens: int,
 ) -> list[Gate]:
-    """`first`: of the arms that pack as this one does; a first arm has none to be compared with."""
+    """`firsts`: the first arm that pads, and that packs. A first arm has no trajectory to keep to, and the
+    first of all no gradients of the whole model."""
     from safetensors.torch import load_file
 
-    alone = first is result
-    work = gates.gate_work(result, first_of_all if alone else first, same_order=not alone)
+    result, first_of_all = results[arm.name], next(iter(firsts.values()))
+    asked = works.load(scratch / "rows.json")
+    digest, order = works.expected(works.pack(asked, seq_len_tokens) if arm.packed else asked)
     of_arm, plain, exact = (
-        load_file(gradients / f"{name}.safetensors") for name in (arm.name, "plain", "exact")
+        load_file(scratch / f"{name}.safetensors") for name in (arm.name, "plain", "exact")
     )
     found = [
-        work,
-        gates.gate_loss(result["losses"]),
+        gates.gate_work(result, digest, order),
+        gates.gate_loss(result["losses"], result["first_rows_after"]),
         gates.gate_gradients(result),
         gates.gate_weights(result),
         gates.gate_parity(of_arm, plain, exact),
     ]
-    return found if alone else [*found, gates.gate_trajectory(result["losses"], first["losses"])]
+    if arm.name != first_of_all:
+        whole, wanted = (
+            load_file(scratch / f"{name}.depth.safetensors") for name in (arm.name, first_of_all)
+        )
+        found.append(gates.gate_depth(whole, wanted))
+    if arm.name != firsts[arm.packed]:
+        trajectory = results[firsts[arm.packed]]["losses"]
+        found.append(gates.gate_trajectory(result["losses"], trajectory))
+    return found
 
 
 def _row(
-    arm: Arm, result: Mapping[str, Any], found: list[Gate], shown: dict[str, Any]
+    arm: Arm,
+    result: Mapping[str, Any],
+    found: list[Gate],
+    warmup_steps: int,
+    ceilings: Mapping[str, float],
 ) -> ArmResult:
     red = [f"{gate.name}: {gate.detail}" for gate in found if not gate.passed]
     return ArmResult(
@@ -80,11 +95,13 @@ def _row(
         losses=result["losses"],
         load_s=result["load_s"],
         notes=result["notes"],
-        **({} if red else shown),  # no speed on a red gate
+        **({} if red else figures(result, warmup_steps, ceilings)),  # no speed on a red gate
     )
 
 
-def figures(result: dict[str, Any], warmup: int, ceilings: Mapping[str, float]) -> dict[str, Any]:
+def figures(
+    result: Mapping[str, Any], warmup: int, ceilings: Mapping[str, float]
+) -> dict[str, Any]:
     """The report's figures of an arm, from its steps after warm-up."""
     seconds = result["step_s"][warmup:]
     tokens, supervised = result["step_tokens"][warmup:], result["step_supervised"][warmup:]
@@ -95,10 +112,8 @@ def figures(result: dict[str, Any], warmup: int, ceilings: Mapping[str, float]) 
     again = flops["recompute_matmul"] * sum(tokens) + flops["recompute_attention"] * squared
     peak = ceilings.get("gemm_tflops", 0) * 1e12 * sum(seconds)
     return {
-        "tokens_per_s": spread([t / s for t, s in zip(tokens, seconds, strict=True)]),
-        "supervised_tokens_per_s": spread(
-            [t / s for t, s in zip(supervised, seconds, strict=True)]
-        ),
+        "tokens_per_s": rate(tokens, seconds),
+        "supervised_tokens_per_s": rate(supervised, seconds),
         "step_s": spread(seconds),
         "peak_allocated_gib": result["peak_allocated_gib"],
         "peak_reserved_gib": result["peak_reserved_gib"],
@@ -115,6 +130,15 @@ def figures(result: dict[str, Any], warmup: int, ceilings: Mapping[str, float]) 
     }
 
 
+def rate(tokens: Sequence[int], seconds: Sequence[float]) -> Spread:
+    """Tokens/s. Where steps differ in tokens, p50 is all tokens over all seconds: the median of their speeds
+    would favour the long ones, and flatter packing."""
+    found = spread([count / time for count, time in zip(tokens, seconds, strict=True)])
+    if len(set(tokens)) == 1:
+        return found
+    return found.model_copy(update={"p50": round(sum(tokens) / sum(seconds), 6)})
+
+
 def spread(values: Sequence[float]) -> Spread:
     ordered = sorted(values)
 
@@ -124,23 +148,26 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(p20=at(0.2), p50=at(0.5), p80=at(0.8))
 
 
-def ledger(arms: Sequence[ArmResult]) -> list[LedgerEntry]:
+def ledger(rows: Sequence[ArmResult]) -> list[LedgerEntry]:
     """An entry for each arm that is another one with one option more."""
-    by_name = {arm.arm: arm for arm in arms}
+    arms = {(arm := Arm.parse(row.arm)).engine + "|".join(sorted(arm.options)): row for row in rows}
     entries = []
-    for arm in arms:
-        for option, (_, what) in OPTIONS.items():
-            base = by_name.get(arm.arm.removesuffix(option))
-            if base is None or base is arm:
+    for row in rows:
+        arm = Arm.parse(row.arm)
+        for option in OPTIONS:
+            if option not in arm.options:
+                continue
+            base = arms.get(arm.engine + "|".join(sorted(arm.options - {option})))
+            if base is None:
                 continue
             entries.append(
                 LedgerEntry(
-                    ingredient=what,
-                    arm=arm.arm,
+                    ingredient=OPTIONS[option][1],
+                    arm=row.arm,
                     base=base.arm,
-                    tokens_per_s=arm.tokens_per_s.p50 if arm.tokens_per_s else None,
+                    tokens_per_s=row.tokens_per_s.p50 if row.tokens_per_s else None,
                     base_tokens_per_s=base.tokens_per_s.p50 if base.tokens_per_s else None,
-                    peak_reserved_gib=arm.peak_reserved_gib,
+                    peak_reserved_gib=row.peak_reserved_gib,
                     base_peak_reserved_gib=base.peak_reserved_gib,
                 )
             )

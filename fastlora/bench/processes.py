@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,10 @@ from typing import Any
 
 COMMAND = (sys.executable, "-P", "-m", "fastlora.bench.worker")
 """-P: in a checkout, the folder kernels/ must not pass for a module."""
+
+
+SWITCHES = frozenset({"UNSLOTH_BLOCK_CUDAGRAPHS", "UNSLOTH_RETURN_LOGITS"})
+"""Set in the user's shell they would make every arm another one."""
 
 
 class Failed(Exception):
@@ -37,15 +42,18 @@ def run_worker(
     Its stderr, with that of the libraries, goes to `log`. Raises Failed; whatever else is raised meanwhile,
     the process is ended first.
     """
+    began = log.stat().st_size if log.exists() else 0
+    inherited = {key: value for key, value in os.environ.items() if key not in SWITCHES}
     with (
-        log.open("a", encoding="utf-8") as errors,
+        log.open("a", encoding="utf-8") as errors,  # an arm's frontier goes on in its log
         subprocess.Popen(
             [*command, kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**inherited, **(environment or {})},
+            errors="replace",
             start_new_session=True,  # Ctrl-C is for the parent, which then ends the group
         ) as process,
     ):
@@ -57,18 +65,28 @@ def run_worker(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    lines = out.strip().splitlines()
-    try:
-        answer: dict[str, Any] = json.loads(lines[-1])
-    except (IndexError, ValueError):
-        answer = {"status": "failed", "detail": _last_words(log, process.returncode)}
+    answer = _answer(out) or {
+        "status": "failed",
+        "detail": _last_words(log, began, process.returncode),
+    }
     if answer.get("status") != "ok":
         raise Failed(answer["status"], answer["detail"], answer)
     return answer
 
 
-def _last_words(log: Path, code: int) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _answer(out: str) -> dict[str, Any] | None:
+    """The last line that is one: a library may still write behind it."""
+    for line in reversed(out.splitlines()):
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and "status" in found:
+                return found
+    return None
+
+
+def _last_words(log: Path, began: int, code: int) -> str:
+    written = log.read_bytes()[began:].decode("utf-8", errors="replace")
+    lines = [line for line in written.splitlines() if line.strip()]
     said = f": {lines[-1]}" if lines else ""
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
     if code == -signal.SIGKILL:

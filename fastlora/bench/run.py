@@ -97,7 +97,8 @@ class Bench:
                 self.plan.arms,
                 self.results,
                 self.failures,
-                gradients=Path(scratch),
+                scratch=Path(scratch),
+                seq_len_tokens=self.plan.recipe.model.seq_len_tokens,
                 warmup_steps=self.plan.work.warmup_steps,
                 ceilings=self.machine["ceilings"],
             )

@@ -56,7 +56,11 @@ class Arm(BaseModel):
                 raise UsageError(
                     f"--arms {text}: {engine} has no option {option!r}; it has {' '.join(known)}"
                 )
-        return cls(name=text.strip(), engine=engine, options=frozenset(options))
+        if {"-checkpointing", "-offload"} <= set(options):
+            raise UsageError(f"--arms {text}: without checkpoints there is nothing to offload")
+        # One name for one arm, in whatever order it was typed.
+        ordered = [option for option in OPTIONS if option in options]
+        return cls(name="".join([engine, *ordered]), engine=engine, options=frozenset(options))
 
     @property
     def packed(self) -> bool:
@@ -134,7 +138,7 @@ class Suite(Section):
 class Gate(BaseModel):
     """One check of one arm; `detail` has the figures and the allowance."""
 
-    name: Literal["work", "loss", "gradients", "weights", "parity", "trajectory"]
+    name: Literal["work", "loss", "gradients", "weights", "parity", "depth", "trajectory"]
     passed: bool
     detail: str
 

@@ -114,6 +114,18 @@ def load(path: Path) -> list[Row]:
     return loaded
 
 
+def expected(rows: Sequence[Row]) -> tuple[str, str]:
+    """(digest, order) that Digest gives when these rows, packed or not, are fed in this order."""
+    digest = Digest()
+    for row in rows:
+        start = 0
+        for length in row.get("seq_lengths", [len(row["input_ids"])]):
+            end = start + length
+            digest.add_row(row["input_ids"][start:end], row["labels"][start:end])
+            start = end
+    return digest.value(), digest.ordered()
+
+
 class Digest:
     """What was really fed, told apart from what was asked for: the tokens and labels of each row that
     reached the model, whatever batch it came in."""
@@ -127,10 +139,13 @@ class Digest:
         attention_mask or, when packed, position_ids that start again at each row."""
         self.fed += inputs["input_ids"].numel()
         for ids, labels in _rows_of(inputs):
-            labels[0] = IGNORED
-            self.tokens += len(ids)
-            self.squared_lengths += len(ids) ** 2
-            self._rows.append(hashlib.sha256(json.dumps([ids, labels]).encode()).hexdigest())
+            self.add_row(ids, labels)
+
+    def add_row(self, ids: list[int], labels: list[int]) -> None:
+        told = json.dumps([ids, [IGNORED, *labels[1:]]])  # the first is never predicted
+        self.tokens += len(ids)
+        self.squared_lengths += len(ids) ** 2
+        self._rows.append(hashlib.sha256(told.encode()).hexdigest())
 
     def value(self) -> str:
         """Of the rows as a set with repetitions: padded and packed arms feed them in other orders."""

@@ -1,6 +1,7 @@
 """`fastlora.bench.worker` with a fault planted in some arms: FAULTS='{"arm": "fault"}'.
 
-gradient: one adapter tensor's gradient comes out 5 % too large. frozen: the optimizer does not step.
+gradient: one adapter tensor's gradient comes out 5 % too large. deep: one is wrong in a
+layer that the cut-down model has not. frozen: the optimizer does not step.
 tokens: the arm is fed other rows. oom: the third step runs out of memory. kill: the process dies.
 interrupt: the parent gets Ctrl-C while the arm runs.
 """
@@ -29,6 +30,18 @@ def plant(fault: str | None) -> None:
             return step(loaded, rows)
 
         arm.parity_step = wrong
+    elif fault == "deep":
+        step, seen = arm.parity_step, []
+
+        def wrong_below(loaded: arm.Loaded, rows: Any) -> dict[str, Any]:
+            found = step(loaded, rows)
+            if not seen:  # the whole model comes first
+                seen.append(1)
+                (*_, last) = (name for name in found if "layers.1." in name)
+                found[last] = -found[last]
+            return found
+
+        arm.parity_step = wrong_below
     elif fault == "frozen":
         torch.optim.AdamW.step = lambda self, closure=None: None
     elif fault == "tokens":

@@ -45,15 +45,15 @@ def test_planted_faults_show_no_speed_and_dead_arms_are_rows(
         "peft-checkpointing-optimizer": "tokens",
         "peft+fastlora": "oom",
         "peft+fastlora-optimizer": "kill",
-        "peft+fastlora-checkpointing": "",
+        "peft+fastlora-checkpointing": "deep",
     }
     _, arms = bench(tmp_path, monkeypatch, faults)
     assert arms["peft"].status == "ok", arms["peft"].detail
     assert red(arms["peft-checkpointing"]) == {"parity"}
-    assert "1 of 14 gradients are wrong" in arms["peft-checkpointing"].detail
+    assert "1 of 15 are wrong" in arms["peft-checkpointing"].detail
     assert {"weights", "loss"} <= red(arms["peft-optimizer"])
     assert "28 of 28 adapter tensors did not change" in arms["peft-optimizer"].detail
-    assert {"work", "parity"} <= red(arms["peft-checkpointing-optimizer"])
+    assert {"work", "parity", "depth"} <= red(arms["peft-checkpointing-optimizer"])
     for name in list(faults)[:3]:
         assert arms[name].status == "red"
         assert arms[name].tokens_per_s is None
@@ -63,7 +63,7 @@ def test_planted_faults_show_no_speed_and_dead_arms_are_rows(
     assert oom.detail == "CUDA out of memory. Tried to allocate 2.00 GiB"
     assert killed.status == "failed"
     assert "SIGKILL" in killed.detail
-    assert arms["peft+fastlora-checkpointing"].status == "ok"  # the others go on
+    assert red(arms["peft+fastlora-checkpointing"]) == {"depth"}  # past the layers that parity sees
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_command_measures_reports_and_compares(tmp_path: Path) -> None:
         assert arm.tokens_per_s.p20 <= arm.tokens_per_s.p50 <= arm.tokens_per_s.p80
         assert arm.counted["steps"] == 8
         assert arm.counted["tokens"] == 8 * 4 * 64
-    assert {"trajectory"} <= {gate.name for gate in report.arms[1].gates}
+    assert {"depth", "trajectory"} <= {gate.name for gate in report.arms[1].gates}
     assert any("lora_linear" in note or "q_proj" in note for note in report.arms[1].notes)
     assert report.environment["versions"]["torch"]
     written = {path.name for path in (tmp_path / "first").iterdir()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastlora.bench.assess import figures, ledger, spread
+from fastlora.bench.assess import figures, ledger, rate, spread
 from fastlora.bench.schema import Arm, ArmResult, Spread
 from fastlora.bench.suites import ingredients
 from fastlora.errors import UsageError
@@ -24,8 +24,10 @@ RESULT: dict[str, Any] = {
 
 def test_figures_are_of_the_steps_after_warm_up() -> None:
     shown = figures(RESULT, 1, {"gemm_tflops": 0.1})
-    assert shown["tokens_per_s"] == Spread(p20=50, p50=100, p80=100)
-    assert shown["supervised_tokens_per_s"].p50 == 50
+    # The steps differ in tokens, so that p50 is all of them over all the seconds.
+    assert shown["tokens_per_s"] == Spread(p20=50, p50=round(500 / 7, 6), p80=100)
+    assert shown["supervised_tokens_per_s"].p50 == round(250 / 7, 6)
+    assert rate([100, 100, 100], [1.0, 2.0, 10.0]) == Spread(p20=10, p50=50, p80=100)
     assert shown["step_s"] == Spread(p20=1, p50=2, p80=4)
     # 500 of 600 tokens in 7 s; 5/6 of the squared lengths.
     model = (1e9 * 500 + 1e6 * 50_000) / 7 / 0.1e12
@@ -48,7 +50,7 @@ def test_ingredients_of_an_arm_are_each_switched_alone() -> None:
         "unsloth-optimizer",
     ]  # fmt: skip
     assert [arm.name for arm in ingredients(Arm.parse("peft-optimizer"))] == [
-        "peft-optimizer-checkpointing"
+        "peft-checkpointing-optimizer"
     ]
 
 
@@ -60,11 +62,14 @@ def test_the_ledger_pairs_each_arm_with_the_one_it_differs_from() -> None:
 
     entries = ledger(
         [arm("peft", 10, 9), arm("unsloth", 20, 5), arm("unsloth-kernels", 15, 6),
-         arm("unsloth-checkpointing", None, 20)]
+         arm("unsloth-checkpointing", None, 20), arm("peft-checkpointing-optimizer", 12, 12),
+         arm("peft-optimizer", 11, 10)]
     )  # fmt: skip
     assert [(e.arm, e.base, e.tokens_per_s, e.base_tokens_per_s) for e in entries] == [
         ("unsloth-kernels", "unsloth", 15, 20),
         ("unsloth-checkpointing", "unsloth", None, 20),
+        ("peft-checkpointing-optimizer", "peft-optimizer", 12, 11),
+        ("peft-optimizer", "peft", 11, 10),
     ]
 
 
@@ -78,7 +83,15 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
     assert changed.data.packing
     assert arm.environment == {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}
     assert Arm.parse("unsloth-offload").recipe(recipe).train.checkpointing == "full"
-    for wrong in ("peft-kernels", "peft+", "peft+nothing", "tensor", ""):
+    assert Arm.parse("peft-optimizer+fastlora").name == "peft+fastlora-optimizer"
+    for wrong in (
+        "unsloth-offload-checkpointing",
+        "peft-kernels",
+        "peft+",
+        "peft+nothing",
+        "tensor",
+        "",
+    ):
         with pytest.raises(UsageError, match="--arms"):
             Arm.parse(wrong)
 

@@ -89,6 +89,18 @@ def test_the_digest_sees_what_padding_and_packing_feed_as_the_same() -> None:
     assert padded.ordered() != packed.ordered()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_expected_is_what_feeding_gives(packed: bool) -> None:
+    rows = draw(lengths="real")
+    rows = works.pack(rows, 512) if packed else rows
+    collate = Collator(0, PlainEngine())  # type: ignore[arg-type]
+    digest = works.Digest()
+    for place in range(0, len(rows), 2):
+        digest.add(collate(rows[place : place + 2]))
+    assert works.expected(rows) == (digest.value(), digest.ordered())
+    assert works.expected(rows[::-1]) != (digest.value(), digest.ordered())
+
+
 def test_the_digest_sees_one_changed_token_or_label() -> None:
     rows = draw()[:2]
     collate = Collator(0, PlainEngine())  # type: ignore[arg-type]
