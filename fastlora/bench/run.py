@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,12 @@ from fastlora.bench.schema import (
     ArmResult,
     Frontier,
     Report,
+    Work,
 )
 from fastlora.bench.suites import Plan, ingredients, plan_for, renamed
+from fastlora.engines.base import not_loadable
 from fastlora.errors import EngineError, UsageError
+from fastlora.recipe.schema import ModelSection
 from fastlora.rundir import provenance
 from fastlora.train.stop import Interrupted, StopSignals
 
@@ -50,6 +54,30 @@ class Request:
     """As it is to be typed again."""
 
 
+def check(request: Request) -> None:
+    """Find out what is wrong before the machine is asked and a folder made.
+
+    Raises UsageError.
+    """
+    if request.target is not None:
+        _asked_work(plan_for(request.target, 0.0), request)
+
+
+def _asked_work(plan: Plan, request: Request) -> Work:
+    changes: dict[str, Any] = {}
+    if request.steps is not None:
+        changes["steps"] = request.steps
+    if request.lengths is not None:
+        changes["lengths"] = request.lengths
+    asked = plan.work.model_copy(update=changes)
+    if asked.steps < 2 * asked.warmup_steps:
+        raise UsageError(
+            f"--steps {asked.steps}: too few beside {asked.warmup_steps} steps of warm-up; "
+            f"give {2 * asked.warmup_steps} or more"
+        )
+    return asked
+
+
 class Bench:
     """One benchmark. `folder` gets the processes' logs; `command` starts a process (see processes)."""
 
@@ -70,39 +98,69 @@ class Bench:
         self.stopped: Interrupted | None = None
         """The signal that ended it early."""
 
-    def run(self) -> Report:
-        """Measure. An arm that fails is a row of the report; a signal gives a report of what there is.
+    def run(self, keep: Callable[[Report], None] = lambda _: None) -> Report:
+        """Measure, and hand the report to `keep`, which no signal cuts. An arm that fails is a row of the
+        report; a signal gives a report of what there is.
 
         Raises UsageError or EngineError: nothing could be measured; Interrupted: nothing was yet.
         """
-        with StopSignals():  # so that SIGTERM too ends the process that measures
-            return self._run()
+        with StopSignals() as signals:  # so that SIGTERM too ends the process that measures
+            return self._run(signals, keep)
 
-    def _run(self) -> Report:
+    def _run(self, signals: StopSignals, keep: Callable[[Report], None]) -> Report:
         began, started = datetime.now(UTC), time.perf_counter()
         self.machine = self._worker("probe", "")
         self.plan = self._plan()
-        self.console.print(
-            f"bench: {self.plan.name} on {self.machine['machine'].get('gpu', 'the CPU')}; "
-            f"arms {', '.join(arm.name for arm in self.plan.arms)}",
-            markup=False,
+        self._say(
+            f"{self.plan.name} on {self.machine['machine'].get('gpu', 'the CPU')}; "
+            f"arms {', '.join(arm.name for arm in self.plan.arms)}"
         )
+        self._warn()
         with tempfile.TemporaryDirectory(prefix="fastlora-bench-") as scratch:
             try:
                 self._measure(Path(scratch))
             except Interrupted as stopped:
                 self.stopped = stopped
-                self.console.print("interrupted: the report has what was measured so far")
-            arms = assess(
-                self.plan.arms,
-                self.results,
-                self.failures,
-                scratch=Path(scratch),
-                seq_len_tokens=self.plan.recipe.model.seq_len_tokens,
-                warmup_steps=self.plan.work.warmup_steps,
-                ceilings=self.machine["ceilings"],
+                self._say("interrupted: the report has what was measured so far")
+            try:
+                with signals.deferring("the report is written"):
+                    arms = assess(
+                        self.plan.arms,
+                        self.results,
+                        self.failures,
+                        scratch=Path(scratch),
+                        seq_len_tokens=self.plan.recipe.model.seq_len_tokens,
+                        warmup_steps=self.plan.work.warmup_steps,
+                        ceilings=self.machine["ceilings"],
+                    )
+                    report = self._report(arms, began, time.perf_counter() - started)
+                    keep(report)
+            except Interrupted as stopped:  # it came meanwhile, or is the one from above
+                self.stopped = stopped
+        return report
+
+    def _say(self, text: str) -> None:
+        """Tell the user. Names of files and models are no markup; a terminal that is gone (SIGHUP) must
+        not cost the report."""
+        with suppress(OSError):
+            self.console.print(f"bench: {text}", markup=False, emoji=False, soft_wrap=True)
+
+    def _warn(self) -> None:
+        """Of what is not measured as one might think."""
+        in_use, recipe = self.machine.get("in_use_gib", 0.0), self.plan.recipe
+        if in_use > 1:  # a CUDA context of our own, which counts in it, has less
+            self._say(
+                f"warning: {in_use:.1f} GiB of the GPU are in use by other processes; the driver's figures "
+                "and --vram-cap count them in, and speeds may suffer"
             )
-        return self._report(arms, began, time.perf_counter() - started)
+        if recipe.train.chunked_loss:
+            self._say(
+                "train.chunked_loss is not used by the benchmark: each engine has its own loss"
+            )
+        if self.plan.own_data and recipe.data.packing:
+            padded = [arm.name for arm in self.plan.arms if not arm.packed]
+            if padded:
+                self._say(f"data.packing: not in {', '.join(padded)}, which pad; write +packing")
 
     def _plan(self) -> Plan:
         request = self.request
@@ -110,28 +168,22 @@ class Bench:
         plan = plan_for(request.target, min(vram, request.vram_cap_gib or vram))
         if request.vram_cap_gib is not None and not vram:
             raise UsageError("--vram-cap: there is no CUDA GPU here to cap")
+        if (request.vram_cap_gib or 0) > vram + 0.05:  # vram is rounded
+            raise UsageError(
+                f"--vram-cap {request.vram_cap_gib:g}GiB: this GPU has no more than {vram:g} GiB"
+            )
         if request.frontier and not vram:
             raise UsageError("--frontier: there is no CUDA GPU here to fill")
-        changes: dict[str, Any] = {}
-        if request.steps is not None:
-            changes["steps"] = request.steps
-        if request.lengths is not None:
-            changes["lengths"] = request.lengths
-        settings = plan.work.model_copy(update=changes)
-        if settings.steps < 2 * settings.warmup_steps:
-            raise UsageError(
-                f"--steps {settings.steps}: too few beside {settings.warmup_steps} steps of warm-up; "
-                f"give {2 * settings.warmup_steps} or more"
-            )
+        settings = _asked_work(plan, request)
         arms = list(request.arms or plan.arms)
         if settings.lengths == "real" and not request.arms:
-            arms += [Arm.parse(f"{arm.name}+packing") for arm in plan.arms]
+            arms += [Arm.parse(f"{arm.name}+packing") for arm in plan.arms if not arm.packed]
         if request.ledger:
             arms += [arm for arm in ingredients(arms[-1]) if arm not in arms]
         recipe, shape = plan.recipe, plan.shape
         if request.model is not None:
             recipe, shape = renamed(recipe, request.model), None
-        return Plan(plan.name, recipe, arms, settings, plan.parity_layers, shape, plan.own_data)
+        return replace(plan, recipe=recipe, arms=arms, work=settings, shape=shape)
 
     def _measure(self, scratch: Path) -> None:
         plan = self.plan
@@ -144,21 +196,9 @@ class Bench:
                     cache=str(cache_folder() / "checkpoints"),
                 ),
             )
-            self.console.print(
-                f"bench: random weights in {made['folder']} ({made['seconds']:.0f} s)",
-                markup=False,
-                soft_wrap=True,
-            )
-            recipe = renamed(plan.recipe, made["folder"])
-            self.plan = plan = Plan(
-                plan.name,
-                recipe,
-                plan.arms,
-                plan.work,
-                plan.parity_layers,
-                plan.shape,
-                plan.own_data,
-            )
+            how = f"made in {made['seconds']:.0f} s" if made["made"] else "from the cache"
+            self._say(f"random weights {how}: {made['folder']}")
+            self.plan = plan = replace(plan, recipe=renamed(plan.recipe, made["folder"]))
         from fastlora.bench.weights import cut_down
 
         model = plan.recipe.model
@@ -201,11 +241,9 @@ class Bench:
         if plan.own_data:
             rows = self._own_rows(per_step)
         else:
-            from transformers import AutoConfig
-
             rows = work.random_rows(
                 plan.work,
-                vocabulary=AutoConfig.from_pretrained(plan.recipe.model.name).vocab_size,
+                vocabulary=_vocabulary(plan.recipe.model),
                 seq_len_tokens=plan.recipe.model.seq_len_tokens,
                 rows_per_step=per_step,
             )
@@ -219,7 +257,7 @@ class Bench:
         unpacked = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"packing": False})}
         )
-        data = prepare_data(unpacked, load_tokenizer(recipe.model), self.console.print)
+        data = prepare_data(unpacked, load_tokenizer(recipe.model), self._say)
         packing = any(arm.packed for arm in self.plan.arms)
         return work.dataset_rows(
             data.train,
@@ -229,17 +267,17 @@ class Bench:
         )
 
     def _arm(self, arm: Arm, task: dict[str, Any]) -> None:
-        self.console.print(f"bench: {arm.name} ...", markup=False)
+        self._say(f"{arm.name} ...")
         try:
             answer = self._worker("arm", _json(**task), name=arm.name, environment=arm.environment)
-        except Failed as failed:
-            self.failures[arm.name] = failed
-            self.console.print(f"bench: {arm.name}: {failed.status}: {failed.detail}", markup=False)
+        except Exception as error:  # whatever goes wrong with one arm, the others are measured
+            self.failures[arm.name] = failed = _failed(error)
+            self._say(f"{arm.name}: {failed.status}: {failed.detail}")
             return
         self.results[arm.name] = answer
 
     def _frontier(self, arm: Arm, axis: Any, task: dict[str, Any]) -> None:
-        self.console.print(f"bench: {arm.name}: how much fits, {axis} ...", markup=False)
+        self._say(f"{arm.name}: how much fits, {axis} ...")
         along = axis == "seq_len_tokens"
         from transformers import AutoConfig
 
@@ -258,7 +296,8 @@ class Bench:
             )
             found.pop("status")
             self.frontiers.append(Frontier(arm=arm.name, axis=axis, **found))
-        except Failed as failed:
+        except Exception as error:
+            failed = _failed(error)
             self.frontiers.append(
                 Frontier(
                     arm=arm.name, axis=axis, fits=0, fails=None, tokens_per_s=None,
@@ -319,6 +358,24 @@ class Bench:
             ledger=ledger(arms) if self.request.ledger else [],
             frontier=self.frontiers,
         )
+
+
+def _failed(error: Exception) -> Failed:
+    return (
+        error if isinstance(error, Failed) else Failed("failed", f"{type(error).__name__}: {error}")
+    )
+
+
+def _vocabulary(model: ModelSection) -> int:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # the Hub client raises many unrelated types
+        raise EngineError(not_loadable(model.name, error)) from error
+    return int(config.get_text_config().vocab_size)
 
 
 def cache_folder() -> Path:

@@ -39,9 +39,18 @@ def bundled() -> dict[str, Path]:
 def load_suite(path: Path) -> Suite:
     """Raises RecipeError: every key and type that is wrong."""
     try:
-        return Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        suite = Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise RecipeError(path.name, list(explain(error))) from None
+    problems = []
+    for arm in suite.arms:
+        try:
+            Arm.parse(arm)
+        except UsageError as error:  # it speaks of the command line
+            problems.append(f"arms: {str(error).removeprefix('--arms ')}")
+    if problems:
+        raise RecipeError(path.name, problems)
+    return suite
 
 
 def plan_for(target: str | None, vram_gib: float) -> Plan:
@@ -69,7 +78,8 @@ def plan_for(target: str | None, vram_gib: float) -> Plan:
         return _suite_plan(path.stem, load_suite(path))
     recipe = load_recipe(path)
     names = ["peft", "liger", "unsloth"] if vram_gib else ["peft", "peft+fastlora"]
-    arms = [Arm.parse(name) for name in names]
+    packing = "+packing" if recipe.data.packing else ""
+    arms = [Arm.parse(name + packing) for name in names]
     return Plan(path.stem, recipe, arms, Work(), parity_layers=2, own_data=True)
 
 
@@ -113,6 +123,6 @@ def ingredients(arm: Arm) -> list[Arm]:
 
 
 def renamed(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with another model."""
-    model = recipe.model.model_copy(update={"name": name})
+    """The recipe with another model, to which the revision of the old one means nothing."""
+    model = recipe.model.model_copy(update={"name": name, "revision": None})
     return recipe.model_copy(update={"model": model})

@@ -16,16 +16,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlora.engines.base import resolve_dtype
+from fastlora.engines.base import not_loadable, resolve_dtype
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import ModelSection
-from fastlora.rundir.store import whole_folder
+from fastlora.rundir.store import locked, whole_folder
 
 if TYPE_CHECKING:
     import torch
 
 VERSION = 1  # part of the cache's key: raise it when the same shape would give other bytes
 _INDEX = "model.safetensors.index.json"
+
+# Of a repository on the Hub: what a model in safetensors is loaded from, tokenizer and own code included,
+# without copies of the weights in other formats.
+_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+_NOT_FETCHED = ["*/*", "consolidated*"]
+
+
+def cached_folder(shape: dict[str, Any], model: ModelSection, cache: Path) -> Path:
+    """Where random_checkpoint puts the checkpoint of these arguments."""
+    key = [VERSION, shape, model.quantization == "nf4", str(resolve_dtype(model))]
+    return cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / _INDEX).exists()
 
 
 def random_checkpoint(shape: dict[str, Any], model: ModelSection, cache: Path) -> Path:
@@ -39,19 +54,21 @@ def random_checkpoint(shape: dict[str, Any], model: ModelSection, cache: Path) -
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    nf4, dtype = model.quantization == "nf4", resolve_dtype(model)
-    key = hashlib.sha256(json.dumps([VERSION, shape, nf4, str(dtype)], sort_keys=True).encode())
-    folder = cache / key.hexdigest()[:16]
-    if (folder / _INDEX).exists():
+    folder = cached_folder(shape, model, cache)
+    if is_complete(folder):
         return folder
+    nf4, dtype = model.quantization == "nf4", resolve_dtype(model)
     try:
         config = AutoConfig.for_model(**shape)
         with init_empty_weights():
             empty = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a wrong value does in the model's own code
         raise EngineError(f"shape: not a model's ({type(error).__name__}: {error})") from error
+    if (
+        "num_hidden_layers" not in config.to_dict()
+    ):  # cut_down would find that out after the writing
+        raise EngineError(_not_served("shape", config.model_type))
     quantized = _quantized_names(empty) if nf4 else set()
-    _check_disk(cache, empty, quantized, dtype)
     config.dtype = dtype
     if nf4:
         config.quantization_config = BitsAndBytesConfig(
@@ -60,11 +77,23 @@ def random_checkpoint(shape: dict[str, Any], model: ModelSection, cache: Path) -
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         ).to_dict()
-    with whole_folder(folder) as scratch:
-        config.save_pretrained(str(scratch))
-        save_byte_tokenizer(scratch)
-        _write_shards(scratch, empty, quantized, dtype)
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / f".{folder.name}.lock"):
+        if is_complete(folder):  # another benchmark has made it meanwhile
+            return folder
+        _check_disk(cache, empty, quantized, dtype)
+        with whole_folder(folder) as scratch:
+            config.save_pretrained(str(scratch))
+            save_byte_tokenizer(scratch)
+            _write_shards(scratch, empty, quantized, dtype)
     return folder
+
+
+def _not_served(what: str, model_type: str) -> str:
+    return (
+        f"{what}: the benchmark cannot cut {model_type or 'this architecture'} down for its gradient gate: "
+        "the model's config.json has no num_hidden_layers; choose a text-only model of the Llama kind"
+    )
 
 
 def _quantized_names(model: Any) -> set[str]:
@@ -79,7 +108,6 @@ def _quantized_names(model: Any) -> set[str]:
 
 
 def _check_disk(cache: Path, model: Any, quantized: set[str], dtype: torch.dtype) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
     needed = sum(
         parameter.numel() * (0.52 if name in quantized else dtype.itemsize)
         for name, parameter in model.named_parameters()
@@ -187,20 +215,24 @@ def cut_down(checkpoint: str, revision: str | None, layers: int, target: Path) -
 
     checkpoint: a folder, or a Hub id, which is fetched into the Hub's cache. Weights of later layers
     that share a file with needed ones are not in the index and are passed over when loading.
-    Raises EngineError: the checkpoint has no safetensors.
+    Raises EngineError: the checkpoint cannot be found or read, has no safetensors, or is of an
+    architecture whose depth is not in num_hidden_layers.
     """
-    source = Path(checkpoint)
-    if not source.is_dir():
-        from huggingface_hub import snapshot_download
-
-        source = Path(snapshot_download(checkpoint, revision=revision))
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    try:
+        source = _fetched(checkpoint, revision)
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        where = _weight_map(source)
+    except EngineError:
+        raise
+    except Exception as error:  # the Hub client and safetensors raise many unrelated types
+        raise EngineError(not_loadable(checkpoint, error)) from error
+    if "num_hidden_layers" not in config:
+        raise EngineError(_not_served(f"model.name: {checkpoint}", config.get("model_type", "")))
     layers = min(layers, config["num_hidden_layers"])
     for key, value in config.items():  # layer_types and the like: an entry per layer
         if isinstance(value, list) and len(value) == config["num_hidden_layers"]:
             config[key] = value[:layers]
     config["num_hidden_layers"] = layers
-    where = _weight_map(source)
     kept = {
         name: file
         for name, file in where.items()
@@ -214,6 +246,18 @@ def cut_down(checkpoint: str, revision: str | None, layers: int, target: Path) -
     _replace(target / "config.json", config)
     _replace(target / _INDEX, {"metadata": {}, "weight_map": kept})
     return target
+
+
+def _fetched(checkpoint: str, revision: str | None) -> Path:
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            checkpoint, revision=revision, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED
+        )
+    )
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:

@@ -6,7 +6,9 @@ that is printed goes to stderr.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import sys
 import time
 import traceback
@@ -44,6 +46,8 @@ def probe(_: str) -> dict[str, Any]:
         "ceilings": {},
     }
     if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()  # before anything of ours but the context is there
+        found["in_use_gib"] = round((total - free) / 2**30, 2)
         found["ceilings"] = _ceilings(resolve_dtype(ModelSection(name="any")))
     return found
 
@@ -77,12 +81,17 @@ def _median_s(work: Callable[[], object], repeats: int = 20) -> float:
 
 
 def weights(task: str) -> dict[str, Any]:
-    from fastlora.bench.weights import random_checkpoint
+    from fastlora.bench.weights import cached_folder, is_complete, random_checkpoint
 
     asked = WeightsTask.model_validate_json(task)
     started = time.perf_counter()
+    cached = is_complete(cached_folder(asked.shape, asked.model, Path(asked.cache)))
     folder = random_checkpoint(asked.shape, asked.model, Path(asked.cache))
-    return {"folder": str(folder), "seconds": round(time.perf_counter() - started, 1)}
+    return {
+        "folder": str(folder),
+        "made": not cached,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def arm(task: str) -> dict[str, Any]:
@@ -112,7 +121,16 @@ KINDS = {
 }
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone, by SIGKILL even: it would
+    go on measuring for nobody. Linux only."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main() -> int:
+    die_with_parent()
     results, sys.stdout = sys.stdout, sys.stderr
     prefer_expandable_segments()
     try:

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import click
+
+from fastlora.errors import RunDirError, UsageError
+
+if TYPE_CHECKING:
+    from fastlora.bench.run import Request
+    from fastlora.bench.schema import Report
 
 
 def _gib(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -15,6 +25,12 @@ def _gib(context: click.Context, parameter: click.Parameter, value: str | None) 
     if found is None or not float(found[1]):
         raise click.BadParameter(f"{value!r} is not an amount of memory; write 24GiB")
     return float(found[1]) * (1e9 / 2**30 if (found[2] or "").upper() == "GB" else 1)
+
+
+def _seconds(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not math.isfinite(value) or value < 1:
+        raise click.BadParameter(f"{value:g} is not a number of seconds, 1 or more")
+    return value
 
 
 @click.command("bench")
@@ -31,7 +47,12 @@ def _gib(context: click.Context, parameter: click.Parameter, value: str | None) 
 @click.option("--ledger", is_flag=True, help="What each ingredient of the last arm is worth.")
 @click.option("--frontier", is_flag=True, help="Longest row and largest batch that fit.")
 @click.option(
-    "--timeout", "timeout_s", default=900.0, show_default=True, help="Seconds for each process."
+    "--timeout",
+    "timeout_s",
+    default=900.0,
+    show_default=True,
+    callback=_seconds,
+    help="Seconds for each process.",
 )
 @click.option(
     "--out",
@@ -66,54 +87,98 @@ def command(
     model, settings and data. Without either, the suite that fits this machine's GPU. Exit code 3: a gate
     was not met, or --compare found a regression.
     """
-    from rich.console import Console
+    from fastlora.train.stop import Interrupted, StopSignals
 
-    console = Console()
-    if compare:
-        from fastlora.bench.compare import compare as compared
-        from fastlora.bench.compare import print_comparison, read_report
-
-        comparison = compared(*(read_report(path) for path in compare))
-        if as_json:
-            click.echo(comparison.model_dump_json())
-        else:
-            print_comparison(comparison, console)
-        sys.exit(3 if comparison.regressed else 0)
-
-    from fastlora.bench.report import print_report, write
-    from fastlora.bench.run import Bench, Request
-    from fastlora.bench.schema import Arm
-    from fastlora.rundir.store import new_folder
-    from fastlora.train.stop import Interrupted
-
-    request = Request(
-        target=target,
-        arms=[Arm.parse(name) for name in arms.split(",")] if arms else [],
-        steps=steps,
-        lengths=lengths,
-        vram_cap_gib=vram_cap,
-        model=model,
-        ledger=ledger,
-        frontier=frontier,
-        timeout_s=timeout_s,
-        command=shlex.join(["fastlora", *sys.argv[1:]]),
-    )
-    folder = out or new_folder(Path("runs/bench") / Path(target or "auto").stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(request, folder, Console(stderr=True))
     try:
-        report = bench.run()
+        with StopSignals():  # from here on: the imports alone take seconds
+            if compare:
+                sys.exit(_compare(compare, as_json))
+
+            from fastlora.bench.run import Request
+            from fastlora.bench.schema import Arm
+
+            request = Request(
+                target=target,
+                arms=[Arm.parse(name) for name in arms.split(",")] if arms else [],
+                steps=steps,
+                lengths=lengths,
+                vram_cap_gib=vram_cap,
+                model=model,
+                ledger=ledger,
+                frontier=frontier,
+                timeout_s=timeout_s,
+                command=shlex.join(["fastlora", *sys.argv[1:]]),
+            )
+            sys.exit(_measure(request, out, as_json))
     except Interrupted as stopped:
         sys.exit(stopped.exit_code)
-    write(report, folder)
+
+
+def _compare(reports: tuple[Path, Path], as_json: bool) -> int:
+    from rich.console import Console
+
+    from fastlora.bench.compare import compare, print_comparison, read_report
+
+    comparison = compare(*(read_report(path) for path in reports))
     if as_json:
-        click.echo(report.model_dump_json())
+        click.echo(comparison.model_dump_json())
     else:
-        print_report(report, console)
-        click.echo(f"report    {folder / 'report.html'}")
+        print_comparison(comparison, Console())
+    return 3 if comparison.regressed else 0
+
+
+def _measure(request: Request, out: Path | None, as_json: bool) -> int:
+    """The exit code."""
+    from rich.console import Console
+
+    from fastlora.bench.run import Bench, check
+
+    check(request)
+    folder = _folder(request.target, out)
+    stdout = sys.stdout
+    bench = Bench(request, folder, Console(stderr=True))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
+            report = bench.run(lambda report: _keep(report, folder, as_json, stdout))
+    except UsageError:
+        if out is None:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing but the probe's log
+        raise
     if bench.stopped:
-        sys.exit(bench.stopped.exit_code)
+        return bench.stopped.exit_code
     if report.status == "red":
-        sys.exit(3)
-    if not any(arm.status == "ok" for arm in report.arms):
-        sys.exit(1)
+        return 3
+    return 0 if any(arm.status == "ok" for arm in report.arms) else 1
+
+
+def _folder(target: str | None, out: Path | None) -> Path:
+    from fastlora.rundir.store import make_folder, new_folder
+
+    if out is None:
+        return new_folder(
+            Path("runs/bench") / Path(target or "auto").stem, "name a folder with --out"
+        )
+    if (out / "report.json").exists():
+        raise UsageError(f"--out {out}: holds a report already; name another folder")
+    make_folder(out, "name another folder with --out")
+    return out
+
+
+def _keep(report: Report, folder: Path, as_json: bool, stdout: TextIO) -> None:
+    """Print, then write: a full disk must not cost the measurement, nor a closed pipe the report."""
+    from rich.console import Console
+
+    from fastlora.bench.report import print_report, write
+
+    try:
+        if as_json:
+            click.echo(report.model_dump_json(), file=stdout)
+        else:
+            print_report(report, Console(file=stdout))
+    finally:
+        try:
+            write(report, folder)
+        except OSError as error:
+            raise RunDirError(f"{folder}: the report cannot be written: {error}") from None
+    if not as_json:
+        click.echo(f"report    {folder / 'report.html'}", file=stdout)

@@ -27,13 +27,15 @@ def versions() -> dict[str, str]:
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit of `folder`, with `+changes` if files differ from it; None outside a repository.
+    """The git commit of `folder`, with `+changes` if files differ from it; None outside a repository, and
+    where git tracks nothing of the folder: an ignored .venv lies in a repository of somebody else.
 
     FASTLORA_COMMIT says it where the code was copied out of its repository.
     """
     if told := os.environ.get("FASTLORA_COMMIT"):
         return told
     try:
+        _git(folder, "ls-files", "--error-unmatch", ".")
         head = _git(folder, "rev-parse", "HEAD")
         return head + (
             "+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else ""

@@ -119,12 +119,33 @@ def check_place(parent: Path) -> None:
         raise _no_place(parent, error) from None
 
 
-def _no_place(parent: Path, error: OSError) -> RunDirError:
-    return RunDirError(f"{parent}: a run cannot be made here: {error.strerror}; set output.dir")
+def _no_place(parent: Path, error: OSError, remedy: str = "set output.dir") -> RunDirError:
+    return RunDirError(f"{parent}: a run cannot be made here: {error.strerror}; {remedy}")
 
 
-def new_folder(parent: Path) -> Path:
-    """Make and return parent/N with the next free number. Raises RunDirError where that cannot be."""
+def make_folder(folder: Path, remedy: str) -> None:
+    """Make `folder` if need be. Raises RunDirError, with `remedy`, where nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".fastlora-", dir=folder))
+    except OSError as error:
+        raise _no_place(folder, error, remedy) from None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock on the file `path`. It is left there: another may be waiting for it."""
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def new_folder(parent: Path, remedy: str = "set output.dir") -> Path:
+    """Make and return parent/N with the next free number. Raises RunDirError, with `remedy`, where that
+    cannot be."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         number = max((int(path.name) for path in _runs(parent)), default=0)
@@ -136,7 +157,7 @@ def new_folder(parent: Path) -> Path:
             except FileExistsError:
                 continue
     except OSError as error:
-        raise _no_place(parent, error) from None
+        raise _no_place(parent, error, remedy) from None
 
 
 class RunDir:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first ends training after the step in hand, the second leaves at once."""
+"""SIGINT, SIGTERM and SIGHUP: the first ends training after the step in hand, the second leaves at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,15 +21,18 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Within it, SIGINT and SIGTERM raise Interrupted; while `deferring`, they only set `pending`."""
+    """Within it, SIGINT, SIGTERM and SIGHUP raise Interrupted; while `deferring`, they only set `pending`."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
-        self._deferred = False
+        self._until: str | None = None
+        """What a signal has to wait for."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -38,26 +41,27 @@ class StopSignals:
             signal.signal(number, handler)
 
     @contextmanager
-    def deferring(self) -> Iterator[None]:
+    def deferring(self, until: str = "this step") -> Iterator[None]:
         """Interrupted comes at the end of it: for what must not be cut, or would swallow an exception."""
-        self._deferred = True
+        self._until = until
         try:
             yield
         finally:
-            self._deferred = False
+            self._until = None
         self.raise_pending()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.pending is not None:
             os._exit(128 + number)
         self.pending = number
-        if not self._deferred:
+        if self._until is None:
             raise Interrupted(number)
         # write(2) and not print: the signal may have come in the middle of a print.
-        os.write(
-            sys.__stderr__.fileno() if sys.__stderr__ else 2,
-            b"\nstopping after this step; again to leave at once\n",
-        )
+        with suppress(OSError):  # after SIGHUP the terminal is gone
+            os.write(
+                sys.__stderr__.fileno() if sys.__stderr__ else 2,
+                f"\nstopping after {self._until}; again to leave at once\n".encode(),
+            )
 
     def raise_pending(self) -> None:
         if self.pending is not None:

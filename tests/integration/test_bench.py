@@ -143,7 +143,10 @@ def test_a_recipe_is_measured_with_its_own_rows(workplace: object) -> None:
         (["--arms", "peft,unslot"], "no engine 'unslot'; known: peft, liger, unsloth"),
         (["--arms", "peft+graphs"], "peft has no option '+graphs'"),
         (["llama31-8"], "did you mean llama31-8b?"),
+        (["nosuch"], "no suite or recipe of that name"),
         (["--vram-cap", "lots"], "write 24GiB"),
+        (["--timeout", "nan"], "not a number of seconds"),
+        (["--timeout", "0"], "not a number of seconds"),
         (["tiny", "--vram-cap", "8GiB"], "no CUDA GPU here"),
         (["tiny", "--frontier"], "no CUDA GPU here"),
         (["--compare", "no.json", "no.json"], "no.json"),
@@ -156,9 +159,40 @@ def test_wrong_arguments_are_explained(arguments: list[str], told: str, tmp_path
     )  # fmt: skip
     assert done.returncode == 2
     assert told in " ".join(done.stderr.split())
+    assert not list(tmp_path.glob("runs/bench/*/*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastlora", "bench", "tiny", "--out", "cut"],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "peft ..." in line:
+            break
+    time.sleep(1)
+    (arm,) = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=60)
+    arm.wait(timeout=10)
+
+
+def test_a_signal_while_the_machine_is_asked_leaves_with_its_number(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastlora", "bench", "tiny", "--out", "cut"],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not (tmp_path / "cut/probe.log").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_command_and_its_process(tmp_path: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fastlora", "bench", "tiny", "--out", "cut"],

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastlora.bench.suites import bundled, fitting, load_suite, plan_for
+from fastlora.bench.suites import bundled, fitting, load_suite, plan_for, renamed
 from fastlora.bench.weights import cut_down, random_checkpoint
 from fastlora.errors import EngineError, RecipeError, UsageError
 from fastlora.recipe.schema import ModelSection
@@ -103,10 +105,58 @@ def test_what_cannot_be_made_is_explained(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Disk", (), {"free": 1000})())
     with pytest.raises(EngineError, match="free some space, or set FASTLORA_CACHE"):
         make(tmp_path / "full")
-    assert not list((tmp_path / "full").iterdir())
+    assert [path.suffix for path in (tmp_path / "full").iterdir()] == [".lock"]
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
     with pytest.raises(EngineError, match="holds no safetensors"):
         cut_down(str(tmp_path), None, 1, tmp_path / "cut")
+    with pytest.raises(EngineError, match=r"shape: .* gpt2 .* no num_hidden_layers"):
+        make(tmp_path / "gpt2", {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2})
+    assert not (tmp_path / "gpt2").exists()
+
+
+def test_a_model_that_cannot_be_cut_down_is_explained(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(checkpoint: object) -> str:
+        with pytest.raises(EngineError) as caught:
+            cut_down(str(checkpoint), None, 1, tmp_path / "cut")
+        return str(caught.value)
+
+    assert "cannot be loaded" in told(tmp_path / "missing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "cannot be loaded" in told(empty)
+    (empty / "model.safetensors").symlink_to(tiny_model / "model.safetensors")
+    (empty / "config.json").write_text('{"model_type": "gemma3", "text_config": {}}')
+    assert "cut gemma3 down" in told(empty)
+
+    def offline(name: str, allow_patterns: list[str], **_: object) -> str:
+        assert "*.safetensors" in allow_patterns
+        raise OSError("no internet")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    assert "org/model cannot be loaded (no internet)" in told("org/model")
+
+
+def test_two_benchmarks_make_a_checkpoint_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first, and then takes what that has made."""
+    from fastlora.bench import weights
+
+    locked = weights.locked
+
+    @contextmanager
+    def waiting(path: Path) -> Iterator[None]:
+        monkeypatch.setattr(weights, "locked", locked)
+        first = make(tmp_path)
+        monkeypatch.setattr(weights, "_write_shards", None)
+        with locked(path):
+            yield
+        assert path == tmp_path / f".{first.name}.lock"
+
+    monkeypatch.setattr(weights, "locked", waiting)
+    load(make(tmp_path))
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -141,3 +191,18 @@ def test_a_suite_with_mistakes_tells_all_of_them(tmp_path: Path) -> None:
     assert any("lora.rank" in problem for problem in caught.value.problems)
     with pytest.raises(UsageError, match="did you mean tiny"):
         plan_for("tinny", 0.0)
+    path.write_text(text.replace('"peft"', '"peftt"', 1))
+    with pytest.raises(RecipeError, match=r"mine\.toml: arms: peftt: no engine"):
+        plan_for(str(path), 0.0)
+
+
+def test_a_recipe_that_packs_is_measured_packed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    text = '[model]\nname = "m"\nrevision = "r"\n[data]\nsources = ["d.jsonl"]\npacking = true\n'
+    text += '[output]\ndir = "o"\n'
+    (tmp_path / "d.jsonl").touch()
+    path.write_text(text)
+    plan = plan_for(str(path), 24.0)
+    assert [arm.name for arm in plan.arms] == ["peft+packing", "liger+packing", "unsloth+packing"]
+    model = renamed(plan.recipe, "other").model
+    assert (model.name, model.revision) == ("other", None)

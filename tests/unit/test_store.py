@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from fastlora.errors import RunDirError
+from fastlora.rundir.provenance import commit
 from fastlora.rundir.report import plot_loss
 from fastlora.rundir.store import (
     COMPLETE,
     RunDir,
     check_place,
     is_disk_full,
+    locked,
+    make_folder,
     whole_folder,
     write_atomic,
 )
@@ -88,6 +92,47 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match=r"output\.dir"):
         RunDir.create(tmp_path / "file" / "runs")
+
+
+def test_a_folder_to_write_in_is_made_or_explained(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b", "go elsewhere")
+    make_folder(tmp_path / "a" / "b", "go elsewhere")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(RunDirError, match="go elsewhere"):
+            make_folder(place, "go elsewhere")
+
+
+def test_a_lock_keeps_others_out(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "lock"),
+        (tmp_path / "lock").open() as other,
+        pytest.raises(BlockingIOError),
+    ):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (tmp_path / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_commit_is_that_of_the_code_and_of_no_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTLORA_COMMIT", raising=False)
+    installed = tmp_path / ".venv" / "fastlora"
+    installed.mkdir(parents=True)
+    (installed / "code.py").write_text("")
+    assert commit(installed) is None
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    assert commit(installed) is None
+    head = commit(tmp_path)
+    assert head is not None
+    assert len(head) == 40
+    (tmp_path / ".gitignore").write_text("")
+    assert commit(tmp_path) == f"{head}+changes"
 
 
 def test_atomic_write_keeps_the_old_content_when_it_fails(

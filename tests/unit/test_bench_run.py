@@ -1,0 +1,202 @@
+"""The parent's side of `fastlora bench`, with the processes' answers made up."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from fastlora.bench import run as bench_run
+from fastlora.bench.run import Bench, Request
+from fastlora.bench.schema import Arm, ArmResult, Report
+from fastlora.cli.main import cli
+from fastlora.errors import EngineError, UsageError
+from fastlora.recipe.schema import ModelSection
+from fastlora.train.stop import Interrupted, StopSignals
+
+PROBED: dict[str, Any] = {"machine": {}, "driver": None, "ceilings": {}}
+GPU: dict[str, Any] = {**PROBED, "machine": {"gpu": "a card", "gpu_gib": 24.0}}
+
+
+@pytest.fixture
+def told() -> io.StringIO:
+    return io.StringIO()
+
+
+def bench(
+    folder: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch,
+    probed: dict[str, Any] = PROBED, **request: Any,
+) -> Bench:  # fmt: skip
+    """One whose arms all succeed at once."""
+    request = {"target": "tiny", **request}
+    running = Bench(Request(**request), folder, Console(file=told, width=40))
+
+    def measure(self: Bench, _: Path) -> None:
+        for arm in self.plan.arms:
+            self._arm(arm, {})
+
+    def rows(arms: list[Arm], results: Any, failures: Any, **_: Any) -> list[ArmResult]:
+        return [
+            ArmResult(arm=arm.name, status="failed", detail=failures[arm.name].detail)
+            if arm.name in failures
+            else ArmResult(arm=arm.name, status="ok" if arm.name in results else "interrupted")
+            for arm in arms
+        ]
+
+    monkeypatch.setattr(Bench, "_measure", measure)
+    monkeypatch.setattr(
+        Bench, "_worker", lambda self, kind, *_, **__: {"probe": probed}.get(kind, {})
+    )
+    monkeypatch.setattr(bench_run, "assess", rows)
+    return running
+
+
+def test_whatever_goes_wrong_with_an_arm_is_its_row(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = bench(tmp_path, told, monkeypatch)
+
+    def worker(self: Bench, kind: str, task: str, name: str = "", **_: Any) -> dict[str, Any]:
+        if name == "peft":
+            raise KeyError("[/i]")
+        return PROBED
+
+    monkeypatch.setattr(Bench, "_worker", worker)
+    first, second = running.run().arms
+    assert (first.status, first.detail) == ("failed", "KeyError: '[/i]'")
+    assert second.status == "ok"
+    assert "peft: failed: KeyError: '[/i]'" in told.getvalue()
+
+
+def test_names_are_no_markup_and_are_not_broken(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{'long/' * 20}q[/i]/:smile:"
+    bench(tmp_path, told, monkeypatch)._say(text)
+    assert told.getvalue() == f"bench: {text}\n"
+
+
+def test_what_the_card_cannot_give_is_refused_and_what_disturbs_is_told(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="no more than 24 GiB"):
+        bench(tmp_path, told, monkeypatch, GPU, vram_cap_gib=25.0).run()
+    bench(tmp_path, told, monkeypatch, {**GPU, "in_use_gib": 0.6}, vram_cap_gib=24.0).run()
+    assert "in use" not in told.getvalue()
+    bench(tmp_path, told, monkeypatch, {**GPU, "in_use_gib": 3.2}).run()
+    assert "3.2 GiB of the GPU are in use" in told.getvalue()
+
+
+def test_what_a_recipe_asks_for_in_vain_is_told(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    (tmp_path / "d.jsonl").touch()
+    recipe.write_text(
+        '[model]\nname = "m"\n[data]\nsources = ["d.jsonl"]\npacking = true\n'
+        '[train]\nchunked_loss = true\n[output]\ndir = "o"\n'
+    )
+    report = bench(tmp_path, told, monkeypatch, target=str(recipe), lengths="real").run()
+    assert [arm.arm for arm in report.arms] == ["peft+packing", "peft+fastlora+packing"]
+    assert "train.chunked_loss is not used" in told.getvalue()
+    assert "data.packing" not in told.getvalue()
+    bench(tmp_path, told, monkeypatch, target=str(recipe), arms=[Arm.parse("peft")]).run()
+    assert "data.packing: not in peft" in told.getvalue()
+
+
+def test_a_signal_does_not_cut_the_report(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, kept = bench(tmp_path, told, monkeypatch), []
+
+    def keep(report: Report) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        kept.append(report)
+
+    report = running.run(keep)
+    assert kept == [report]
+    assert running.stopped is not None
+    assert running.stopped.exit_code == 143
+
+
+def test_hangup_is_a_stop_signal_unless_it_is_ignored() -> None:
+    with pytest.raises(Interrupted) as caught, StopSignals():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert caught.value.exit_code == 129
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_vocabulary_of_a_model_that_is_not_there() -> None:
+    with pytest.raises(EngineError, match="/no/such cannot be loaded"):
+        bench_run._vocabulary(ModelSection(name="/no/such"))
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["bench", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "code"),
+    [
+        (["nosuch"], "no suite or recipe", 2),
+        (["tiny", "--arms", "nosuch"], "no engine", 2),
+        (["tiny", "--vram-cap", "8GiB"], "no CUDA GPU here", 2),
+        (["tiny", "--timeout", "nan"], "number of seconds", 2),
+        (["tiny", "--timeout", "-5"], "number of seconds", 2),
+        (["tiny", "--out", "/proc/out"], "with --out", 1),
+        (["tiny", "--out", "old"], "holds a report already", 2),
+    ],
+)
+def test_wrong_arguments_leave_nothing(
+    arguments: list[str], told: str, code: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    bench(tmp_path, io.StringIO(), monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/report.json").write_text("mine")
+    done = invoke(*arguments)
+    assert done.exit_code == code
+    assert told in " ".join(done.stderr.split())
+    assert (tmp_path / "old/report.json").read_text() == "mine"
+    assert not list(tmp_path.glob("runs/bench/*/*"))
+
+
+def test_json_is_all_there_is_on_stdout_even_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench(tmp_path, io.StringIO(), monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    quiet = Bench._measure
+
+    def noisy(self: Bench, scratch: Path) -> None:
+        print("a library's banner")
+        quiet(self, scratch)
+
+    monkeypatch.setattr(Bench, "_measure", noisy)
+    done = invoke("tiny", "--json", "--out", "whole")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["name"] == "tiny"
+    assert "a library's banner" in done.stderr
+    assert (tmp_path / "whole/report.html").exists()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastlora.bench.report.write", full)
+    done = invoke("tiny", "--json", "--out", "full")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["name"] == "tiny"
+    assert "full: the report cannot be written: " in done.stderr
