@@ -3,7 +3,8 @@
 python benchmarks/readme.py          # what lies between the two markers is made anew
 python benchmarks/readme.py --check  # exit 1 if README.md is not what it would be
 
-Of each benchmark and GPU the newest report counts.
+Of each benchmark (suite, model, lengths, cap, quantization) and GPU the newest report counts; one that is
+partial, or that no commit can repeat, is left out with a line on stderr.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 
 from fastlora.bench.compare import read_report
 from fastlora.bench.schema import Report
-from fastlora.bench.summary import headline, rows
-from fastlora.bench.tables import Table, frontier_table, gates, gib, number, times
+from fastlora.bench.summary import Row, headline, is_real, rows
+from fastlora.bench.tables import Table, frontier_table, gates, gib, spread, times
 from fastlora.errors import UsageError
 from fastlora.rundir.store import write_atomic
 
@@ -29,6 +30,34 @@ def gpu(report: Report) -> str:
     return str((report.environment.get("machine") or {}).get("gpu") or "CPU")
 
 
+def quantization(report: Report) -> str:
+    model = (report.settings.get("recipe") or {}).get("model") or {}
+    return str(model.get("quantization") or "")
+
+
+def label(report: Report) -> str:
+    """The suite, and what else tells two of its reports apart; full rows and no cap go without saying."""
+    parts = [
+        report.name,
+        report.model if report.model != report.name else "",
+        quantization(report),
+        "real lengths" if is_real(report) else "",
+        f"{report.vram_cap_gib:g} GiB" if report.vram_cap_gib else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def unfit(report: Report) -> str | None:
+    """Why a report is not shown."""
+    if report.status == "partial":
+        return "it is partial"
+    if not report.environment.get("commit"):
+        return "it names no commit"
+    if report.environment.get("dirty"):
+        return "it was measured with changes that no commit holds"
+    return None
+
+
 def when(report: Report) -> datetime:
     """A time without a zone is taken as UTC. Raises ValueError: not a time."""
     moment = datetime.fromisoformat(report.started)
@@ -37,10 +66,16 @@ def when(report: Report) -> datetime:
 
 def newest(root: Path) -> list[tuple[Path, Report]]:
     """(folder, report) per benchmark and GPU, in their order. Raises UsageError: a report that is none."""
-    found: dict[tuple[str, str], tuple[Path, Report]] = {}
+    found: dict[tuple[str | float, ...], tuple[Path, Report]] = {}
     for path in sorted(root.glob("benchmarks/results/*/report.json")):
         report = read_report(path)
-        key = (report.name, gpu(report))
+        if why := unfit(report):
+            print(f"{path.relative_to(root)}: left out: {why}", file=sys.stderr)
+            continue
+        cap = report.vram_cap_gib or 0.0
+        key = (
+            report.name, gpu(report), report.model, is_real(report), cap, quantization(report)
+        )  # fmt: skip
         try:
             if key not in found or when(report) > when(found[key][1]):
                 found[key] = (path.parent, report)
@@ -62,14 +97,16 @@ def block(root: Path) -> str:
 def arms(reports: Sequence[tuple[Path, Report]]) -> Table:
     firsts = {report.arms[0].arm for _, report in reports if report.arms}
     first = f"x {firsts.pop()}" if len(firsts) == 1 else "x first arm"
-    columns = ["suite", "GPU", "arm", "tokens/s", first, "peak reserved GiB", first, "gates"]
+    columns = ["suite", "GPU", "arm", "tokens/s [p20..p80]", first, "timed steps"]
+    columns += ["peak reserved GiB", first, "gates"]
     cells = [
         [
-            report.name,
+            label(report),
             gpu(report),
             row.arm.arm,
-            speed(report, row.p50),
-            times(row.speed_ratio),
+            speed(report, row),
+            "~1" if row.within_noise else times(row.speed_ratio),
+            timed_steps(report, row),
             gib(row.arm.peak_reserved_gib),
             times(row.memory_ratio),
             gates(row) if row.sound else row.why_empty,
@@ -80,30 +117,32 @@ def arms(reports: Sequence[tuple[Path, Report]]) -> Table:
     return Table(columns, cells)
 
 
-def speed(report: Report, p50: float | None) -> str:
+def speed(report: Report, row: Row) -> str:
     supervised = " supervised" if headline(report) == "supervised_tokens_per_s" else ""
-    return number(p50) + supervised if p50 is not None else ""
+    return spread(row.speed) + supervised if row.speed else ""
+
+
+def timed_steps(report: Report, row: Row) -> str:
+    """Those after warm-up; nothing where no speed is shown, or the report does not say."""
+    steps = row.arm.counted.get("steps") or len(row.arm.losses)
+    warmup = (report.settings.get("work") or {}).get("warmup_steps")
+    return str(steps - warmup) if row.speed and steps and warmup is not None else ""
 
 
 def source(root: Path, folder: Path, report: Report) -> str:
     """Where a benchmark's figures come from."""
-    commit = str(report.environment.get("commit") or "unknown")[:12]
-    changes = " with changes" if report.environment.get("dirty") else ""
+    commit = str(report.environment["commit"])[:12]
     page = (folder / "report.html").relative_to(root).as_posix()
-    made = f"{when(report):%Y-%m-%d}, commit {commit}{changes}"
-    return f"- {escape(report.name)} on {escape(gpu(report))}: {made}, [report]({page})"
+    made = f"{when(report):%Y-%m-%d}, commit {commit}"
+    return f"- {escape(label(report))} on {escape(gpu(report))}: {made}, [report]({page})"
 
 
 def frontier(reports: Sequence[Report]) -> Table:
     tables = [(report, frontier_table(report)) for report in reports]
-    columns = ["suite", "GPU", "cap GiB", *tables[0][1].columns] if tables else []
+    columns = ["suite", "GPU", *tables[0][1].columns] if tables else []
     return Table(
         columns,
-        [
-            [report.name, gpu(report), number(report.vram_cap_gib), *cells]
-            for report, table in tables
-            for cells in table.rows
-        ],
+        [[label(report), gpu(report), *cells] for report, table in tables for cells in table.rows],
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
-from fastlora.bench.schema import Report
+from fastlora.bench.schema import Report, Spread
 from fastlora.bench.summary import SPEED_LABELS, Row, headline, rows
 from fastlora.bench.tables import gib, number, times
 
@@ -23,14 +23,16 @@ COLOURS = (
 def speed_plot(report: Report) -> bytes:
     """Bars of the headline speed with whiskers from p20 to p80."""
     shown = rows(report)
-    label = f"{SPEED_LABELS[headline(report)]} (p50; whiskers p20 to p80)"
-    whiskers = [
-        (row.speed.p50 - row.speed.p20, row.speed.p80 - row.speed.p50) if row.speed else (0.0, 0.0)
-        for row in shown
-    ]
+    label = f"{SPEED_LABELS[headline(report)]} (whiskers: steps' p20 to p80)"
+    whiskers = [_whiskers(row.speed) if row.speed else (0.0, 0.0) for row in shown]
     values = [row.p50 for row in shown]
-    texts = [f"{number(row.p50)}  {times(row.speed_ratio)}" for row in shown]
+    texts = [f"{number(row.p50)}  {times(row.speed_ratio, row.within_noise)}" for row in shown]
     return _bars(report, shown, label, values, texts, whiskers)
+
+
+def _whiskers(speed: Spread) -> tuple[float, float]:
+    """None to a side beyond which p50 lies: it may be total tokens over total seconds."""
+    return max(0.0, speed.p50 - speed.p20), max(0.0, speed.p80 - speed.p50)
 
 
 def memory_plot(report: Report) -> bytes:

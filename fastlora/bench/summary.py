@@ -25,6 +25,8 @@ class Row:
     speed: Spread | None
     """Of the report's headline metric."""
     speed_ratio: float | None
+    within_noise: bool
+    """Whether the speed's interval meets that of the first arm; False for the first arm itself."""
     memory_ratio: float | None
     """Of peak reserved memory."""
 
@@ -75,9 +77,10 @@ def rows(report: Report) -> list[Row]:
             arm=arm,
             speed=speed,
             speed_ratio=ratio(_p50(speed), _p50(speeds[0])),
+            within_noise=place > 0 and meet(speed, speeds[0]),
             memory_ratio=ratio(arm.peak_reserved_gib, arms[0].peak_reserved_gib),
         )
-        for arm, speed in zip(arms, speeds, strict=True)
+        for place, (arm, speed) in enumerate(zip(arms, speeds, strict=True))
     ]
 
 
@@ -98,8 +101,22 @@ def ratio(value: float | None, base: float | None) -> float | None:
 
 
 def disjoint(one: Spread, other: Spread) -> bool:
-    """Whether the intervals p20..p80 have no point in common."""
-    return one.p80 < other.p20 or other.p80 < one.p20
+    """Whether the intervals p20..p80 have no point in common. Each is stretched to its p50, which may be
+    total tokens over total seconds and lie outside: what is judged is then never at odds with the ratio."""
+    return _high(one) < _low(other) or _high(other) < _low(one)
+
+
+def meet(one: Spread | None, other: Spread | None) -> bool:
+    """Whether both are known and too close to tell apart."""
+    return one is not None and other is not None and not disjoint(one, other)
+
+
+def _low(speed: Spread) -> float:
+    return min(speed.p20, speed.p50)
+
+
+def _high(speed: Spread) -> float:
+    return max(speed.p80, speed.p50)
 
 
 def verdict(report: Report) -> str:
@@ -122,7 +139,7 @@ def _sentence(first: Row, measured: list[Row], unit: str) -> str:
         text = f"{best.arm.arm} trains {best.speed_ratio:.2f}x as fast as {first.arm.arm}"
         if unit != SPEED_LABELS["tokens_per_s"]:
             text += f" in {unit}"
-        if not disjoint(best.speed, first.speed):
+        if best.within_noise:
             text += " (within the noise)"
         if best.memory_ratio is not None:
             text += f" with {best.memory_ratio:.2f}x the memory"

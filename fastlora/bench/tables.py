@@ -6,9 +6,19 @@ import re
 from typing import NamedTuple
 
 from fastlora.bench.schema import Frontier, Report, Spread
-from fastlora.bench.summary import SPEED_LABELS, Row, headline, is_real, ratio, rows
+from fastlora.bench.summary import (
+    SPEED_LABELS,
+    Row,
+    headline,
+    is_real,
+    meet,
+    ratio,
+    rows,
+    sound,
+    withheld,
+)
 
-_FIGURE = re.compile(r"(-?\d[\d,.e+-]*[x%]?( \[.*\]| supervised)?|nan)?")
+_FIGURE = re.compile(r"(~?-?\d[\d,.e+-]*[x%]?( \[.*\])?( supervised)?|nan)?")
 
 
 class Table(NamedTuple):
@@ -39,8 +49,9 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
+def times(value: float | None, within_noise: bool = False) -> str:
+    """`1.05x`; `~1.05x` where the two intervals meet."""
+    return "" if value is None else f"{'~' if within_noise else ''}{value:.2f}x"
 
 
 def gib(value: float | None) -> str:
@@ -69,7 +80,8 @@ def arms_table(report: Report) -> Table:
 
 def _arm_cells(row: Row, real: bool) -> list[str]:
     arm = row.arm
-    cells = [arm.arm, arm.status, spread(row.speed), times(row.speed_ratio)]
+    cells = [arm.arm, arm.status, spread(row.speed)]
+    cells += [times(row.speed_ratio, row.within_noise)]
     cells += [number(arm.tokens_per_s.p50 if arm.tokens_per_s else None)] if real else []
     cells += [gib(arm.peak_reserved_gib), times(row.memory_ratio), percent(arm.mfu)]
     return [*cells, percent(arm.hfu), gates(row)]
@@ -85,6 +97,7 @@ def ledger_table(report: Report) -> Table:
     """What each ingredient is worth: the arm that has it beside the arm that differs in it alone."""
     columns = ["ingredient", "arm", "beside", "tokens/s", "beside", "x"]
     columns += ["peak reserved GiB", "beside", "x"]
+    speeds = {arm.arm: withheld(arm).tokens_per_s for arm in report.arms}
     cells = [
         [
             entry.ingredient,
@@ -92,7 +105,10 @@ def ledger_table(report: Report) -> Table:
             entry.base,
             number(entry.tokens_per_s),
             number(entry.base_tokens_per_s),
-            times(ratio(entry.tokens_per_s, entry.base_tokens_per_s)),
+            times(
+                ratio(entry.tokens_per_s, entry.base_tokens_per_s),
+                meet(speeds.get(entry.arm), speeds.get(entry.base)),
+            ),
             gib(entry.peak_reserved_gib),
             gib(entry.base_peak_reserved_gib),
             times(ratio(entry.peak_reserved_gib, entry.base_peak_reserved_gib)),
@@ -103,8 +119,9 @@ def ledger_table(report: Report) -> Table:
 
 
 def frontier_table(report: Report) -> Table:
-    """The most that fits, per arm and axis; a red arm's speed is withheld, as in the arms' table."""
-    red = {arm.arm for arm in report.arms if arm.status == "red"}
+    """The most that fits, per arm and axis. The speed of an arm that did not pass its gates, or never
+    reached them, is withheld, as in the arms' table."""
+    passed = {arm.arm for arm in report.arms if sound(arm)}
     columns = [
         "arm",
         "axis",
@@ -119,16 +136,22 @@ def frontier_table(report: Report) -> Table:
         [
             entry.arm,
             entry.axis,
-            f"{entry.fits:,}",
-            times(ratio(entry.fits, _first(report, entry).fits)),
+            f"{entry.fits:,}" if was_found(entry) else "",
+            times(ratio(entry.fits, _first(report, entry).fits)) if was_found(entry) else "",
             "" if entry.fails is None else f"{entry.fails:,}",
-            "" if entry.arm in red else number(entry.tokens_per_s),
+            number(entry.tokens_per_s) if entry.arm in passed else "",
             gib(entry.peak_reserved_gib),
-            entry.detail,
+            entry.detail if was_found(entry) else f"not found: {entry.detail}",
         ]
         for entry in report.frontier
     ]
     return Table(columns, cells)
+
+
+def was_found(entry: Frontier) -> bool:
+    """Whether the search came to an end. One that crashed or ran out of time has 0 as well, and says
+    nothing about what fits; out of memory does: not even the model did."""
+    return not (entry.fits == 0 and entry.detail and not entry.detail.startswith("oom"))
 
 
 def _first(report: Report, entry: Frontier) -> Frontier:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fastlora.bench.compare import Comparison, compare, print_comparison, read_report
 from fastlora.bench.report import write
-from fastlora.bench.schema import ArmResult, Gate, Report, Spread
+from fastlora.bench.schema import ArmResult, Frontier, Gate, Report, Spread
 from fastlora.errors import UsageError
 
 PASSED = [
@@ -62,6 +62,7 @@ def printed(comparison: Comparison) -> str:
     [
         ((1030.0, 1040.0, 1050.0), "faster", False),
         ((900.0, 950.0, 980.0), "slower", True),
+        ((900.0, 1005.0, 980.0), "noise", False),  # total tokens over total seconds lies outside
         ((900.0, 950.0, 995.0), "noise", False),
         ((1010.0, 1100.0, 1200.0), "noise", False),
         ((1020.0, 1100.0, 1200.0), "noise", False),  # they touch
@@ -71,14 +72,114 @@ def printed(comparison: Comparison) -> str:
         ((float("nan"),) * 3, "noise", False),
     ],
 )
-def test_speeds_differ_when_their_intervals_are_disjoint(
+def test_a_lone_arm_is_judged_by_absolute_speeds_that_are_disjoint(
     after: tuple[float, float, float], verdict: str, regressed: bool
 ) -> None:
     comparison = compare(report(), report(arm(speed=after)))
     (change,) = comparison.speeds
     assert (change.arm, change.metric, change.verdict) == ("unsloth", "tokens_per_s", verdict)
+    assert (change.relative, comparison.regressed) == (False, regressed)
+    text = printed(comparison)
+    assert verdict in text
+    assert "judged all the same: no other arm passed in both" in " ".join(text.split())
+
+
+def narrow(speed: float) -> tuple[float, float, float]:
+    return 0.99 * speed, speed, 1.01 * speed
+
+
+@pytest.mark.parametrize(
+    ("peft", "unsloth", "verdict", "regressed"),
+    [
+        (20_000.0, 40_000.0, "noise", False),  # the machine was faster: each arm was
+        (14_000.0, 28_000.0, "noise", False),
+        (20_000.0, 32_000.0, "slower", True),  # as fast as before, but it should have been faster
+        (16_000.0, 36_000.0, "faster", False),
+    ],
+)
+def test_other_arms_are_judged_by_their_ratio_to_the_first(
+    peft: float, unsloth: float, verdict: str, regressed: bool
+) -> None:
+    before = report(arm("peft", narrow(16_000)), arm("unsloth", narrow(32_000)))
+    after = report(arm("peft", narrow(peft)), arm("unsloth", narrow(unsloth)))
+    comparison = compare(before, after)
+    first, other = comparison.speeds
+    assert (comparison.first, first.relative, other.relative) == ("peft", False, True)
+    assert (other.verdict, comparison.regressed) == (verdict, regressed)
+    assert other.before.model_dump() == pytest.approx(
+        {"p20": 2 * 0.99 / 1.01, "p50": 2, "p80": 2 * 1.01 / 0.99}
+    )
+    text = " ".join(printed(comparison).split())
+    assert "tokens_per_s / peft's" in text
+    assert f"the first arm changed by {peft / 16_000:.2f}x (peft, tokens_per_s)" in text
+    assert "absolute figures of two runs carry the machine's drift: not judged" in text
+
+
+def test_arms_are_held_to_the_first_that_passed_in_both() -> None:
+    before = report(arm("peft"), arm("liger", narrow(2000)), arm("unsloth", narrow(4000)))
+    after = report(
+        arm("unsloth", narrow(2000)),
+        ArmResult(arm="peft", status="oom"),
+        arm("liger", narrow(1000)),
+    )
+    comparison = compare(before, after)
+    assert comparison.first == "unsloth"
+    assert [(c.arm, c.verdict) for c in comparison.speeds if c.relative] == [("liger", "noise")]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        report(arm("liger")),
+        report(ArmResult(arm="unsloth", status="timeout")),
+        report(arm().model_copy(update={"tokens_per_s": None})),
+    ],
+)
+def test_nothing_in_common_is_not_called_no_regression(after: Report) -> None:
+    with pytest.raises(UsageError, match="no arm passed in both reports"):
+        compare(report(), after)
+
+
+def fitted(fits: int, detail: str = "", axis: Any = "seq_len_tokens") -> Frontier:
+    return Frontier(
+        arm="unsloth", axis=axis, fits=fits, fails=None, tokens_per_s=None,
+        peak_reserved_gib=None, detail=detail,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "regressed"),
+    [
+        (10_000, fitted(9_500), "same", False),
+        (10_000, fitted(9_400), "less", True),
+        (10_000, fitted(10_600), "more", False),
+        (10_000, fitted(0), "less", True),
+        (10_000, fitted(0, "oom: while loading"), "less", True),
+        (0, fitted(0), "same", False),
+    ],
+)
+def test_what_fits_has_an_allowance(
+    before: int, after: Frontier, verdict: str, regressed: bool
+) -> None:
+    comparison = compare(report(frontier=[fitted(before)]), report(frontier=[after]))
+    assert [change.verdict for change in comparison.fits] == [verdict]
     assert comparison.regressed is regressed
-    assert verdict in printed(comparison)
+    assert "fits: seq_len_tokens" in printed(comparison)
+
+
+def test_a_frontier_that_is_not_found_any_more_is_lost() -> None:
+    both = [fitted(8), fitted(4, axis="micro_batch")]
+    comparison = compare(report(frontier=both), report(frontier=[fitted(0, "timeout: 900 s")]))
+    assert (comparison.fits, comparison.regressed) == ([], True)
+    assert comparison.lost == [
+        "unsloth: seq_len_tokens: 8 fitted before, not found now: timeout: 900 s",
+        "unsloth: micro_batch: 4 fitted before, missing now",
+    ]
+    unfound = report(frontier=[fitted(0, "failed: crashed")])
+    assert not compare(unfound, report(frontier=both)).regressed
+    assert compare(report(frontier=both), report()).warnings == [
+        "frontier: searched before, not after"
+    ]
 
 
 def test_single_points_that_are_equal_are_noise_and_zero_has_no_ratio() -> None:

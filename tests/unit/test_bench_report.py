@@ -14,6 +14,7 @@ from fastlora.bench.plots import AROUND_BARS_IN, BAR_IN, DPI, WIDTH_IN, loss_plo
 from fastlora.bench.report import frame, print_report, write
 from fastlora.bench.schema import ArmResult, Frontier, Gate, LedgerEntry, Report, Spread
 from fastlora.bench.summary import verdict
+from fastlora.bench.tables import arms_table, frontier_table, ledger_table
 
 HOSTILE = "<script>alert(1)</script> [red]$x$ & $y$"
 GATES = ("work", "loss", "gradients", "weights", "parity", "trajectory")
@@ -181,6 +182,53 @@ def test_bars_carry_figures_and_ratios_and_say_why_there_are_none(
     assert {990, 1020} <= {line.get_xdata()[0] for line in speed.lines}
     assert [line.get_label().split()[0] for line in loss.lines] == ["peft", "unsloth", "liger"]
     assert "12.5000 -> 10.1250" in loss.lines[0].get_label()
+
+
+def test_a_p50_outside_its_interval_breaks_nothing(tmp_path: Path) -> None:
+    outside = [
+        measured(arm, 1000.0, 1.0).model_copy(
+            update={"tokens_per_s": Spread(p20=p20, p50=1000, p80=p80)}
+        )
+        for arm, p20, p80 in (("peft", 1010, 1030), ("unsloth", 900, 990))
+    ]
+    write(report(*outside), tmp_path)
+    assert "1,000 [1,010..1,030]" in (tmp_path / "report.html").read_text()
+
+
+def test_ratios_within_the_noise_are_marked() -> None:
+    near = report(
+        measured("unsloth", 1000.0, 8.0),
+        measured("unsloth-kernels", 1010.0, 8.0),
+        measured("unsloth-loss", 700.0, 8.0),
+    )
+    ledger = [
+        LedgerEntry(
+            ingredient=arm, arm=arm, base="unsloth", tokens_per_s=speed, base_tokens_per_s=1000.0,
+            peak_reserved_gib=8.0, base_peak_reserved_gib=8.0,
+        )
+        for arm, speed in (("unsloth-kernels", 1010.0), ("unsloth-loss", 700.0))
+    ]  # fmt: skip
+    table = ledger_table(near.model_copy(update={"ledger": ledger}))
+    assert [cells[5] for cells in table.rows] == ["~1.01x", "0.70x"]
+    assert table.right[5]
+    assert [cells[3] for cells in arms_table(near).rows] == ["1.00x", "~1.01x", "0.70x"]
+
+
+def test_a_frontier_shows_no_speed_of_unsound_arms_and_no_zero_for_what_was_not_found() -> None:
+    def found(arm: str, fits: int, detail: str = "") -> Frontier:
+        return Frontier(arm=arm, axis="micro_batch", fits=fits, fails=None, tokens_per_s=987.0,
+                        peak_reserved_gib=2.5, detail=detail)  # fmt: skip
+
+    states = ("failed", "timeout", "oom", "red", "interrupted")
+    arms = [measured("peft", 1000.0, 8.0)]
+    arms += [ArmResult.model_validate({"arm": state, "status": state}) for state in states]
+    frontier = [found("peft", 8), *(found(state, 4) for state in states), found("unknown", 4)]
+    frontier += [found("late", 0, "timeout: after 900 s"), found("big", 0, "oom: loading")]
+    cells = frontier_table(report(*arms, frontier=frontier)).rows
+    assert cells[0][2:6] == ["8", "1.00x", "", "987"]
+    assert [row[2:6] for row in cells[1:7]] == [["4", "0.50x", "", ""]] * 6
+    assert cells[7][2:4] + cells[7][7:] == ["", "", "not found: timeout: after 900 s"]
+    assert cells[8][2:4] + cells[8][7:] == ["0", "0.00x", "oom: loading"]
 
 
 def test_arms_without_losses_or_speeds_still_give_a_folder(tmp_path: Path) -> None:
