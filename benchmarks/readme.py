@@ -4,7 +4,7 @@ python benchmarks/readme.py          # what lies between the two markers is made
 python benchmarks/readme.py --check  # exit 1 if README.md is not what it would be
 
 Of each benchmark (suite, model, lengths, cap, quantization) and GPU the newest report counts; one that is
-partial, or that no commit can repeat, is left out with a line on stderr.
+interrupted, or that no commit can repeat, is left out with a line on stderr.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def label(report: Report) -> str:
 
 def unfit(report: Report) -> str | None:
     """Why a report is not shown."""
-    if report.status == "partial":
-        return "it is partial"
+    if any(arm.status == "interrupted" for arm in report.arms):
+        return "it was interrupted"
     if not report.environment.get("commit"):
         return "it names no commit"
     if report.environment.get("dirty"):

@@ -179,7 +179,8 @@ class Bench:
         if settings.lengths == "real" and not request.arms:
             arms += [Arm.parse(f"{arm.name}+packing") for arm in plan.arms if not arm.packed]
         if request.ledger:
-            arms += [arm for arm in ingredients(arms[-1]) if arm not in arms]
+            own = ingredients(arms[-1], plan.recipe, gpu=bool(vram))
+            arms += [arm for arm in own if arm not in arms]
         recipe, shape = plan.recipe, plan.shape
         if request.model is not None:
             recipe, shape = renamed(recipe, request.model), None
@@ -231,6 +232,8 @@ class Bench:
             self._arm(arm, {**own, "gradients": str(scratch / f"{arm.name}.safetensors")})
         if self.request.frontier:
             for arm in plan.arms:
+                if arm.packed:
+                    continue  # its rows are full: there is nothing to pack
                 for axis in ("seq_len_tokens", "micro_batch"):
                     self._frontier(arm, axis, {**common, "gradients": ""})
 

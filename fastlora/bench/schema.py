@@ -157,7 +157,7 @@ class Spread(Result):
 
 
 class ArmResult(Result):
-    """One arm: what it measured, or why it could not. Speeds are kept from a report when a gate is red."""
+    """One arm: what it measured, or why it could not. Where a gate is red the speeds are withheld."""
 
     arm: str
     status: Literal["ok", "red", "oom", "timeout", "failed", "interrupted"]

@@ -108,17 +108,21 @@ def fitting(needs_gib: dict[str, float], vram_gib: float) -> str:
     return max(fits, key=lambda name: fits[name])
 
 
-def ingredients(arm: Arm) -> list[Arm]:
-    """The arm without each of its ingredients, and with each that it could have and has not."""
+def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:
+    """The arm without each of its ingredients, and with each that it could have and has not; none that
+    would change nothing."""
+    in_recipe = {"-checkpointing", "-offload", "-optimizer"}
     others = []
     for option, (engines, _) in OPTIONS.items():
-        if (
-            arm.engine not in engines
-            or option in arm.options
-            or option in ("+packing", "+fastlora")
-        ):
+        if arm.engine not in engines or option in {*arm.options, "+packing", "+fastlora"}:
             continue
-        others.append(Arm.parse(arm.name + option))
+        checkpoints = {"-checkpointing", "-offload"}
+        if option in checkpoints and (not gpu or checkpoints & arm.options):
+            continue  # a CPU keeps everything
+        other = Arm.parse(arm.name + option)
+        if option in in_recipe and other.recipe(recipe).train == arm.recipe(recipe).train:
+            continue
+        others.append(other)
     return others
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fastlora.bench.assess import figures, ledger, rate, spread
 from fastlora.bench.schema import Arm, ArmResult, Spread
-from fastlora.bench.suites import ingredients
+from fastlora.bench.suites import bundled, ingredients, load_suite
 from fastlora.errors import UsageError
 
 RESULT: dict[str, Any] = {
@@ -44,14 +44,19 @@ def test_spread_of_one_and_of_many() -> None:
 
 
 def test_ingredients_of_an_arm_are_each_switched_alone() -> None:
-    names = [arm.name for arm in ingredients(Arm.parse("unsloth"))]
+    recipe = load_suite(bundled()["llama31-8b"]).recipe("x")
+    names = [arm.name for arm in ingredients(Arm.parse("unsloth"), recipe, gpu=True)]
     assert names == [
         "unsloth+graphs", "unsloth-kernels", "unsloth-loss", "unsloth-offload", "unsloth-checkpointing",
         "unsloth-optimizer",
     ]  # fmt: skip
-    assert [arm.name for arm in ingredients(Arm.parse("peft-optimizer"))] == [
+    assert [arm.name for arm in ingredients(Arm.parse("peft-optimizer"), recipe, gpu=True)] == [
         "peft-checkpointing-optimizer"
     ]
+    # What would change nothing is left out: the tiny suite trains with plain AdamW, a CPU keeps everything.
+    tiny = load_suite(bundled()["tiny"]).recipe("x")
+    assert ingredients(Arm.parse("peft"), tiny, gpu=False) == []
+    assert ingredients(Arm.parse("peft-checkpointing"), tiny, gpu=True) == []
 
 
 def test_the_ledger_pairs_each_arm_with_the_one_it_differs_from() -> None:
