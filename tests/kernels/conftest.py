@@ -16,3 +16,13 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Off a GPU, Triton means its interpreter, which knows float32 and float16."""
+    name = str(request.param)
+    if name == "triton" and not torch.cuda.is_available():
+        name = "interpret"
+    monkeypatch.setenv("FASTLORA_KERNELS", name)
+    return name

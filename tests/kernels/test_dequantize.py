@@ -40,16 +40,6 @@ def adapter(n: int, k: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, floa
     return a, torch.randn(n, rank, generator=draw).to(DEVICE) * 0.02, 2.0
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Off a GPU, Triton means its interpreter, which knows float32 and float16."""
-    name = str(request.param)
-    if name == "triton" and not CUDA:
-        name = "interpret"
-    monkeypatch.setenv("FASTLORA_KERNELS", name)
-    return name
-
-
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("blocksize", "quant_type"), [(64, "nf4"), (128, "nf4"), (64, "fp4")])

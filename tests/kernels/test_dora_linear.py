@@ -19,15 +19,6 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = str(request.param)
-    if name == "triton" and not CUDA:
-        name = "interpret"
-    monkeypatch.setenv("FASTLORA_KERNELS", name)
-    return name
-
-
 def layer(k: int, n: int, rank: int, *, four_bit: bool, bias: bool) -> Any:
     """PEFT's layer with DoRA in float32, away from its start: B, and the magnitude apart from the norm."""
     torch.manual_seed(0)

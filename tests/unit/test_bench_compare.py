@@ -5,49 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_reports import BEFORE, arm, report
 from rich.console import Console
 
 from fastlora.bench.compare import Comparison, compare, print_comparison, read_report
 from fastlora.bench.report import write
 from fastlora.bench.schema import ArmResult, Frontier, Gate, Report, Spread
 from fastlora.errors import UsageError
-
-PASSED = [
-    Gate(name="work", passed=True, detail="the same"),
-    Gate(name="loss", passed=True, detail=""),
-]
-BEFORE = (990.0, 1000.0, 1020.0)
-
-
-def arm(
-    name: str = "unsloth",
-    speed: tuple[float, float, float] = BEFORE,
-    gib: float | None = 10.0,
-    **more: Any,
-) -> ArmResult:
-    figures = Spread(p20=speed[0], p50=speed[1], p80=speed[2])
-    return ArmResult(
-        arm=name, status="ok", gates=PASSED, tokens_per_s=figures, peak_reserved_gib=gib, **more
-    )
-
-
-def report(*arms: ArmResult, **more: Any) -> Report:
-    fields: dict[str, Any] = {
-        "name": "small",
-        "model": "Small",
-        "status": "passed",
-        "started": "2026-11-25T10:00:00+00:00",
-        "seconds": 1,
-        "vram_cap_gib": None,
-        "settings": {"recipe": {"model": {"name": "/tmp/a"}}, "work": {"steps": 30}},
-        "environment": {
-            "machine": {"gpu": "NVIDIA H200"},
-            "versions": {"torch": "2.11.0", "fastlora": "0.1.0"},
-            "commit": "abc1234def567890",
-        },
-        "arms": arms or [arm()],
-    }
-    return Report.model_validate(fields | more)
 
 
 def printed(comparison: Comparison) -> str:
@@ -253,7 +217,10 @@ def test_what_makes_it_unfair_is_named() -> None:
         arm(counted={"tokens": 2}),
         model="Other",
         vram_cap_gib=24,
-        settings={"recipe": {"model": {"name": "/tmp/b"}}, "work": {"steps": 60}},
+        settings={
+            "recipe": {"model": {"name": "/tmp/b", "quantization": "nf4"}},
+            "work": {"steps": 60, "warmup_steps": 3},
+        },
         environment={
             "machine": {"gpu": "NVIDIA A100"},
             "versions": {"torch": "2.12.0", "fastlora": "0.2.0"},
