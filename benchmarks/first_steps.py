@@ -33,10 +33,10 @@ UPCAST = {
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the losses there.")
 def main(engine: str, suite: str, steps: int, target: Path | None) -> None:
     from fastlora.bench.processes import run_worker
-    from fastlora.bench.run import cache_folder
     from fastlora.bench.schema import Arm
     from fastlora.bench.suites import plan_for, renamed
     from fastlora.bench.worker import WeightsTask
+    from fastlora.cache import cache_folder
 
     plan = plan_for(suite, 0.0)
     assert plan.shape is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from fastlora.bench.schema import (
     Work,
 )
 from fastlora.bench.suites import Plan, ingredients, plan_for, renamed
+from fastlora.cache import cache_folder
 from fastlora.engines.base import not_loadable
 from fastlora.errors import EngineError, UsageError
 from fastlora.recipe.schema import ModelSection
@@ -246,7 +246,7 @@ class Bench:
         else:
             rows = work.random_rows(
                 plan.work,
-                vocabulary=_vocabulary(plan.recipe.model),
+                vocabulary=int(_config(plan.recipe.model).vocab_size),
                 seq_len_tokens=plan.recipe.model.seq_len_tokens,
                 rows_per_step=per_step,
             )
@@ -282,15 +282,14 @@ class Bench:
     def _frontier(self, arm: Arm, axis: Any, task: dict[str, Any]) -> None:
         self._say(f"{arm.name}: how much fits, {axis} ...")
         along = axis == "seq_len_tokens"
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.plan.recipe.model.name)
         own = {
             **task,
             "arm": arm.model_dump(mode="json"),
             "recipe": arm.recipe(self.plan.recipe).model_dump(mode="json"),
             "axis": axis,
-            "limit": config.max_position_embeddings if along else FRONTIER_BATCHES,
+            "limit": _config(self.plan.recipe.model).max_position_embeddings
+            if along
+            else FRONTIER_BATCHES,
             "unit": 256 if along else 1,
         }
         try:
@@ -369,7 +368,8 @@ def _failed(error: Exception) -> Failed:
     )
 
 
-def _vocabulary(model: ModelSection) -> int:
+def _config(model: ModelSection) -> Any:
+    """Raises EngineError: the model cannot be found."""
     from transformers import AutoConfig
 
     try:
@@ -378,12 +378,7 @@ def _vocabulary(model: ModelSection) -> int:
         )
     except Exception as error:  # the Hub client raises many unrelated types
         raise EngineError(not_loadable(model.name, error)) from error
-    return int(config.get_text_config().vocab_size)
-
-
-def cache_folder() -> Path:
-    root = os.environ.get("FASTLORA_CACHE") or Path.home() / ".cache" / "fastlora"
-    return Path(root).absolute()
+    return config.get_text_config()
 
 
 def _json(**task: Any) -> str:

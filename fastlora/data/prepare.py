@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastlora.cache import cache_folder
 from fastlora.data.format import FIELDS, BadRow, Chat, Plain, detect_format, to_example
 from fastlora.data.load import Table, load_table
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
@@ -89,7 +89,7 @@ def prepare_data(
     loaded = [(source, load_table(source)) for source in recipe.data.sources]
     loaded_eval = [(source, load_table(source)) for source in recipe.data.eval_sources]
     key = _cache_key(recipe, encoder, [table for _, table in (*loaded, *loaded_eval)])
-    folder = _cache_folder() / key
+    folder = cache_folder() / "tokens" / key
     prepared = _read_cache(folder)
     if prepared is None:
         prepared = _prepare(recipe, encoder, loaded, loaded_eval, key)
@@ -356,14 +356,6 @@ def _announce_stats(stats: DataStats, recipe: Recipe, announce: Announce) -> Non
             announce(
                 f"data: {name}: {split.unsupervised_rows:,} rows dropped: no supervised token is left in them"
             )
-
-
-def _cache_folder() -> Path:
-    root = (
-        os.environ.get("FASTLORA_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlora"
-    )
-    return Path(root) / "tokens"
 
 
 def _cache_key(recipe: Recipe, encoder: Encoder, tables: Sequence[Table]) -> str:

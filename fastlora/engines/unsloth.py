@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastlora.cache import cache_folder
 from fastlora.engines.base import (
     Announce,
     Capabilities,
@@ -36,12 +37,9 @@ class UnslothEngine:
 
     def prepare(self) -> None:
         """Raises EngineError when unsloth cannot be imported: a version that does not fit, mostly."""
-        cache = Path(
-            os.environ.get("FASTLORA_CACHE") or Path.home() / ".cache" / "fastlora"
-        ).absolute()
         # Read at import: no phoning home; compiled modules go to a cache, not to the user's folder.
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache / "unsloth_compiled"))
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
         inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         try:
             import unsloth  # noqa: F401

@@ -39,7 +39,6 @@ class Metrics(TrainerCallback):
         self._paused = 0.0
         self._tokens_at_mark = 0
         self._progress: Progress | None = None
-        self._last = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

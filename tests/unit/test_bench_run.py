@@ -138,9 +138,9 @@ def test_hangup_is_a_stop_signal_unless_it_is_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_vocabulary_of_a_model_that_is_not_there() -> None:
+def test_the_configuration_of_a_model_that_is_not_there() -> None:
     with pytest.raises(EngineError, match="/no/such cannot be loaded"):
-        bench_run._vocabulary(ModelSection(name="/no/such"))
+        bench_run._config(ModelSection(name="/no/such"))
 
 
 def invoke(*arguments: str) -> Any:
