@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fastlora_kernels.apply
+import fastlora_kernels.layers.linear
 import pytest
 import torch
 from fastlora_kernels import attach, detach
@@ -80,7 +80,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         seen.append(x.dtype)
         return lora_linear(x, *rest)
 
-    monkeypatch.setattr(fastlora_kernels.apply, "lora_linear", spy)
+    monkeypatch.setattr(fastlora_kernels.layers.linear, "lora_linear", spy)
     return seen
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import fastlora_kernels.apply
+import fastlora_kernels.layers.linear
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -101,7 +101,7 @@ def test_a_wrong_op_gets_no_speed(
         *tensors, scaling = given
         return lora_linear(*tensors, scaling * factor)
 
-    monkeypatch.setattr(fastlora_kernels.apply, "lora_linear", wrong)
+    monkeypatch.setattr(fastlora_kernels.layers.linear, "lora_linear", wrong)
     target = tmp_path / "ops.json"
     sizes = ["--shapes", "64x128", "--tokens", "64", "--ranks", "4"]
     result = run(bench, *sizes, "--json", str(target))
