@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastlora.bench.report import show
-from fastlora.bench.schema import SCHEMA_VERSION, Frontier, Report, Spread
+from fastlora.bench.schema import SCHEMA_VERSION, Axis, Frontier, Report, Spread
 from fastlora.bench.summary import METRICS, Metric, Row, disjoint, headline, ratio, rows
 from fastlora.bench.tables import Table, gib, spread, times, was_found
 from fastlora.errors import UsageError
@@ -56,7 +56,7 @@ class FitsChange(BaseModel):
     """The most that fits, of a frontier."""
 
     arm: str
-    axis: Literal["seq_len_tokens", "micro_batch"]
+    axis: Axis
     before: int
     after: int
     ratio: float | None

@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from fastlora.bench import work as works
 from fastlora.bench.arm import ArmTask, make_optimizer
 from fastlora.bench.memory import cap_memory, memory, release
+from fastlora.bench.schema import Axis
 
 RESOLUTION = 0.04
 """The search ends when what fits and what does not lie so close together."""
 
 
+UNITS: dict[Axis, int] = {"seq_len_tokens": 256, "micro_batch": 1}
+"""Tried sizes are multiples of these."""
+
+
 class FrontierTask(ArmTask):
-    axis: Literal["seq_len_tokens", "micro_batch"]
-    limit: int
+    limits: dict[Axis, int]
     """Not searched beyond: the model's longest position, or a batch that nobody uses."""
-    unit: int
-    """Tried sizes are its multiples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,14 @@ def _next(
 
 
 def run_frontier(task: FrontierTask) -> dict[str, Any]:
-    """fits, fails, tokens_per_s and peak_reserved_gib of the search; the model is loaded once."""
+    """For each axis fits, fails, tokens_per_s and peak_reserved_gib of its search; the model is loaded once, for
+    the longest row."""
     import torch
 
     cap_memory(task.vram_cap_gib)
-    longest = task.recipe.model.model_copy(update={"seq_len_tokens": task.limit})
-    if task.axis == "seq_len_tokens":
-        task = task.model_copy(update={"recipe": task.recipe.model_copy(update={"model": longest})})
+    row_tokens = task.recipe.model.seq_len_tokens
+    longest = task.recipe.model.model_copy(update={"seq_len_tokens": task.limits["seq_len_tokens"]})
+    task = task.model_copy(update={"recipe": task.recipe.model_copy(update={"model": longest})})
     loaded = task.load()
     loaded.set_adapter(0.0)
     parameters = [parameter for _, parameter in loaded.adapter()]
@@ -99,14 +103,13 @@ def run_frontier(task: FrontierTask) -> dict[str, Any]:
     optimizer = make_optimizer(parameters, train.optimizer, train.lr, train.weight_decay)
     vocabulary = loaded.model.config.vocab_size
 
-    def attempt(size: int) -> Trial | None:
-        along = task.axis == "seq_len_tokens"
-        length = size if along else task.recipe.model.seq_len_tokens
+    def attempt(axis: Axis, size: int) -> Trial | None:
+        count, length = (1, size) if axis == "seq_len_tokens" else (size, row_tokens)
         rows = works.random_rows(
             task.work.model_copy(update={"steps": 1, "lengths": "full"}),
             vocabulary=vocabulary,
             seq_len_tokens=length,
-            rows_per_step=1 if along else size,
+            rows_per_step=count,
         )
         try:
             release()
@@ -130,16 +133,21 @@ def run_frontier(task: FrontierTask) -> dict[str, Any]:
         told = (
             "out of memory" if trial is None else f"{trial.peak_gib:.2f} GiB, {trial.seconds:.2f} s"
         )
-        print(f"frontier: {task.axis} {size}: {told}", flush=True)
+        print(f"frontier: {axis} {size}: {told}", flush=True)
         return trial
 
     cap = task.vram_cap_gib or torch.cuda.mem_get_info()[1] / 2**30
-    start = task.recipe.model.seq_len_tokens if task.axis == "micro_batch" else 4096
-    found = search(attempt, 1 if task.axis == "micro_batch" else start, task.limit, task.unit, cap)
-    tokens = found.fits * (1 if task.axis == "seq_len_tokens" else task.recipe.model.seq_len_tokens)
-    return {
-        "fits": found.fits,
-        "fails": found.fails,
-        "tokens_per_s": tokens / found.trial.seconds if found.trial else None,
-        "peak_reserved_gib": found.trial.peak_gib if found.trial else None,
-    }
+    answer: dict[str, Any] = {}
+    searches: tuple[tuple[Axis, int, int], ...] = (
+        ("seq_len_tokens", 4096, 1),
+        ("micro_batch", 1, row_tokens),
+    )
+    for axis, start, row in searches:
+        found = search(partial(attempt, axis), start, task.limits[axis], UNITS[axis], cap)
+        answer[axis] = {
+            "fits": found.fits,
+            "fails": found.fails,
+            "tokens_per_s": found.fits * row / found.trial.seconds if found.trial else None,
+            "peak_reserved_gib": found.trial.peak_gib if found.trial else None,
+        }
+    return answer

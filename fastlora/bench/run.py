@@ -17,6 +17,7 @@ from fastlora.bench import work
 from fastlora.bench.assess import assess, ledger
 from fastlora.bench.processes import COMMAND, Failed, run_worker
 from fastlora.bench.schema import (
+    AXES,
     Arm,
     ArmResult,
     Frontier,
@@ -234,8 +235,7 @@ class Bench:
             for arm in plan.arms:
                 if arm.packed:
                     continue  # its rows are full: there is nothing to pack
-                for axis in ("seq_len_tokens", "micro_batch"):
-                    self._frontier(arm, axis, {**common, "gradients": ""})
+                self._frontier(arm, {**common, "gradients": ""})
 
     def _save_rows(self, path: Path) -> None:
         """The rows that every arm is fed, drawn or from the recipe's data."""
@@ -279,33 +279,27 @@ class Bench:
             return
         self.results[arm.name] = answer
 
-    def _frontier(self, arm: Arm, axis: Any, task: dict[str, Any]) -> None:
-        self._say(f"{arm.name}: how much fits, {axis} ...")
-        along = axis == "seq_len_tokens"
+    def _frontier(self, arm: Arm, task: dict[str, Any]) -> None:
+        self._say(f"{arm.name}: how much fits ...")
         own = {
             **task,
             "arm": arm.model_dump(mode="json"),
             "recipe": arm.recipe(self.plan.recipe).model_dump(mode="json"),
-            "axis": axis,
-            "limit": _config(self.plan.recipe.model).max_position_embeddings
-            if along
-            else FRONTIER_BATCHES,
-            "unit": 256 if along else 1,
+            "limits": {
+                "seq_len_tokens": _config(self.plan.recipe.model).max_position_embeddings,
+                "micro_batch": FRONTIER_BATCHES,
+            },
         }
         try:
-            found = self._worker(
+            answer = self._worker(
                 "frontier", _json(**own), name=arm.name, environment=arm.environment
             )
-            found.pop("status")
-            self.frontiers.append(Frontier(arm=arm.name, axis=axis, **found))
         except Exception as error:
             failed = _failed(error)
-            self.frontiers.append(
-                Frontier(
-                    arm=arm.name, axis=axis, fits=0, fails=None, tokens_per_s=None,
-                    peak_reserved_gib=None, detail=f"{failed.status}: {failed.detail}",
-                )
-            )  # fmt: skip
+            nothing = {"fits": 0, "fails": None, "tokens_per_s": None, "peak_reserved_gib": None}
+            detail = f"{failed.status}: {failed.detail}"
+            answer = {axis: {**nothing, "detail": detail} for axis in AXES}
+        self.frontiers += [Frontier(arm=arm.name, axis=axis, **answer[axis]) for axis in AXES]
 
     def _worker(
         self, kind: str, task: str, name: str = "", environment: dict[str, str] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -196,11 +196,15 @@ class LedgerEntry(Result):
     base_peak_reserved_gib: float | None
 
 
+Axis = Literal["seq_len_tokens", "micro_batch"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+
+
 class Frontier(Result):
     """The most that fits: the longest row at batch 1, or the largest batch of rows of a length."""
 
     arm: str
-    axis: Literal["seq_len_tokens", "micro_batch"]
+    axis: Axis
     fits: int
     """The largest tried that fitted; 0: not even the smallest."""
     fails: int | None

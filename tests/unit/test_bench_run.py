@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from fastlora.bench import run as bench_run
+from fastlora.bench.processes import Failed
 from fastlora.bench.run import Bench, Request
 from fastlora.bench.schema import Arm, ArmResult, Report
 from fastlora.cli.main import cli
@@ -200,3 +202,33 @@ def test_json_is_all_there_is_on_stdout_even_where_it_cannot_be_written(
     assert done.exit_code == 1
     assert json.loads(done.stdout)["name"] == "tiny"
     assert "full: the report cannot be written: " in done.stderr
+
+
+def test_an_arm_whose_frontier_fails_has_its_rows(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = bench(tmp_path, told, monkeypatch, GPU)
+    running.machine = GPU
+    running.plan = running._plan()
+    fitted = {"fits": 3, "fails": 4, "tokens_per_s": 1.0, "peak_reserved_gib": 2.0}
+
+    def worker(self: Bench, kind: str, task: str, name: str = "", **_: Any) -> dict[str, Any]:
+        limits = json.loads(task)["limits"]
+        assert limits["seq_len_tokens"] == 512
+        if name == "peft":
+            raise Failed("timeout", "no answer")
+        return {"status": "ok", **dict.fromkeys(limits, fitted)}
+
+    monkeypatch.setattr(Bench, "_worker", worker)
+    monkeypatch.setattr(
+        bench_run, "_config", lambda _: SimpleNamespace(max_position_embeddings=512)
+    )
+    for name in ("peft", "unsloth"):
+        running._frontier(Arm.parse(name), {})
+    rows = [(row.arm, row.axis, row.fits, row.detail) for row in running.frontiers]
+    assert rows == [
+        ("peft", "seq_len_tokens", 0, "timeout: no answer"),
+        ("peft", "micro_batch", 0, "timeout: no answer"),
+        ("unsloth", "seq_len_tokens", 3, ""),
+        ("unsloth", "micro_batch", 3, ""),
+    ]
