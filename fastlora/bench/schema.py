@@ -114,6 +114,8 @@ class Suite(Section):
 
     vram_gib: float = Field(ge=0)
     """What its hungriest arm needs; 0: it runs on a CPU."""
+    chosen_by_vram: bool = True
+    """Among those that `fastlora bench` without a name chooses from."""
     arms: list[str] = Field(min_length=1)
     parity_layers: int = Field(default=2, ge=1)
     """Depth of the model on which gradients are compared in float32."""

@@ -37,9 +37,18 @@ def bundled() -> dict[str, Path]:
 
 
 def load_suite(path: Path) -> Suite:
-    """Raises RecipeError: every key and type that is wrong."""
+    """The suite in that file. `like = "NAME"` takes over the bundled suite of that name, but for what is given.
+
+    Raises RecipeError: every key and type that is wrong.
+    """
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    if (like := content.pop("like", None)) is not None:
+        others = bundled()
+        if like not in others:
+            raise RecipeError(path.name, [f"like: no suite {like!r}; known: {', '.join(others)}"])
+        content = _over(tomllib.loads(others[like].read_text(encoding="utf-8")), content)
     try:
-        suite = Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        suite = Suite.model_validate(content)
     except ValidationError as error:
         raise RecipeError(path.name, list(explain(error))) from None
     problems = []
@@ -53,6 +62,15 @@ def load_suite(path: Path) -> Suite:
     return suite
 
 
+def _over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what is given in its place, section by section."""
+    merged = dict(base)
+    for key, value in given.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _over(base[key], value) if both else value
+    return merged
+
+
 def plan_for(target: str | None, vram_gib: float) -> Plan:
     """The suite or recipe of that name or path; without one, the suite that fits the GPU best.
 
@@ -61,9 +79,7 @@ def plan_for(target: str | None, vram_gib: float) -> Plan:
     """
     suites = bundled()
     if target is None:
-        target = fitting(
-            {name: load_suite(path).vram_gib for name, path in suites.items()}, vram_gib
-        )
+        target = fitting(vram_gib)
     if target in suites:
         return _suite_plan(target, load_suite(suites[target]))
     if target not in library.bundled() and not target.endswith(".toml"):
@@ -74,7 +90,7 @@ def plan_for(target: str | None, vram_gib: float) -> Plan:
             f"{target}: no suite or recipe of that name; {hint}Suites: {', '.join(suites)}"
         )
     path = library.find(target)
-    if "shape" in _top_level(path):
+    if _top_level(path).keys() & {"shape", "like"}:
         return _suite_plan(path.stem, load_suite(path))
     recipe = load_recipe(path)
     names = ["peft", "liger", "unsloth"] if vram_gib else ["peft", "peft+fastlora"]
@@ -102,10 +118,11 @@ def _top_level(path: Path) -> dict[str, Any]:
         return {}  # load_recipe says what is wrong
 
 
-def fitting(needs_gib: dict[str, float], vram_gib: float) -> str:
-    """The most demanding suite that fits into vram_gib."""
-    fits = {name: needed for name, needed in needs_gib.items() if needed <= vram_gib}
-    return max(fits, key=lambda name: fits[name])
+def fitting(vram_gib: float) -> str:
+    """The most demanding bundled suite that fits into vram_gib, among those that are for the choice."""
+    suites = {name: load_suite(path) for name, path in bundled().items()}
+    needs = {name: suite.vram_gib for name, suite in suites.items() if suite.chosen_by_vram}
+    return max((name for name in needs if needs[name] <= vram_gib), key=lambda name: needs[name])
 
 
 def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:

@@ -177,8 +177,22 @@ def test_every_suite_is_whole(name: str) -> None:
     [(0, "tiny"), (8, "tiny"), (12, "llama32-1b"), (19, "llama31-8b"), (140, "qwen25-7b")],
 )
 def test_the_suite_that_fits(gib: float, suite: str) -> None:
-    needs = {name: load_suite(path).vram_gib for name, path in bundled().items()}
-    assert fitting(needs, gib) == suite
+    assert fitting(gib) == suite
+
+
+def test_a_suite_like_another_is_that_one_but_for_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'like = "tiny"\narms = ["peft"]\n[lora]\ndora = true\n[shape]\nvocab_size = 300\n'
+    )
+    mine, tiny = load_suite(path), load_suite(bundled()["tiny"])
+    assert mine.shape == {**tiny.shape, "vocab_size": 300}
+    assert mine.lora == tiny.lora.model_copy(update={"dora": True})
+    assert (mine.arms, mine.train) == (["peft"], tiny.train)
+    assert plan_for(str(path), 0.0).shape == mine.shape
+    path.write_text('like = "tinny"\n')
+    with pytest.raises(RecipeError, match=r"like: no suite 'tinny'; known: .*tiny"):
+        load_suite(path)
 
 
 def test_a_suite_with_mistakes_tells_all_of_them(tmp_path: Path) -> None:
