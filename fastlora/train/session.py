@@ -74,7 +74,12 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     console.print(preview, soft_wrap=True)
     steps, epochs = count_steps(recipe, data)
     console.print(f"\n{steps:,} steps of {effective_batch(recipe)} sequences, {epochs:g} epochs")
-    _, kernels = load_model(engine, recipe, notes)
+    import torch  # here and not above: an engine may have to be imported before
+
+    try:
+        _, kernels = load_model(engine, recipe, notes)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(recipe) from error
     return {
         "steps": steps,
         "epochs": epochs,
@@ -222,15 +227,18 @@ def _failed(run: RunDir, request: Request, error: BaseException) -> BaseExceptio
     if is_disk_full(error):
         mended = RunDirError(f"{run.path}: the disk is full; free some space, then {way_on}")
     elif isinstance(error, torch.OutOfMemoryError):
-        recipe = request.recipe
-        mended = EngineError(
-            f"the GPU is out of memory with train.micro_batch = {recipe.train.micro_batch} and model.seq_len_tokens = "
-            f"{recipe.model.seq_len_tokens}. Halve micro_batch and set train.effective_batch = "
-            f"{effective_batch(recipe)} (the training stays the same), or shorten the sequences, and start a new run."
-        )
+        mended = _out_of_memory(request.recipe)
     with contextlib.suppress(OSError):  # disk full: the manifest says "running", which resumes too
         run.update(status="failed", error=f"{type(error).__name__}: {error}", ended=_now())
     return mended
+
+
+def _out_of_memory(recipe: Recipe) -> EngineError:
+    return EngineError(
+        f"the GPU is out of memory with train.micro_batch = {recipe.train.micro_batch} and model.seq_len_tokens = "
+        f"{recipe.model.seq_len_tokens}. Halve micro_batch and set train.effective_batch = "
+        f"{effective_batch(recipe)} (the training stays the same), or shorten the sequences, and start a new run."
+    )
 
 
 def _now() -> str:
