@@ -21,6 +21,8 @@ from fastlora.bench.memory import cap_memory, memory, release
 from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype
+from fastlora.engines.engaged import Plan, engage, lines
+from fastlora.engines.unsloth import fused_layers
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.train.collate import Collator
@@ -74,28 +76,29 @@ class Loaded:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
             self.model.enable_input_require_grads()
-        if "-kernels" in task.arm.options:
-            from fastlora.engines.unsloth import without_fused_lora
-
-            count = without_fused_lora(self.model)
-            if not count:
-                raise EngineError(
-                    "-kernels: unsloth has no fused LoRA kernel in this model to take out"
-                )
-            self.notes.append(f"{count} fused LoRA kernels taken out")
-        if "+fastlora" in task.arm.options:
-            from fastlora_kernels import attach
-
-            attached = attach(self.model)
-            if not attached.served:
-                raise EngineError(
-                    f"+fastlora: this arm would be {task.arm.engine} alone. {attached}"
-                )
-            self.notes += attached.lines()
+        self._engage(task.arm)
         for _, parameter in self.adapter():
             parameter.data = parameter.data.float()  # as the trainer keeps them
         self.model.train()
         self.collate = Collator(0, self.engine)
+
+    def _engage(self, arm: Arm) -> None:
+        """The arm's kernels, as `fastlora run` would put them on. Without +fastlora, none of ours.
+
+        Raises EngineError: an option would change nothing.
+        """
+        plan = Plan(ours="+fastlora" in arm.options, unsloths="-kernels" not in arm.options)
+        if not plan.unsloths and not fused_layers(self.model):
+            raise EngineError(
+                "-kernels: unsloth has no fused LoRA kernel in this model to take out"
+            )
+        rows = engage(self.model, arm.engine, plan)
+        said = list(lines(rows))
+        if plan.ours and not any(row.kernel == "fastlora" for row in rows):
+            raise EngineError(
+                "\n".join([f"+fastlora: this arm would be {arm.engine} alone.", *said])
+            )
+        self.notes += said
 
     def adapter(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name as PEFT saves it, parameter) of all that is trained."""

@@ -28,7 +28,7 @@ from fastlora.bench.suites import Plan, ingredients, plan_for, renamed
 from fastlora.cache import cache_folder
 from fastlora.engines.base import not_loadable
 from fastlora.errors import EngineError, UsageError
-from fastlora.recipe.schema import ModelSection
+from fastlora.recipe.schema import KernelsSection, ModelSection
 from fastlora.rundir import provenance
 from fastlora.train.stop import Interrupted, StopSignals
 
@@ -157,6 +157,10 @@ class Bench:
         if recipe.train.chunked_loss:
             self._say(
                 "train.chunked_loss is not used by the benchmark: each engine has its own loss"
+            )
+        if recipe.kernels != KernelsSection():
+            self._say(
+                "kernels: not used by the benchmark; the arms say which they have: +fastlora, -kernels"
             )
         if self.plan.own_data and recipe.data.packing:
             padded = [arm.name for arm in self.plan.arms if not arm.packed]

@@ -22,7 +22,9 @@ from fastlora.recipe import library
 )
 @click.option("--resume", is_flag=True, help="Go on with the newest unfinished run of this recipe.")
 @click.option(
-    "--dry-run", is_flag=True, help="Prepare the data, show a row and the counts, and stop."
+    "--dry-run",
+    is_flag=True,
+    help="Go as far as the first step: data, a row, counts, model and kernels; leave nothing behind.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(

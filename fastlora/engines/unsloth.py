@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-# The architectures whose LoRA layers unsloth 2026.10 fuses; others run its general path.
+# The architectures whose LoRA layers unsloth 2026.10 fuses; others run PEFT's layers, which it rewrites a little.
 FUSED = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
 
 
@@ -76,8 +76,6 @@ class UnslothEngine:
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise EngineError(not_loadable(model.name, error)) from error
-        for reason in slow_path_reasons(recipe, base.config.model_type):
-            announce(f"engine: not on unsloth's fused path: {reason}")
         if recipe.data.packing and base.config.model_type == "gemma2":
             raise EngineError(
                 "data.packing: unsloth does not keep packed rows apart for gemma2; set data.packing = false"
@@ -128,24 +126,60 @@ def without_fused_lora(model: PeftModel) -> int:
     return count
 
 
-def slow_path_reasons(recipe: Recipe, model_type: str) -> list[str]:
-    """Why parts of this run do not use unsloth's fused LoRA kernels; empty if all do."""
-    lora, reasons = recipe.lora, []
-    if model_type not in FUSED:
-        reasons.append(f"model type {model_type}")
-    if recipe.model.quantization == "int8":
-        reasons.append("int8 base")
-    if lora.dora:
-        reasons.append("DoRA")
+def fused_layers(model: PeftModel) -> set[str]:
+    """Names of the LoRA layers that unsloth's fused kernels run, by the functions that it put on the modules
+    which hold them."""
+    return {
+        f"{name}.{kind}"
+        for name, module in model.named_modules()
+        for attribute, function, kinds in _INSTALLED
+        if _function_name(vars(module).get(attribute)).startswith(function)
+        for kind in kinds
+    }
+
+
+# (attribute of the instance, how the name of unsloth's function for it begins, LoRA layers that it runs).
+_INSTALLED = (
+    ("apply_qkv", "apply_lora_qkv", ("q_proj", "k_proj", "v_proj")),
+    ("apply_o", "apply_lora_o", ("o_proj",)),
+    ("forward", "apply_lora_mlp", ("gate_proj", "up_proj", "down_proj")),
+    ("_unsloth_forward", "apply_lora_mlp", ("gate_proj", "up_proj", "down_proj")),  # a tiled MLP's
+)
+
+
+def _function_name(value: Any) -> str:
+    """Of a function, or of the one inside a bound method or a partial."""
+    value = getattr(value, "__func__", value)
+    return getattr(getattr(value, "func", value), "__name__", "")
+
+
+def why_not_fused(model: PeftModel, name: str) -> str:
+    """Why unsloth 2026.10 leaves the LoRA layer `name` to PEFT."""
+    holder, _, kind = name.rpartition(".")
+    parent, layer = model.get_submodule(holder), model.get_submodule(name)
+    group = next((kinds for _, _, kinds in _INSTALLED if kind in kinds), ())
+    members = {kind: getattr(parent, kind, None) for kind in group}
+    bare = [kind for kind, member in members.items() if not hasattr(member, "lora_A")]
+    bases = {kind: getattr(member, "base_layer", member) for kind, member in members.items()}
+    biased = [kind for kind, base in bases.items() if getattr(base, "bias", None) is not None]
+    lora = model.peft_config[model.active_adapter]
+    weight = getattr(getattr(layer, "base_layer", None), "weight", None)
+    if "8bit" in type(layer).__name__:
+        return "int8 base"
+    if model.config.model_type not in FUSED:
+        return f"model type {model.config.model_type}"
+    if not group:
+        return "it has no kernel for them"
+    if lora.use_dora:
+        return "DoRA"
+    if bare:
+        return f"no adapter on {', '.join(bare)}"
+    if biased:
+        return f"bias on {', '.join(biased)}"
     if lora.bias != "none":
-        reasons.append(f"trained biases ({lora.bias})")
-    if lora.target_modules != "all-linear":
-        targets = set(lora.target_modules)
-        for group in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj", "down_proj"}):
-            if targets & group and not targets >= group:
-                reasons.append(
-                    f"only {', '.join(sorted(targets & group))} of {', '.join(sorted(group))}"
-                )
-    if model_type == "qwen2":
-        reasons.append("q_proj, k_proj and v_proj of qwen2, which have biases")
-    return reasons
+        return f"lora.bias = {lora.bias}"
+    if str(getattr(getattr(weight, "quant_state", weight), "dtype", "")) == "torch.float32":
+        return "float32 base"
+    if lora.lora_dropout:
+        return "dropout, with UNSLOTH_FUSED_LORA_DROPOUT=0"
+    return "it installed no kernel on them"

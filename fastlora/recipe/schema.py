@@ -155,6 +155,15 @@ class EvalSection(Section):
     max_new_tokens: int = Field(default=64, ge=1)
 
 
+class KernelsSection(Section):
+    mode: Literal["auto", "off", "all"] = "auto"
+    """Where fastlora's kernels run. auto: on a GPU, every LoRA layer that unsloth does not fuse, and on the peft
+    engine every one they can serve; on a CPU, where they are for tests alone, none unless FASTLORA_KERNELS
+    is set. off: none. all: as auto, with unsloth's fused LoRA kernels taken out first, and on a CPU too."""
+    require_fast: bool = False
+    """Refuse to train where PEFT's plain layer would run any LoRA layer."""
+
+
 class OutputSection(Section):
     dir: str = Field(min_length=1)
     """Each run gets a new numbered folder in it."""
@@ -168,6 +177,7 @@ class Recipe(Section):
     lora: LoraSection = LoraSection()
     data: DataSection
     train: TrainSection = TrainSection()
+    kernels: KernelsSection = KernelsSection()
     eval: EvalSection = EvalSection()
     output: OutputSection
 
@@ -186,6 +196,11 @@ class Recipe(Section):
                 for key, wanted in wants.items()
                 if wanted
             ]
+        if self.kernels.require_fast and self.kernels.mode == "off" and self.engine == "peft":
+            problems.append(
+                'kernels.require_fast: with engine = "peft" and kernels.mode = "off" no layer is fast; '
+                'set kernels.mode = "auto"'
+            )
         if self.model.quantization != "none" and self.lora.bias != "none":
             problems.append(
                 f"lora.bias: {self.lora.bias!r} trains base biases, which a quantized base keeps frozen; "

@@ -28,7 +28,7 @@ def check_model(
     engine: Engine | None,
     announce: Announce,
 ) -> None:
-    """`engine` is None where none is chosen: in a dry run.
+    """`engine` is None where none is chosen.
 
     Raises EngineError: a line for each thing that this recipe asks of this model here and cannot have.
     """

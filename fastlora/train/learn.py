@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fastlora.engines.engaged import load_model
 from fastlora.rundir.report import plot_loss
 from fastlora.rundir.store import whole_folder
 from fastlora.train.callbacks import Metrics, TokenCounter
@@ -33,8 +35,12 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
         notes(f"resume: {torn.name} was not written to its end; removed")
 
     loading = time.perf_counter()
-    model = job.engine.load(recipe, notes)
+    model, kernels = load_model(job.engine, recipe, notes)
     run.update(load_s=round(time.perf_counter() - loading, 1))
+    # A resumed run may be on another machine, with other kernels.
+    began = run.manifest.get("resumed", [run.manifest])[-1]
+    began["kernels"] = [asdict(row) for row in kernels]
+    run.update()
     asked = pick_questions(job)
     if asked and "exact_match" not in run.manifest:
         before = ask(job, model, asked)

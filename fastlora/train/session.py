@@ -6,7 +6,7 @@ import contextlib
 import gc
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from fastlora.data.prepare import Prepared, prepare_data
-from fastlora.engines import choose_engine
+from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
+from fastlora.engines.engaged import load_model
 from fastlora.errors import EngineError, RunDirError
 from fastlora.recipe.advice import default_epochs
 from fastlora.recipe.schema import Recipe
@@ -30,6 +31,8 @@ from fastlora.train.steps import count_steps, effective_batch
 from fastlora.train.stop import Interrupted, StopSignals
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fastlora.train.learn import OnTrained
 
 _PROBE_TOKENS = 512  # of the first training row: what the merged model's logits are compared on
@@ -54,11 +57,14 @@ class Request:
 
 
 def dry_run(request: Request, console: Console) -> dict[str, Any]:
-    """Prepare the data, show the first row with its supervised part coloured, count; train nothing."""
+    """All that comes before the first step, and nothing left behind: the data prepared and counted, the first
+    row shown with its supervised part coloured, the model loaded with its adapter and kernels.
+
+    Raises FastloraError: what would keep the run from its first step.
+    """
     recipe, notes = request.recipe, Notes(console)
-    tokenizer = load_tokenizer(recipe.model)
-    check_model(recipe, tokenizer, None, notes)
-    data = prepare_data(recipe, tokenizer, notes)
+    check_place(Path(recipe.output.dir))
+    engine, _, data = _prepare(recipe, notes)
     preview = Text()
     for text, supervised in data.stats.preview:
         preview.append(text, style="bold green" if supervised else "dim")
@@ -68,6 +74,12 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     console.print(preview, soft_wrap=True)
     steps, epochs = count_steps(recipe, data)
     console.print(f"\n{steps:,} steps of {effective_batch(recipe)} sequences, {epochs:g} epochs")
+    import torch  # here and not above: an engine may have to be imported before
+
+    try:
+        _, kernels = load_model(engine, recipe, notes)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(recipe) from error
     return {
         "steps": steps,
         "epochs": epochs,
@@ -76,8 +88,18 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
         "preview": [
             {"text": text, "supervised": supervised} for text, supervised in data.stats.preview
         ],
+        "engine": engine.name,
+        "kernels": [asdict(row) for row in kernels],
         "notes": notes.said,
     }
+
+
+def _prepare(recipe: Recipe, notes: Notes) -> tuple[Engine, PreTrainedTokenizerBase, Prepared]:
+    engine = choose_engine(recipe.engine, notes)
+    engine.prepare()
+    tokenizer = load_tokenizer(recipe.model)
+    check_model(recipe, tokenizer, engine, notes)
+    return engine, tokenizer, prepare_data(recipe, tokenizer, notes)
 
 
 def train_run(
@@ -98,11 +120,7 @@ def train_run(
             run = opened.enter_context(contextlib.closing(open_for_resume(recipe)))
         else:
             check_place(Path(recipe.output.dir))
-        engine = choose_engine(recipe.engine, notes)
-        engine.prepare()
-        tokenizer = load_tokenizer(recipe.model)
-        check_model(recipe, tokenizer, engine, notes)
-        data = prepare_data(recipe, tokenizer, notes)
+        engine, tokenizer, data = _prepare(recipe, notes)
         if run is None:
             run = opened.enter_context(contextlib.closing(RunDir.create(Path(recipe.output.dir))))
         elif run.manifest["data"]["key"] != data.stats.key:
@@ -147,8 +165,6 @@ def _go_through(job: Job, on_trained: OnTrained | None) -> None:
 
 
 def _data_report(data: Prepared) -> dict[str, Any]:
-    from dataclasses import asdict
-
     report = asdict(data.stats)
     del report["preview"]
     return report
@@ -211,15 +227,18 @@ def _failed(run: RunDir, request: Request, error: BaseException) -> BaseExceptio
     if is_disk_full(error):
         mended = RunDirError(f"{run.path}: the disk is full; free some space, then {way_on}")
     elif isinstance(error, torch.OutOfMemoryError):
-        recipe = request.recipe
-        mended = EngineError(
-            f"the GPU is out of memory with train.micro_batch = {recipe.train.micro_batch} and model.seq_len_tokens = "
-            f"{recipe.model.seq_len_tokens}. Halve micro_batch and set train.effective_batch = "
-            f"{effective_batch(recipe)} (the training stays the same), or shorten the sequences, and start a new run."
-        )
+        mended = _out_of_memory(request.recipe)
     with contextlib.suppress(OSError):  # disk full: the manifest says "running", which resumes too
         run.update(status="failed", error=f"{type(error).__name__}: {error}", ended=_now())
     return mended
+
+
+def _out_of_memory(recipe: Recipe) -> EngineError:
+    return EngineError(
+        f"the GPU is out of memory with train.micro_batch = {recipe.train.micro_batch} and model.seq_len_tokens = "
+        f"{recipe.model.seq_len_tokens}. Halve micro_batch and set train.effective_batch = "
+        f"{effective_batch(recipe)} (the training stays the same), or shorten the sequences, and start a new run."
+    )
 
 
 def _now() -> str:

@@ -35,6 +35,8 @@ class Attached:
     """Of those served: base and adapter differ in dtype, so that PEFT keeps them outside autocast."""
     left: Mapping[str, Kinds]
     """Reason -> kinds that PEFT serves."""
+    by_layer: Mapping[str, str]
+    """Name of a LoRA layer -> why PEFT serves it, or "" where our op does."""
 
     def lines(self) -> Iterator[str]:
         total = _total(self.served) + sum(_total(kinds) for kinds in self.left.values())
@@ -63,6 +65,7 @@ def attach(model: nn.Module) -> Attached:
     served: Counter[str] = Counter()
     only_autocast: Counter[str] = Counter()
     left: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    by_layer: dict[str, str] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -71,6 +74,7 @@ def attach(model: nn.Module) -> Attached:
         if found is None:
             layer.__class__ = ATTACHED.get(type(layer), type(layer))
             found = parts_of(layer, training=True)
+        by_layer[name] = found if isinstance(found, str) else ""
         if isinstance(found, str):
             left[found][kind] += 1
             continue
@@ -79,7 +83,8 @@ def attach(model: nn.Module) -> Attached:
         base_dtype = base.compute_dtype if type(base) is BaseLinear4bit else base.weight.dtype
         if not base_dtype == down.weight.dtype == up.weight.dtype:
             only_autocast[kind] += 1
-    return Attached(dict(served), dict(only_autocast), {why: dict(n) for why, n in left.items()})
+    by_reason = {why: dict(kinds) for why, kinds in left.items()}
+    return Attached(dict(served), dict(only_autocast), by_reason, by_layer)
 
 
 def detach(model: nn.Module) -> None:

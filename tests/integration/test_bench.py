@@ -114,7 +114,9 @@ def test_the_command_measures_reports_and_compares(tmp_path: Path) -> None:
         assert arm.counted["steps"] == 8
         assert arm.counted["tokens"] == 8 * 4 * 64
     assert {"depth", "trajectory"} <= {gate.name for gate in report.arms[1].gates}
-    assert any("lora_linear" in note or "q_proj" in note for note in report.arms[1].notes)
+    for arm, kernel in zip(report.arms, ("PEFT", "fastlora"), strict=True):
+        (line,) = [note for note in arm.notes if note.startswith("kernels: ")]
+        assert line.startswith(f"kernels: {kernel} 28 (q_proj 4, ")
     assert report.environment["versions"]["torch"]
     written = {path.name for path in (tmp_path / "first").iterdir()}
     assert written >= {"report.json", "rows.csv", "speed.png", "memory.png", "report.html"}

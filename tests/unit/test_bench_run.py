@@ -103,11 +103,12 @@ def test_what_a_recipe_asks_for_in_vain_is_told(
     (tmp_path / "d.jsonl").touch()
     recipe.write_text(
         '[model]\nname = "m"\n[data]\nsources = ["d.jsonl"]\npacking = true\n'
-        '[train]\nchunked_loss = true\n[output]\ndir = "o"\n'
+        '[train]\nchunked_loss = true\n[kernels]\nmode = "all"\n[output]\ndir = "o"\n'
     )
     report = bench(tmp_path, told, monkeypatch, target=str(recipe), lengths="real").run()
     assert [arm.arm for arm in report.arms] == ["peft+packing", "peft+fastlora+packing"]
     assert "train.chunked_loss is not used" in told.getvalue()
+    assert "kernels: not used by the benchmark" in told.getvalue()
     assert "data.packing" not in told.getvalue()
     bench(tmp_path, told, monkeypatch, target=str(recipe), arms=[Arm.parse("peft")]).run()
     assert "data.packing: not in peft" in told.getvalue()

@@ -318,3 +318,19 @@ def test_the_schema_documents_what_a_dump_round_trips(tmp_path: Path) -> None:
     dumped: dict[str, Any] = recipe.model_dump(mode="json")
     assert Recipe.model_validate(dumped) == recipe
     assert tomllib.loads(MINIMAL).keys() <= dumped.keys()
+
+
+def test_kernels(tmp_path: Path) -> None:
+    kernels = load_recipe(write(tmp_path, MINIMAL)).kernels
+    assert (kernels.mode, kernels.require_fast) == ("auto", False)
+    text = MINIMAL + '[kernels]\nmode = "fast"\nrequire_fast = 1\nmod = 1\n'
+    assert problems(tmp_path, text) == [
+        "kernels.mod: unknown key; did you mean kernels.mode?",
+        "kernels.mode: input should be 'auto', 'off' or 'all', got 'fast'",
+        "kernels.require_fast: input should be a valid boolean, got 1",
+    ]
+    text = 'engine = "peft"\n' + MINIMAL + '[kernels]\nmode = "off"\nrequire_fast = true\n'
+    (problem,) = problems(tmp_path, text)
+    assert problem.startswith("kernels.require_fast: with engine")
+    assert problem.endswith('set kernels.mode = "auto"')
+    load_recipe(write(tmp_path, text.replace("peft", "auto")))  # unsloth's may be all fused

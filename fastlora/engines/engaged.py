@@ -1,0 +1,163 @@
+"""Which kernel runs each LoRA layer: unsloth's fused one, fastlora's, or PEFT's plain layer."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from fastlora.engines.base import Announce, Engine, resolve_dtype
+from fastlora.engines.unsloth import fused_layers, why_not_fused, without_fused_lora
+from fastlora.errors import EngineError
+from fastlora.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Kernel = Literal["unsloth fused", "fastlora", "PEFT"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which kernels are to run."""
+
+    ours: bool
+    """fastlora's, on what unsloth does not fuse."""
+    why_not_ours: str = ""
+    unsloths: bool = True
+    """False takes its fused ones out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engaged:
+    """LoRA layers of one kind that one kernel runs for one reason."""
+
+    kind: str
+    """Last part of the layers' names, as q_proj."""
+    count: int
+    kernel: Kernel
+    reason: str
+    """Why no faster kernel runs them; for fastlora's, why not unsloth's. Empty where nothing is to say."""
+
+
+def plan_kernels(recipe: Recipe) -> Plan:
+    """What kernels.mode stands for on this machine."""
+    import torch
+
+    mode, cuda = recipe.kernels.mode, torch.cuda.is_available()
+    asked = "FASTLORA_KERNELS" in os.environ
+    why_not = ""
+    if mode == "off":
+        why_not = 'kernels.mode = "off"'
+    elif not cuda and mode == "auto" and not asked:
+        why_not = "on a CPU fastlora's are for tests, with FASTLORA_KERNELS=reference"
+    elif not cuda and resolve_dtype(recipe.model) == torch.float16:
+        why_not = "float16 on a CPU, which is trained without autocast"  # their dtypes then differ
+    elif cuda and not asked and find_spec("triton") is None:
+        why_not = "Triton is not installed"
+    return Plan(ours=not why_not, why_not_ours=why_not, unsloths=mode != "all")
+
+
+def load_model(
+    engine: Engine, recipe: Recipe, announce: Announce
+) -> tuple[PeftModel, list[Engaged]]:
+    """The engine's model with the recipe's kernels on it, and what they run, which is announced.
+
+    Raises EngineError: as the engine does; and a layer is slow although kernels.require_fast is set.
+    """
+    model = engine.load(recipe, announce)
+    rows = engage(model, engine.name, plan_kernels(recipe))
+    for line in lines(rows):
+        announce(line)
+    if recipe.kernels.require_fast and (problems := list(_slow(rows))):
+        raise EngineError("\n".join(problems) + ", or set kernels.require_fast = false")
+    return model, rows
+
+
+def engage(model: PeftModel, engine: str, plan: Plan) -> list[Engaged]:
+    """Put the planned kernels on a model that `engine` loaded; what runs its LoRA layers then, in the
+    order of the model. Read off the layers themselves: unsloth's log counts some as fused that are not."""
+    from fastlora_kernels import attach
+    from peft.tuners.lora import LoraLayer
+
+    names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    fused_before = fused_layers(model)
+    if fused_before and not plan.unsloths:
+        without_fused_lora(model)
+    # What unsloth fuses is attached to as well: there ours run whenever its kernels decline a call.
+    left = attach(model).by_layer if plan.ours else dict.fromkeys(names, plan.why_not_ours)
+    fused = fused_layers(model)
+    counts: Counter[tuple[str, Kernel, str]] = Counter()
+    for name in names:
+        kernel: Kernel = "unsloth fused" if name in fused else "fastlora"
+        reasons = []
+        if kernel != "unsloth fused":
+            if engine == "unsloth":
+                taken_out = name in fused_before
+                why = (
+                    "their fused kernels were taken out"
+                    if taken_out
+                    else why_not_fused(model, name)
+                )
+                reasons.append(f"unsloth leaves them: {why}")
+            if not plan.ours or left[name]:
+                kernel = "PEFT"
+                reasons += [left[name]] if left[name] else []
+            elif backend := _other_backend():
+                reasons.append(backend)
+        counts[name.rpartition(".")[2], kernel, "; ".join(reasons)] += 1
+    return [Engaged(kind, count, kernel, why) for (kind, kernel, why), count in counts.items()]
+
+
+def lines(rows: Sequence[Engaged]) -> Iterator[str]:
+    """For the user: a line for each kernel and reason, the fastest kernel first."""
+    for kernel, reason, total, kinds in _grouped(rows):
+        yield f"kernels: {kernel} {total} ({kinds}{'; ' if reason else ''}{reason})"
+
+
+def _grouped(rows: Sequence[Engaged]) -> Iterator[tuple[Kernel, str, int, str]]:
+    """(kernel, reason, layers, the same by kind)."""
+    order: tuple[Kernel, ...] = ("unsloth fused", "fastlora", "PEFT")
+    for kernel in order:
+        for reason in dict.fromkeys(row.reason for row in rows if row.kernel == kernel):
+            same = [row for row in rows if (row.kernel, row.reason) == (kernel, reason)]
+            kinds = ", ".join(f"{row.kind} {row.count}" for row in same)
+            yield kernel, reason, sum(row.count for row in same), kinds
+
+
+def _other_backend() -> str:
+    """What runs in place of Triton on a GPU, if anything."""
+    import torch
+
+    if asked := os.environ.get("FASTLORA_KERNELS"):
+        return f"FASTLORA_KERNELS={asked}"
+    return "" if torch.cuda.is_available() else "their reference in PyTorch, on a CPU"
+
+
+# A piece of the reason -> how to mend it.
+_REMEDIES = {
+    "dropout": "set lora.dropout = 0",
+    "bias in the adapter": 'set lora.bias = "none"',
+    "base layer is trained too": 'set lora.bias = "none"',
+    "8bit": 'set model.quantization = "nf4"',
+    'kernels.mode = "off"': 'set kernels.mode = "auto"',
+    "on a CPU": "train on a GPU",
+    "Triton": "pip install triton",
+}
+
+
+def _slow(rows: Sequence[Engaged]) -> Iterator[str]:
+    """A line for each reason for which layers run in PEFT's plain form."""
+    for kernel, reason, total, kinds in _grouped(rows):
+        if kernel == "PEFT":
+            remedies = [remedy for piece, remedy in _REMEDIES.items() if piece in reason]
+            names = ", ".join(
+                row.kind for row in rows if (row.kernel, row.reason) == ("PEFT", reason)
+            )
+            remedy = remedies[0] if remedies else f"leave {names} out of lora.target_modules"
+            yield (
+                f"kernels.require_fast: PEFT's plain layer runs {total} LoRA layers ({kinds}): {reason}; {remedy}"
+            )
