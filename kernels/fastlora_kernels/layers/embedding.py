@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora.layer import Embedding
 from torch import nn
 
+from fastlora_kernels.layers.hooks import hooked
 from fastlora_kernels.ops.embedding import lora_embedding
 
 Parts = tuple[nn.Embedding, nn.Parameter, nn.Parameter, float]
@@ -61,9 +62,7 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
     if adapter in layer.lora_variant:
         return f"variant {type(layer.lora_variant[adapter]).__name__}"
     base = layer.base_layer
-    hooked = base._forward_hooks or base._forward_pre_hooks
-    hooked = hooked or base._backward_hooks or base._backward_pre_hooks or "forward" in vars(base)
-    if hooked or layer.tp_layer is not None or type(base.weight) is not nn.Parameter:
+    if hooked(base) or layer.tp_layer is not None or type(base.weight) is not nn.Parameter:
         return "hooks or special weights on its base"
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
         return "max_norm, scale_grad_by_freq or sparse"
