@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastlora_kernels.layers.head import detach_head
+
 from fastlora.rundir.report import plot_loss
 from fastlora.rundir.store import whole_folder
 from fastlora.train.callbacks import Metrics, TokenCounter
@@ -47,7 +49,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     _, epochs = count_steps(recipe, job.data)
     trainer = build_trainer(
         recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, [metrics],
-        epochs,
+        epochs, notes,
     )  # fmt: skip
     newest = checkpoints.newest()
     started = time.perf_counter()
@@ -59,6 +61,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
 
     # The trainer may have wrapped the model; from here on it is the plain PEFT model again.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    detach_head(model)
     state = trainer.state
     best = checkpoints.best() if recipe.train.keep_best else None
     if best is not None:

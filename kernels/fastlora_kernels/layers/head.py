@@ -143,7 +143,7 @@ def _attached(theirs: Any, in_evaluation: bool) -> type:
     ours: Any = type(
         theirs.__name__, (theirs,), {"forward": forward, "_fastlora_theirs": theirs} | names_of
     )
-    return ours
+    return ours  # type: ignore[no-any-return]
 
 
 @functools.cache
