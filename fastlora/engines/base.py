@@ -155,16 +155,15 @@ def target_problems(
             near = difflib.get_close_matches(target, ends, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             reason = f"the model has no {target}; {hint}It has {', '.join(ends)}"
-        elif any(module is head for module in named):
-            # TRL raises for an adapter there, tied or not; unsloth trains the layer whole instead.
-            reason = f"{target} cannot have an adapter: the loss is taken from its weight itself; leave it out"
-        elif any(module is embedding for module in named) and model.config.tie_word_embeddings:
+        elif not any(module is head or module is embedding for module in named):
+            continue
+        elif model.config.tie_word_embeddings:
             # PEFT puts an adapter on one of the two, which merging then gives to both.
             reason = (
-                f"an adapter on {target} could not be merged: this model's output layer shares its weight "
-                "(tie_word_embeddings); leave it out"
+                f"an adapter on {target} could not be merged: this model's embedding and output layer share one "
+                "weight (tie_word_embeddings); leave it out"
             )
-        elif any(module is embedding for module in named) and engine and engine.name == "unsloth":
+        elif engine and engine.name == "unsloth":
             reason = f'unsloth trains {target} whole, not with LoRA; leave it out, or set engine = "peft"'
         else:
             continue

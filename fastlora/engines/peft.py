@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastlora.engines.base import (
@@ -95,9 +96,12 @@ class PeftEngine:
             bias=lora.bias,
         )
         try:
-            return get_peft_model(base, config, autocast_adapter_dtype=True)
+            model = get_peft_model(base, config, autocast_adapter_dtype=True)
         except ValueError as error:  # PEFT: target modules not found
             raise EngineError(f"lora.target_modules: {error}") from error
+        # With an adapter on one of the two, PEFT saves the frozen embedding and output layer beside it: 2 GB at 8B.
+        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+        return model
 
     def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         # transformers reads the row boundaries off the positions when no attention mask is given.

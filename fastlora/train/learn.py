@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fastlora_kernels.layers.head import detach_head
+
 from fastlora.engines.engaged import load_model
 from fastlora.rundir.report import plot_loss
 from fastlora.rundir.store import whole_folder
@@ -53,7 +55,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     _, epochs = count_steps(recipe, job.data)
     trainer = build_trainer(
         recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, [metrics],
-        epochs,
+        epochs, notes,
     )  # fmt: skip
     newest = checkpoints.newest()
     started = time.perf_counter()
@@ -65,6 +67,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
 
     # The trainer may have wrapped the model; from here on it is the plain PEFT model again.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    detach_head(model)
     state = trainer.state
     best = checkpoints.best() if recipe.train.keep_best else None
     if best is not None:

@@ -10,12 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastlora.data.prepare import Prepared
-from fastlora.engines.base import Engine, resolve_checkpointing, resolve_dtype
+from fastlora.engines.base import Announce, Engine, resolve_checkpointing, resolve_dtype
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.callbacks import TokenCounter
 from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.collate import Collator
+from fastlora.train.loss import adapted_head_allowed, takes_own_loss
 from fastlora.train.stop import Interrupted
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def build_trainer(
     checkpoints: Checkpoints,
     callbacks: list[TrainerCallback],
     epochs: float,
+    announce: Announce,
 ) -> Trainer:
     """The trainer, ready for `train()`. `epochs` holds where the recipe gives neither epochs nor steps."""
     import torch
@@ -49,7 +51,7 @@ def build_trainer(
         SFTTrainer,
     )  # here and not above: unsloth, when it is the engine, has replaced it
 
-    cuda = torch.cuda.is_available()
+    own_loss = takes_own_loss(recipe, model, engine, announce)
 
     class CountingTrainer(SFTTrainer):  # type: ignore[misc]
         def training_step(
@@ -65,10 +67,7 @@ def build_trainer(
             return_outputs: bool = False,
             num_items_in_batch: Any = None,
         ) -> Any:
-            # TRL's own loss never holds the logits, at a price, and needs Triton (see train.chunked_loss);
-            # unsloth replaces it with one that is fast as well.
-            plain = engine.name == "peft" and not (recipe.train.chunked_loss and cuda)
-            method = partial(Trainer.compute_loss, self) if plain else super().compute_loss
+            method = partial(Trainer.compute_loss, self) if own_loss else super().compute_loss
             return method(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -98,16 +97,19 @@ def build_trainer(
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """None: TRL would write one at every checkpoint, into a folder that is not the adapter's."""
 
-    trainer = CountingTrainer(
-        model=model,
-        args=training_arguments(recipe, engine, run, has_eval=data.eval is not None, epochs=epochs),
-        data_collator=Collator(int(tokenizer.pad_token_id), engine),
-        # Tensors, because to make a batch of Python's lists takes 0.6 ms more.
-        train_dataset=data.train.with_format("torch"),
-        eval_dataset=None if data.eval is None else data.eval.with_format("torch"),
-        processing_class=tokenizer,
-        callbacks=[checkpoints, *callbacks],
-    )
+    with adapted_head_allowed(model):
+        trainer = CountingTrainer(
+            model=model,
+            args=training_arguments(
+                recipe, engine, run, has_eval=data.eval is not None, epochs=epochs
+            ),
+            data_collator=Collator(int(tokenizer.pad_token_id), engine),
+            # Tensors, because to make a batch of Python's lists takes 0.6 ms more.
+            train_dataset=data.train.with_format("torch"),
+            eval_dataset=None if data.eval is None else data.eval.with_format("torch"),
+            processing_class=tokenizer,
+            callbacks=[checkpoints, *callbacks],
+        )
     checkpoints.trainer = trainer
     # TRL casts the adapter of a quantized model to bfloat16, where updates below 1/256 of a weight are
     # lost; unsloth keeps it in float32. The same recipe is to mean the same training.

@@ -83,3 +83,77 @@ def dequantize(
     if row_scale is not None:
         dense = dense * row_scale[:, None]
     return dense.to(dtype)
+
+
+def lora_head_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scaling: float,
+    labels: torch.Tensor,
+    *,
+    shift: bool = False,
+    num_items: torch.Tensor | float | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """sum_t (logsumexp_v z_tv - z_t,label(t)) / n with all logits z (T, V) at once; see ops/head_loss.py."""
+    if lora_a is None or lora_b is None:
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+    else:
+        logits = lora_linear(hidden, weight, bias, lora_a, lora_b, scaling)
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if shift:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    labels = labels.reshape(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2), labels, reduction="sum", ignore_index=ignore_index
+    )
+    return total / ((labels != ignore_index).sum() if num_items is None else num_items)
+
+
+def cross_entropy_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    gradient: bool,
+) -> torch.Tensor:
+    """Loss of each row (C), in float32; with `gradient`, logits (C, V) <- (softmax - onehot) times the slope of
+    z = c tanh(k logits / c)."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    lse = torch.logsumexp(z, dim=1)
+    losses = lse - z.gather(1, labels[:, None]).squeeze(1)
+    if gradient:
+        g = torch.exp(z - lse[:, None])
+        g[torch.arange(len(labels), device=labels.device), labels] -= 1
+        if softcap is not None:
+            g *= 1 - (z / softcap) ** 2
+        logits.copy_(g * logit_scale)
+    return losses
+
+
+def lora_embedding(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    """y = W[ids] + scaling A^T[ids] B^T, in weight's type. A's column `padding_idx` gets no gradient.
+
+    ids (...), weight (V, K), lora_a (R, V), lora_b (K, R) -> (..., K).
+    """
+    down = torch.nn.functional.embedding(ids, lora_a.T, padding_idx=padding_idx)
+    rows = torch.nn.functional.embedding(ids, weight)
+    return (rows + scaling * (down @ lora_b.T)).to(weight.dtype)

@@ -1,0 +1,62 @@
+"""Whose loss a run takes: that of the model's own forward, with our kernel in it where it is wanted, or TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fastlora.engines.base import Announce, Engine
+from fastlora.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def takes_own_loss(recipe: Recipe, model: PeftModel, engine: Engine, announce: Announce) -> bool:
+    """Whether `model(labels=...)` gives the loss; if not, TRL's trainer takes it from the weight of the output layer.
+
+    Our kernel goes into the model for an adapter on its output layer, which TRL's loss would go past, and for
+    train.chunked_loss. It serves most architectures; for the others the notes say what is done instead.
+    """
+    import torch
+
+    if engine.name != "peft":
+        return False  # unsloth has put a fast one of its own in TRL's place
+    adapted = _head_is_adapted(model)
+    if not (adapted or recipe.train.chunked_loss):
+        return True
+    from fastlora_kernels.layers.head import attach_head
+
+    reason = attach_head(model, in_evaluation=True)
+    if reason is None:
+        return True
+    if adapted:
+        announce(
+            f"lora.target_modules: the loss holds all logits, because of an adapter ({reason})"
+        )
+        return True
+    # TRL's needs Triton, and is slower than logits where they fit.
+    trls = torch.cuda.is_available()
+    announce(f"train.chunked_loss: {'by TRL' if trls else 'not used'} ({reason})")
+    return not trls
+
+
+@contextmanager
+def adapted_head_allowed(model: PeftModel) -> Iterator[None]:
+    """TRL's trainer refuses to be made for a model with an adapter on its output layer, for the sake of its own loss,
+    which such a run does not take. Within this it finds the base layer there."""
+    if not _head_is_adapted(model):
+        yield
+        return
+    model.get_output_embeddings = model.get_output_embeddings().get_base_layer
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
+
+
+def _head_is_adapted(model: PeftModel) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(model.get_output_embeddings(), BaseTunerLayer)

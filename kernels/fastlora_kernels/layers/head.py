@@ -1,0 +1,220 @@
+"""The forward of a causal language model of transformers with our loss in it: no logits while it trains.
+
+    reason = attach_head(model)     # None: served
+    detach_head(model)
+
+Which models: those whose `forward` in transformers 5 is, statement by statement, the form below (Llama, Mistral,
+Qwen, Olmo, SmolLM3, Phi-3, GLM-4 and some fifty more), with softcapped (Gemma 2, 3) or scaled logits (Granite,
+Cohere) or neither. It is read from the class's source, so that a model with a loss of another kind, such as that of
+an MoE router, or a forward that Liger or Unsloth replaced, is never taken for one of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fastlora_kernels.layers import linear
+from fastlora_kernels.layers.hooks import hooked
+from fastlora_kernels.ops.head_loss import Shape, lora_head_loss
+
+Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float]
+"""Weight, bias, A, B, scaling: the op's arguments."""
+
+DECORATORS = {"can_return_tuple", "auto_docstring"}
+BEFORE = """
+outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, \
+past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+hidden_states = outputs.last_hidden_state
+slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+logits = self.lm_head(hidden_states[:, slice_indices, :])
+"""
+SHAPES: dict[str, Callable[[Any], Shape]] = {
+    "": lambda model: Shape(1.0, None),
+    """
+if self.config.final_logit_softcapping is not None:
+    logits = logits / self.config.final_logit_softcapping
+    logits = torch.tanh(logits)
+    logits = logits * self.config.final_logit_softcapping
+""": lambda model: Shape(1.0, model.config.final_logit_softcapping),
+    "logits = logits / self.config.logits_scaling": lambda model: Shape(
+        1 / model.config.logits_scaling, None
+    ),
+    "logits = logits * self.logit_scale": lambda model: Shape(model.logit_scale, None),
+}
+AFTER = """
+loss = None
+if labels is not None:
+    loss = self.loss_function({arguments}, **kwargs)
+return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, \
+hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+"""
+ARGUMENTS = (
+    "logits=logits, labels=labels, vocab_size=self.config.vocab_size",
+    "logits, labels, self.vocab_size",
+    "logits, labels, vocab_size=self.config.vocab_size",
+)
+
+
+def attach_head(model: nn.Module, *, in_evaluation: bool = False) -> str | None:
+    """Give `model`, a PeftModel or what is inside one, our loss; the reason if it is not served, or not for now.
+
+    Served are calls with labels in training mode, and in evaluation mode too with `in_evaluation`: the output then has
+    the loss, and `logits` is None. With a LoRA adapter on lm_head or without, tied to the embedding or not. Calls
+    without labels, with logits_to_keep or return_dict=False, and whatever the op does not do (several adapters on
+    lm_head, one that is disabled, merged or has DoRA, dropout in training, a bias; hooks; another loss function) go
+    to the class's own forward, looked at on every call.
+
+    The model gets a class of the same name, so that what is saved of it names its architecture as before. To be
+    pickled whole, it has to be detached first.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    theirs = vars(type(base)).get("_fastlora_theirs", type(base))
+    if "forward" in vars(base):
+        return "its forward was replaced"
+    shape = _shape_of(theirs)
+    if shape is None:
+        return f"the forward of {theirs.__name__} has another form"
+    base.__class__ = _attached(theirs, in_evaluation)
+    found = _parts_of(base, training=True)
+    return found if isinstance(found, str) else None
+
+
+def detach_head(model: nn.Module) -> None:
+    """Give `model` its class's own forward again; also where another wrapper has kept ours."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.__class__ = vars(type(base)).get("_fastlora_theirs", type(base))
+
+
+@functools.cache
+def _attached(theirs: Any, in_evaluation: bool) -> type:
+    shape_of = _shape_of(theirs)
+    assert shape_of is not None
+    names = list(inspect.signature(theirs.forward).parameters)[1:-1]  # but self and **kwargs
+
+    @functools.wraps(theirs.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return_dict = given.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        labels, keep = given.pop("labels", None), given.pop("logits_to_keep", 0)
+        served = (
+            isinstance(self, ours)  # a bound method may outlive detach_head
+            and labels is not None
+            and return_dict
+            and isinstance(keep, int)
+            and keep == 0
+            and (self.training or in_evaluation)
+        )
+        parts = _parts_of(self) if served else ""
+        if isinstance(parts, str):
+            return theirs.forward(self, *args, **kwargs)
+        outputs = self.model(**given)
+        hidden = outputs.last_hidden_state
+        shifted = given.get("shift_labels")
+        loss = lora_head_loss(
+            hidden,
+            *parts,
+            labels if shifted is None else shifted.view(hidden.shape[:-1]),
+            shift=shifted is None,
+            num_items=given.get("num_items_in_batch"),
+            ignore_index=given.get("ignore_index", -100),
+            **shape_of(self)._asdict(),
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    names_of = {key: getattr(theirs, key) for key in ("__module__", "__qualname__", "__doc__")}
+    ours: Any = type(
+        theirs.__name__, (theirs,), {"forward": forward, "_fastlora_theirs": theirs} | names_of
+    )
+    return ours  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _shape_of(model_class: Any) -> Callable[[Any], Shape] | None:
+    """How the class makes logits of lm_head's output; None if its forward is not of the form above."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(model_class.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef):
+        return None
+    if not {ast.unparse(decorator) for decorator in function.decorator_list} <= DECORATORS:
+        return None
+    body = function.body
+    if ast.get_docstring(function) is not None:
+        body = body[1:]
+    lines = [ast.unparse(_Bare().visit(statement)) for statement in body]
+    before = _lines(BEFORE)
+    if lines[: len(before)] != before:
+        return None
+    for arguments in ARGUMENTS:
+        after = _lines(AFTER.replace("{arguments}", arguments))
+        if lines[-len(after) :] == after:
+            between = lines[len(before) : -len(after)]
+            return next((of for text, of in SHAPES.items() if _lines(text) == between), None)
+    return None
+
+
+class _Bare(ast.NodeTransformer):
+    """Without annotations: `outputs: BaseModelOutputWithPast = ...`."""
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if node.value is None:
+            return node
+        return ast.copy_location(ast.Assign(targets=[node.target], value=node.value), node)
+
+
+def _lines(text: str) -> list[str]:
+    return [ast.unparse(statement) for statement in ast.parse(text.strip()).body]
+
+
+def _parts_of(model: Any, training: bool = False) -> Parts | str:
+    """The op's arguments as they now are, or why the class's own forward must run."""
+    head = model.lm_head
+    if hooked(head):
+        return "hooks on lm_head"
+    down = up = None
+    scaling = 0.0
+    if type(head) is nn.Linear:
+        base = head
+    elif (reason := linear.never(head)) is not None:
+        return f"lm_head: {reason}"
+    else:
+        found = linear.parts_of(head, training)
+        if isinstance(found, str):
+            return f"lm_head: {found}"
+        base, adapter_a, adapter_b, scaling, magnitude = found
+        if magnitude is not None:
+            return "lm_head: DoRA"
+        down, up = adapter_a.weight, adapter_b.weight
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
+        return f"lm_head: base layer is a {type(base).__name__}"
+    if model.loss_function is not ForCausalLMLoss:
+        return "another loss function"
+    if base.weight.shape[0] != model.config.vocab_size:
+        return "lm_head is not of the vocabulary's size"
+    device = base.weight.device.type
+    if device not in ("cpu", "cuda"):
+        return f"device {device}"
+    dtypes = {t.dtype for t in (base.weight, base.bias, down, up) if t is not None}
+    if not training and len(dtypes) > 1 and not torch.is_autocast_enabled(device):
+        return "lm_head: base and adapter differ in dtype"  # PEFT computes in both of them
+    return base.weight, base.bias, down, up, scaling

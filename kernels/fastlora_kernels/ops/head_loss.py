@@ -1,0 +1,290 @@
+"""The loss of a language model from its last hidden states, with a LoRA adapter on the output layer or without.
+
+    z = k (h W^T + b + s S B^T),  S = h A^T,  softcapped: z <- c tanh(z / c)
+    loss = sum_t (logsumexp_v z_tv - z_t,label(t)) / n
+    g = (softmax(z) - onehot) dz/d(h W^T),  dh = g W + s (g B) A,  dA = s (g B)^T h,  dB = s g^T S;  all times 1/n
+
+LoRA, Hu et al. 2021 (arXiv:2106.09685), 4.1; softcapping, Gemma 2 (arXiv:2408.00118), 2. That gradients may be
+taken chunk by chunk in the forward pass, as the loss is one number: Hsu et al. 2024 (Liger, arXiv:2410.10989), 3.2.
+
+Rows without a label are dropped before any product. The rest go in equal chunks of at most
+max(1, LOGITS_BYTES / (V x bytes of a logit)) rows through one buffer, which holds logits and then g in the compute
+dtype; maximum, sum, loss and softmax are float32. g is kept without 1/n, which in float16 could make it vanish: n and
+the upstream gradient come in during backward, in float32. dA, dB, dW and db are summed over the chunks in float32.
+
+Memory beside inputs and outputs: the buffer; dh of the labelled rows (N x K); 2 x chunk x K; the sums. Without Triton
+also three times the buffer in float32. Deterministic: no atomics, a fixed order. Shapes: T tokens, N of them labelled,
+C in a chunk, K inputs, V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastlora_kernels import reference
+from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.ops.dequantize import FourBit
+from fastlora_kernels.ops.lora_linear import Weight, dense
+from fastlora_kernels.triton_or_not import jit, tl, triton
+
+BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
+LOGITS_BYTES = 2**28
+"""1,046 rows of Llama 3's 128,256 logits in 16 bits: enough for the products to be bound by arithmetic."""
+BLOCK_V = 8192
+ALIGNED = 64
+"""Rows of the buffer begin at multiples of so many logits: products and kernel then load whole vectors, at any V."""
+
+
+class Shape(NamedTuple):
+    """What becomes of h W^T + ... before the softmax."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+@jit
+def _tanh(x):
+    u = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - u) / (1.0 + u)
+    square = x * x  # near zero 1 - u cancels, and four terms of the series do better
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -t, t))
+
+
+@jit
+def _tanh_slope(x):
+    """1 - tanh^2, which cancels where it is small, in another form."""
+    u = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * u / ((1.0 + u) * (1.0 + u))
+
+
+@jit
+def _cross_entropy(
+    logits_ptr, labels_ptr, loss_ptr, n_columns, row_stride, logit_scale, softcap,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    label = tl.load(labels_ptr + row)
+    scale, cap = tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)
+    # A label outside the vocabulary makes the loss NaN; it must not read another row's logit.
+    known = (label >= 0) & (label < n_columns)
+    chosen = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32) * scale
+    if SOFTCAP:
+        chosen = cap * _tanh(chosen / cap)
+    highest = tl.full((), -float("inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, n_columns, BLOCK_V):
+        v_V = start + tl.arange(0, BLOCK_V)
+        z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
+        if SOFTCAP:
+            z_V = cap * _tanh(z_V / cap)
+        z_V = tl.where(v_V < n_columns, z_V, -float("inf"))
+        higher = tl.maximum(highest, tl.max(z_V, axis=0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z_V - higher), axis=0)
+        highest = higher
+    lse = highest + tl.log(total)
+    tl.store(loss_ptr + row, lse - chosen)
+    if GRADIENT:
+        for start in range(0, n_columns, BLOCK_V):
+            v_V = start + tl.arange(0, BLOCK_V)
+            z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
+            slope_V = tl.full((BLOCK_V,), 1.0, tl.float32) * scale
+            if SOFTCAP:
+                slope_V *= _tanh_slope(z_V / cap)
+                z_V = cap * _tanh(z_V / cap)
+            g_V = (tl.exp(z_V - lse) - tl.where(v_V == label, 1.0, 0.0)) * slope_V
+            tl.store(row_ptr + v_V, g_V.to(logits_ptr.dtype.element_ty), mask=v_V < n_columns)
+
+
+def cross_entropy_(
+    logits: torch.Tensor, labels: torch.Tensor, shape: Shape, gradient: bool
+) -> torch.Tensor:
+    """The loss of each row of `logits` (C, V; rows may lie apart), (C) in float32; with `gradient`, that of its logits
+    takes their place. labels (C), each in [0, V)."""
+    if choose_backend(logits.device, BACKENDS) == "reference":
+        return reference.cross_entropy_(logits, labels, *shape, gradient)
+    loss_C = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    block = min(BLOCK_V, triton.next_power_of_2(logits.shape[1]))
+    _cross_entropy[(logits.shape[0],)](
+        logits, labels, loss_C, logits.shape[1], logits.stride(0), float(shape.logit_scale),
+        float(shape.softcap or 1.0),
+        SOFTCAP=shape.softcap is not None, GRADIENT=gradient, BLOCK_V=block, num_warps=8 if block > 1024 else 4,
+    )  # fmt: skip
+    return loss_C
+
+
+def lora_head_loss(
+    hidden: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scaling: float,
+    labels: torch.Tensor,
+    *,
+    shift: bool = False,
+    num_items: torch.Tensor | float | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """The loss above, a float32 number; gradients for hidden, weight, bias, A and B, in their own dtypes.
+
+    hidden (..., K); weight (V, K) dense, or a Params4bit of that shape; bias (V); lora_a (R, K) and lora_b (V, R), or
+    neither; labels (...). Label t belongs to hidden t; with `shift`, to hidden t - 1 of the same row, as transformers
+    means it. The sum is divided by num_items, or by the number of labels: of none at all the mean is then NaN, as in
+    transformers, and the sum over num_items 0; every gradient is 0 in both cases.
+    The products are of autocast's dtype where that is on, else of hidden's.
+
+    Raises ValueError: shapes that do not fit, one of A and B without the other, a 4-bit layout that FourBit.of does not
+    know, a softcap that is not positive. A label outside [0, V) makes the loss NaN on a GPU, and raises on a CPU.
+    """
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_head_loss: lora_a and lora_b go together")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"lora_head_loss: softcap {softcap} is not positive")
+    _check(hidden, weight, bias, lora_a, lora_b, labels)
+    if shift:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    device = hidden.device
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    labels_T = labels.reshape(-1).to(device)
+    rows_N = (labels_T != ignore_index).nonzero().squeeze(1)
+    if num_items is None:
+        num_items = len(rows_N)
+    if not isinstance(num_items, torch.Tensor):
+        num_items = torch.full((), num_items, dtype=torch.float64, device=device)  # without a wait
+    with torch.autocast(device.type, enabled=False):
+        loss: torch.Tensor = HeadLoss.apply(
+            hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_a, lora_b, scaling, labels_T[rows_N], rows_N,
+            num_items.to(device), Shape(logit_scale, softcap), dtype, torch.is_grad_enabled(),
+        )  # fmt: skip
+    return loss
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    labels: torch.Tensor,
+) -> None:
+    quantized = FourBit.of(weight)
+    if quantized is None and weight.dtype == torch.uint8:
+        raise ValueError("lora_head_loss: a quantized weight of a layout that is not served")
+    v, k = weight.shape if quantized is None else quantized.shape
+    r = 0 if lora_a is None else lora_a.shape[0]
+    fits = hidden.shape[-1] == k and labels.shape == hidden.shape[:-1]
+    fits = fits and (bias is None or bias.shape == (v,))
+    if lora_a is not None and lora_b is not None:
+        fits = fits and lora_a.shape == (r, k) and lora_b.shape == (v, r)
+    if not fits:
+        given = [None if t is None else tuple(t.shape) for t in (bias, lora_a, lora_b)]
+        raise ValueError(
+            f"lora_head_loss: hidden {tuple(hidden.shape)}, weight {(v, k)}, bias {given[0]}, lora_a {given[1]}, "
+            f"lora_b {given[2]} and labels {tuple(labels.shape)} do not fit; expected (..., K), (V, K), (V), (R, K), "
+            "(V, R), (...)"
+        )
+
+
+class HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TK: torch.Tensor,
+        weight: Weight,
+        bias_V: torch.Tensor | None,
+        a_RK: torch.Tensor | None,
+        b_VR: torch.Tensor | None,
+        scaling: float,
+        labels_N: torch.Tensor,
+        rows_N: torch.Tensor,
+        items: torch.Tensor,
+        shape: Shape,
+        dtype: torch.dtype,
+        trains: bool,
+    ) -> torch.Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        device, items = hidden_TK.device, items.to(wide)
+        weight_VK = dense(weight, dtype).to(dtype)
+        bias = None if bias_V is None else bias_V.to(dtype)
+        a, b = (None if t is None else t.to(dtype) for t in (a_RK, b_VR))
+        (v, k), n = weight_VK.shape, len(rows_N)
+        wants = [trains and needed for needed in ctx.needs_input_grad[:5]]
+        sums = [
+            torch.zeros(t.shape if t is not weight else (v, k), dtype=wide, device=device)
+            if wanted and t is not None
+            else None
+            for t, wanted in zip((weight, bias_V, a_RK, b_VR), wants[1:], strict=True)
+        ]
+        dw_VK, dbias_V, da_RK, db_VR = sums
+        dh_NK = torch.empty((n, k), dtype=dtype, device=device) if wants[0] else None
+        losses_N = torch.empty(n, dtype=wide, device=device)
+
+        limit = max(1, LOGITS_BYTES // (v * dtype.itemsize))
+        chunks = max(1, -(-n // limit))
+        columns = -(-v // ALIGNED) * ALIGNED
+        buffer = torch.empty((-(-n // chunks), columns), dtype=dtype, device=device)[:, :v]
+        start = 0
+        for rows_C in rows_N.tensor_split(chunks) if n else ():
+            here = slice(start, start := start + len(rows_C))
+            h_CK = hidden_TK.index_select(0, rows_C).to(dtype)
+            logits_CV = buffer[: len(rows_C)]
+            if bias is None:
+                torch.mm(h_CK, weight_VK.T, out=logits_CV)
+            else:
+                torch.addmm(bias, h_CK, weight_VK.T, out=logits_CV)
+            if a is not None and b is not None:
+                down_CR = h_CK @ a.T
+                logits_CV.addmm_(down_CR, b.T, alpha=scaling)
+            losses_N[here] = cross_entropy_(logits_CV, labels_N[here], shape, any(wants))
+            g_CV = logits_CV  # by now
+            if dh_NK is not None:
+                torch.mm(g_CV, weight_VK, out=dh_NK[here])
+            if a is not None and b is not None and (wants[0] or wants[3]):
+                up_CR = g_CV @ b
+                if dh_NK is not None:
+                    dh_NK[here].addmm_(up_CR, a, alpha=scaling)
+                if da_RK is not None:
+                    da_RK += up_CR.T @ h_CK
+            if db_VR is not None:
+                db_VR += g_CV.T @ down_CR
+            if dw_VK is not None:
+                dw_VK += g_CV.T @ h_CK
+            if dbias_V is not None:
+                dbias_V += g_CV.sum(dim=0, dtype=wide)
+        ctx.tokens, ctx.scaling, ctx.limit = hidden_TK.shape[0], scaling, limit
+        ctx.dtypes = [
+            None if t is None else t.dtype for t in (hidden_TK, weight, bias_V, a_RK, b_VR)
+        ]
+        ctx.save_for_backward(rows_N, items, dh_NK, *sums)
+        return losses_N.sum() / items
+
+    # The gradients are numbers by now, no functions of the inputs.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows_N, items, dh_NK, *sums = ctx.saved_tensors
+        # Without labels nothing depends on anything, and 1 / items may be infinite.
+        factor = gradients[0] / items if len(rows_N) else torch.zeros_like(gradients[0])
+        dh_TK = None
+        if dh_NK is not None:
+            dh_TK = dh_NK.new_zeros((ctx.tokens, dh_NK.shape[1]), dtype=ctx.dtypes[0])
+            for start in range(0, len(rows_N), ctx.limit):
+                here = slice(start, start + ctx.limit)
+                # By a float32 factor: one rounded to 16 bits would be off by the same 0.2 % everywhere.
+                scaled_CK = (dh_NK[here].to(factor.dtype) * factor).to(dh_TK.dtype)
+                dh_TK.index_copy_(0, rows_N[here], scaled_CK)
+        factors = (factor, factor, factor * ctx.scaling, factor * ctx.scaling)
+        rest = [
+            None if total is None else (total * times).to(dtype)
+            for total, times, dtype in zip(sums, factors, ctx.dtypes[1:], strict=True)
+        ]
+        return dh_TK, *rest, *([None] * 7)

@@ -1,0 +1,84 @@
+"""Runs with an adapter on the output layer and the embedding, and the loss in chunks, from recipe to merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def untied(workplace: Any, tmp_path: Path) -> str:
+    """The tiny model with an output layer of its own."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tiny = workplace.root / "recipes/tiny/model"
+    config = AutoConfig.from_pretrained(tiny, tie_word_embeddings=False)
+    base = AutoModelForCausalLM.from_pretrained(tiny, config=config)
+    base.lm_head.weight.data = base.model.embed_tokens.weight.data.clone()
+    base.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "untied")
+    return f"model.name={tmp_path}/untied"
+
+
+BOTH = 'lora.target_modules=["q_proj", "embed_tokens", "lm_head"]'
+
+
+def test_adapters_on_head_and_embedding_train_and_merge(workplace: Any, untied: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    workplace.run(
+        "--set", untied, "--set", BOTH, "--set", "lora.dropout=0", "--set", "output.merge=16bit",
+        "--set", "train.keep_best=true",
+    )  # fmt: skip
+    manifest = workplace.manifest()
+    assert manifest["merge"]["carried"] == pytest.approx(1, abs=0.05)
+    assert not any("holds all logits" in note for note in manifest["notes"])
+    losses = [value for _, which, value in workplace.losses() if which == "loss"]
+    assert losses[-1] < losses[0]
+    saved = load_file(workplace.path() / "adapter/adapter_model.safetensors")
+    trained = [name for name, tensor in saved.items() if "B" in name and tensor.any()]
+    assert any("lm_head.lora_B" in name for name in trained)
+    assert any("embed_tokens.lora_embedding_B" in name for name in trained)
+    # Both of them begin at zero in one of their two halves; and no frozen weight lies beside them.
+    assert saved["base_model.model.model.embed_tokens.lora_embedding_A"].any()
+    assert all("lora_" in name for name in saved)
+
+    base = AutoModelForCausalLM.from_pretrained(untied.partition("=")[2], dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, str(workplace.path() / "adapter")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(workplace.path() / "merged", dtype=torch.float32)
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    ids = torch.tensor([manifest["probe_ids"]])
+    with torch.no_grad():
+        wanted, got = adapted(input_ids=ids).logits, merged.eval()(input_ids=ids).logits
+        with adapted.disable_adapter():
+            effect = float((wanted - adapted(input_ids=ids).logits).norm())
+    assert float((got - wanted).norm()) < 0.1 * effect
+
+
+def test_the_loss_in_chunks_is_the_loss(workplace: Any, untied: str) -> None:
+    """Every logged loss, gradient norm and held-out loss, with dropout in the layers."""
+    for chunked in ("true", "false"):
+        workplace.run(
+            "--set", untied, "--set", f"train.chunked_loss={chunked}", "--set", "train.epochs=1"
+        )  # fmt: skip
+    ours, plain = workplace.losses(1), workplace.losses(2)
+    assert [entry[:2] for entry in ours] == [entry[:2] for entry in plain]
+    assert [entry[2] for entry in ours] == pytest.approx([entry[2] for entry in plain], rel=1e-3)
+    assert ours != plain  # another order of sums: it was not the same code
+    assert not any("chunked_loss" in note for note in workplace.manifest(1)["notes"])
+
+
+def test_where_our_loss_does_not_serve_the_adapter_trains_all_the_same(
+    workplace: Any, untied: str
+) -> None:
+    """The recipe's dropout, which is on the head too."""
+    workplace.run("--set", untied, "--set", BOTH)
+    notes = workplace.manifest()["notes"]
+    assert any("holds all logits" in note and "dropout" in note for note in notes)
+    losses = [value for _, which, value in workplace.losses() if which == "loss"]
+    assert losses[-1] < losses[0]
