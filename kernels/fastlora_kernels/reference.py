@@ -68,7 +68,8 @@ def dequantize(
     row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """c (code[q] absmax + scaling B A), (N, K), in float32 and rounded once to `dtype`; see ops/dequantize.py."""
-    codes = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1).view(-1).long()
+    packed = weight.codes.view(-1)
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1).long()
     absmax = weight.absmax
     if weight.nested_absmax is not None:
         assert weight.nested_table is not None
