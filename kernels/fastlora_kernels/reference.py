@@ -84,3 +84,11 @@ def dequantize(
     if row_scale is not None:
         dense = dense * row_scale[:, None]
     return dense.to(dtype)
+
+
+def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """x / (1 - p) where a uniform number of the seed's own generator is at least p, else 0."""
+    generator = torch.Generator(x.device)
+    generator.manual_seed(int(seed))
+    drawn = torch.rand(x.shape, generator=generator, device=x.device)
+    return torch.where(drawn >= p, x / (1 - p), 0).to(x.dtype)
