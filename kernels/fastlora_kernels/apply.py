@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -103,11 +104,9 @@ def detach(model: nn.Module) -> None:
 
 def _base_dtype(parts: Parts) -> torch.dtype:
     """The dtype that the base computes in; an 8-bit one has none of its own."""
-    if type(parts.base) is BaseLinear8bit:
-        return parts.down.weight.dtype
-    return (
-        parts.base.compute_dtype if type(parts.base) is BaseLinear4bit else parts.base.weight.dtype
-    )  # type: ignore[no-any-return]
+    base: Any = parts.down if type(parts.base) is BaseLinear8bit else parts.base
+    dtype: torch.dtype = base.compute_dtype if type(base) is BaseLinear4bit else base.weight.dtype
+    return dtype
 
 
 def _total(kinds: Kinds) -> int:

@@ -201,7 +201,6 @@ def int8(has_fp16_weights: bool = False, threshold: float = 0.0, **config: Any) 
     base = bnb.nn.Linear8bitLt(64, 17, has_fp16_weights=has_fp16_weights, threshold=threshold)
     model = nn.ModuleDict({"proj": base.requires_grad_(False).to("cpu")})  # .to quantizes
     model.is_loaded_in_8bit = True
-    base(torch.zeros(1, 64))  # from then on PEFT can ask for its scales
     inject_adapter_in_model(LoraConfig(**{"r": 4, "target_modules": ["proj"]} | config), model)
     fill(model)
     return model
@@ -373,7 +372,6 @@ LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
         ),
         "DoRA with a bias in the adapter",
     ),
-    "dora, 8 bits": (lambda: int8(use_dora=True), "DoRA on an 8-bit weight"),
     "8 bits, kept in 16": (lambda: int8(has_fp16_weights=True), "8-bit weight not quantized"),
     "own dropout": (
         lambda: changed(lambda p: p.lora_dropout.update({"default": nn.AlphaDropout(0.5)})),

@@ -90,11 +90,11 @@ def group_siblings(model: nn.Module) -> list[str]:
     found = []
     for parent in model.modules():
         for names in SIBLINGS:
-            layers = {
+            children = {name: parent._modules.get(name) for name in names}
+            layers: dict[str, Any] = {
                 name: child
-                for name in names
-                if type(child := parent._modules.get(name)) in DETACHED
-                and not isinstance(parts_of(child, training=True), str)
+                for name, child in children.items()
+                if type(child) in DETACHED and not isinstance(parts_of(child, training=True), str)
             }
             if len(layers) > 1 and len({layer.in_features for layer in layers.values()}) == 1:
                 group = Group(list(layers.values()))

@@ -144,7 +144,7 @@ def shaped(y_TN: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def stacked(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """One below the other, in `dtype`."""
-    return (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(dtype)
+    return (matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))).to(dtype)
 
 
 class LoraLinears(torch.autograd.Function):
@@ -315,7 +315,8 @@ def gradient_of_a(
 ) -> tuple[torch.Tensor, ...]:
     """dA_i for each i."""
     if seeds is None:
-        return product(up_TR.T, x_TK).split([block.stop - block.start for block in blocks])
+        da_RK = product(up_TR.T, x_TK)
+        return tuple(da_RK[block] for block in blocks)
     return tuple(
         product(up_TR[:, block].T, dropout(x_TK, p, seeds[i]))
         for i, (block, p) in enumerate(zip(blocks, ps, strict=True))

@@ -88,7 +88,7 @@ def up_and_gradient(
     dtype. Summed in float32. With dtype None, dB is not wanted, and None.
     """
     backend = choose_backend(g.device, BACKENDS)
-    if dtype is not None and backend != "reference" and one_pass(*g.shape, b.shape[1]):
+    if dtype is not None and backend != "reference" and one_pass(g.shape[0], *b.shape):
         return in_one_pass(g, b, down, scaling, up, dtype)
     up.addmm_(g, b, beta=0, alpha=scaling)
     if dtype is None:
