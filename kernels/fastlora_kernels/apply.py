@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from fastlora_kernels.bnb_or_not import BaseLinear4bit
-from fastlora_kernels.layers.linear import ATTACHED, DETACHED, Parts, never, parts_of
+from fastlora_kernels.bnb_or_not import BaseLinear4bit, BaseLinear8bit
+from fastlora_kernels.layers.group import group_siblings
+from fastlora_kernels.layers.linear import ATTACHED, DETACHED, GROUP, Parts, never, parts_of
 
 Kinds = Mapping[str, int]
 
@@ -37,12 +40,16 @@ class Attached:
     """Reason -> kinds that PEFT serves."""
     by_layer: Mapping[str, str]
     """Name of a LoRA layer -> why PEFT serves it, or "" where our op does."""
+    groups: Kinds = field(default_factory=dict)
+    """Of those served: layers that run together where they are given the same x, as q_proj+k_proj+v_proj."""
 
     def lines(self) -> Iterator[str]:
         total = _total(self.served) + sum(_total(kinds) for kinds in self.left.values())
         yield f"fastlora serves {_total(self.served)} of {total} LoRA layers{_listed(self.served)}"
         if self.only_autocast:
             yield f"  under autocast only: {_total(self.only_autocast)}{_listed(self.only_autocast)}"
+        if self.groups:
+            yield f"  together on one read of x: {_total(self.groups)} groups{_listed(self.groups)}"
         for reason, kinds in self.left.items():
             yield f"  left to PEFT, {reason}: {_total(kinds)}{_listed(kinds)}"
 
@@ -53,14 +60,16 @@ class Attached:
 def attach(model: nn.Module) -> Attached:
     """Serve every LoRA layer of `model` that our op can serve; leave the others as they are.
 
-    Served: PEFT's LoRA layers on a plain, frozen `torch.nn.Linear` or a bitsandbytes `Linear4bit`, one active
-    adapter, DoRA but no other variant, no bias in the adapter, no dropout in training. What can change from
-    call to call is looked at on every call, and PEFT's own forward runs where it does not fit: adapters disabled,
-    merged or switched, `adapter_names`, dropout, hooks, dtypes. Outside autocast, base, adapter and x must be of one
-    dtype: there PEFT computes a float32 adapter in float32, and in x's bfloat16 dA and dB would be off by 0.2 %.
+    Served: PEFT's LoRA layers on a plain, frozen `torch.nn.Linear` or a bitsandbytes `Linear4bit` or `Linear8bitLt`,
+    one active adapter of rank 256 or less, with bias and dropout if it has them; DoRA on the first two without those;
+    no other variant. What can change from call to call is looked at on every call, and PEFT's own forward runs where
+    it does not fit: adapters disabled, merged or switched, `adapter_names`, hooks, dtypes. Outside autocast, base,
+    adapter and x must be of one dtype: there PEFT computes a float32 adapter in float32, and in x's bfloat16 dA and dB
+    would be off by 0.2 %. Dropout draws other masks than PEFT's from the same seed. Layers that share an x run
+    together (layers/group.py).
 
-    A reason in the report that can pass (a disabled adapter, dropout) holds for now and for training. May be
-    called again, for a new report. A gradient of a gradient through a served layer raises RuntimeError.
+    A reason in the report that can pass (a disabled adapter) holds for now and for training. May be called again, for
+    a new report. A gradient of a gradient through a served layer raises RuntimeError.
     """
     served: Counter[str] = Counter()
     only_autocast: Counter[str] = Counter()
@@ -79,12 +88,15 @@ def attach(model: nn.Module) -> Attached:
             left[found][kind] += 1
             continue
         served[kind] += 1
-        base, down, up, *_ = found
-        base_dtype = base.compute_dtype if type(base) is BaseLinear4bit else base.weight.dtype
-        if not base_dtype == down.weight.dtype == up.weight.dtype:
+        if not _base_dtype(found) == found.down.weight.dtype == found.up.weight.dtype:
             only_autocast[kind] += 1
-    by_reason = {why: dict(kinds) for why, kinds in left.items()}
-    return Attached(dict(served), dict(only_autocast), by_reason, by_layer)
+    return Attached(
+        dict(served),
+        dict(only_autocast),
+        {why: dict(kinds) for why, kinds in left.items()},
+        by_layer,
+        dict(Counter(group_siblings(model))),
+    )
 
 
 def detach(model: nn.Module) -> None:
@@ -92,6 +104,14 @@ def detach(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) in DETACHED:
             layer.__class__ = DETACHED[type(layer)]
+            vars(layer).pop(GROUP, None)
+
+
+def _base_dtype(parts: Parts) -> torch.dtype:
+    """The dtype that the base computes in; an 8-bit one has none of its own."""
+    base: Any = parts.down if type(parts.base) is BaseLinear8bit else parts.base
+    dtype: torch.dtype = base.compute_dtype if type(base) is BaseLinear4bit else base.weight.dtype
+    return dtype
 
 
 def _total(kinds: Kinds) -> int:

@@ -68,7 +68,8 @@ def dequantize(
     row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """c (code[q] absmax + scaling B A), (N, K), in float32 and rounded once to `dtype`; see ops/dequantize.py."""
-    codes = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1).view(-1).long()
+    packed = weight.codes.view(-1)
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1).long()
     absmax = weight.absmax
     if weight.nested_absmax is not None:
         assert weight.nested_table is not None
@@ -157,3 +158,11 @@ def lora_embedding(
     down = torch.nn.functional.embedding(ids, lora_a.T, padding_idx=padding_idx)
     rows = torch.nn.functional.embedding(ids, weight)
     return (rows + scaling * (down @ lora_b.T)).to(weight.dtype)
+
+
+def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """x / (1 - p) where a uniform number of the seed's own generator is at least p, else 0."""
+    generator = torch.Generator(x.device)
+    generator.manual_seed(int(seed))
+    drawn = torch.rand(x.shape, generator=generator, device=x.device)
+    return torch.where(drawn >= p, x / (1 - p), 0).to(x.dtype)

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fastlora_kernels.layers.group
 import fastlora_kernels.layers.linear
 import pytest
 import torch
 from fastlora_kernels import attach, detach
-from fastlora_kernels.ops.lora_linear import folds, lora_linear
+from fastlora_kernels.ops.lora_linear import folds, lora_linear, lora_linears
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
@@ -80,7 +81,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         seen.append(x.dtype)
         return lora_linear(x, *rest)
 
+    def spies(x: torch.Tensor, projections: list[Any]) -> tuple[torch.Tensor, ...]:
+        seen.extend([x.dtype] * len(projections))
+        return lora_linears(x, projections)
+
     monkeypatch.setattr(fastlora_kernels.layers.linear, "lora_linear", spy)
+    monkeypatch.setattr(fastlora_kernels.layers.group, "lora_linears", spies)
     return seen
 
 
@@ -144,6 +150,80 @@ def test_16_bit_errs_no_more_than_peft(
             float((found[name].float() - truth).norm() / truth.norm()) for found in (ours, theirs)
         )
         assert error <= 2 * allowed + torch.finfo(torch.float32).eps, name
+
+
+@pytest.mark.filterwarnings("ignore:.*merging LoRA weights")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bias_in_the_adapter(bias: bool, autocast: bool, calls: list[torch.dtype]) -> None:
+    model = lora_model(bias=bias, lora_bias=True)
+    model["proj"].lora_B["default"].bias.data.normal_()
+    x = torch.randn(2, 5, 24)
+    exact, theirs = results(model, x), results(model, x, autocast)
+    assert attach(model).served == {"proj": 1}
+    ours = results(model, x, autocast)
+    assert "proj.lora_B.default.bias" in ours
+    assert_errs_no_more(ours, theirs, exact)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("base", ["dense", "8 bits"])
+def test_dropout_drops_what_it_says_and_no_more(base: str, calls: list[torch.dtype]) -> None:
+    """Rows of the identity show the mask: y - x W^T is the delta in a kept row, twice over, and 0 in another."""
+    model = lora_model(k=64, lora_dropout=0.5) if base == "dense" else int8(lora_dropout=0.5)
+    proj = model["proj"]
+    x = torch.eye(64, requires_grad=True)
+    delta = proj.get_delta_weight("default").T.detach()
+    assert attach(model).served == {"proj": 1}
+    y = proj(x)
+    found = y - proj.base_layer(x)
+    kept = (found - 2 * delta).abs().amax(dim=1) < 1e-4
+    torch.testing.assert_close(found[~kept], torch.zeros_like(found[~kept]), rtol=0, atol=1e-5)
+    assert 16 < int(kept.sum()) < 48
+    g = torch.randn_like(y)
+    dx, da = torch.autograd.grad(y, (x, proj.lora_A["default"].weight), g)
+    base_dx = torch.autograd.grad(proj.base_layer(x), x, g)[0] if base == "dense" else None
+    up = proj.scaling["default"] * g @ proj.lora_B["default"].weight
+    torch.testing.assert_close(da, up.T @ (2.0 * kept.diag()))
+    if base_dx is not None:
+        inner = (dx - base_dx).diag()  # there the mask of dx is that of x
+        expected = (up @ proj.lora_A["default"].weight).diag() * 2 * kept
+        torch.testing.assert_close(inner, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(proj(x), y)
+    model.eval()
+    torch.testing.assert_close(proj(x), proj.base_layer(x) + x @ delta)
+    assert len(calls) == 3
+
+
+def int8(has_fp16_weights: bool = False, threshold: float = 0.0, **config: Any) -> nn.ModuleDict:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = bnb.nn.Linear8bitLt(64, 17, has_fp16_weights=has_fp16_weights, threshold=threshold)
+    model = nn.ModuleDict({"proj": base.requires_grad_(False).to("cpu")})  # .to quantizes
+    model.is_loaded_in_8bit = True
+    inject_adapter_in_model(LoraConfig(**{"r": 4, "target_modules": ["proj"]} | config), model)
+    fill(model)
+    return model
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.5])
+@pytest.mark.parametrize("training", [False, True])
+def test_8_bits_are_pefts(training: bool, threshold: float, calls: list[torch.dtype]) -> None:
+    """In training bitsandbytes takes x W^T on a CPU, and else the product of 8-bit numbers, as on a GPU."""
+    model = int8(threshold=threshold, lora_bias=True).train(training)
+    x = torch.randn(2, 5, 64)
+    theirs = results(model, x)
+    assert attach(model).served == {"proj": 1}
+    assert_equal(results(model, x), theirs, rtol=1e-4, atol=1e-5)
+    assert calls == [torch.float32]
+
+
+def assert_errs_no_more(ours: Results, theirs: Results, exact: Results) -> None:
+    assert ours.keys() == theirs.keys() == exact.keys()
+    for name, truth in exact.items():
+        assert ours[name].dtype == theirs[name].dtype, name
+        error, allowed = (float((found[name].float() - truth).norm()) for found in (ours, theirs))
+        assert error <= 2 * allowed + 1e-6 * float(truth.norm()), name
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -281,7 +361,23 @@ LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
     "two": (both_active, "2 active adapters"),
     "none": (none_active, "0 active adapters"),
     "dora, odd": (lambda: lora_model(k=23, use_dora=True), "DoRA on an odd number of inputs"),
-    "dropout": (lambda: lora_model(lora_dropout=0.5), "dropout in training"),
+    "dora, dropout": (
+        lambda: lora_model(lora_dropout=0.5, use_dora=True),
+        "DoRA with dropout in training",
+    ),
+    "dora, bias": (
+        lambda: changed(
+            lambda p: setattr(p.lora_B["default"], "bias", nn.Parameter(torch.ones(17))),
+            use_dora=True,
+        ),
+        "DoRA with a bias in the adapter",
+    ),
+    "8 bits, kept in 16": (lambda: int8(has_fp16_weights=True), "8-bit weight not quantized"),
+    "own dropout": (
+        lambda: changed(lambda p: p.lora_dropout.update({"default": nn.AlphaDropout(0.5)})),
+        "dropout of another kind",
+    ),
+    "rank": (lambda: lora_model(r=257), "rank above 256"),
     "nf4": (nf4, "4-bit weight on a CPU"),
     "nf4, an odd number of inputs": (
         lambda: nf4(k=65),
@@ -294,7 +390,12 @@ LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
         "layer is a OwnLora",
     ),
     "conv": (lambda: lora_model(base=nn.Conv1d(24, 17, 1)), "layer is a Conv1d"),
-    "lora_bias": (lambda: changed(lambda p: None, lora_bias=True), "bias in the adapter"),
+    "bias in A": (
+        lambda: changed(
+            lambda p: setattr(p.lora_A["default"], "bias", nn.Parameter(torch.ones(4)))
+        ),
+        "bias in the adapter's A",
+    ),
     "trained base": (
         lambda: changed(lambda p: p.base_layer.weight.requires_grad_()),
         "base layer is trained too",
@@ -323,9 +424,7 @@ LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
 def test_what_is_left_to_peft_is_pefts_to_the_last_bit(case: str, calls: list[torch.dtype]) -> None:
     build, reason = LEFT[case]
     model = build()
-    k = {"dora, odd": 23, "nf4": 64, "nf4 unannounced": 64, "nf4, an odd number of inputs": 65}.get(
-        case, 24
-    )
+    k = model["proj"].base_layer.in_features if case != "conv" else 24
     x = torch.randn(2, k, 3) if case == "conv" else torch.randn(5, k)
     theirs = results(model, x)
     attached = attach(model)
@@ -368,9 +467,10 @@ def test_an_adapter_for_each_row(calls: list[torch.dtype]) -> None:
     assert calls == []
 
 
+@pytest.mark.filterwarnings("ignore:.*merging LoRA weights")
 def test_state_that_changes_after_attaching(calls: list[torch.dtype]) -> None:
     """Each state against PEFT's own forward of a copy; `served` says whether the op ran."""
-    plain = two_adapters(lora_dropout=0.5)
+    plain = two_adapters(lora_bias=True)
     model = copy.deepcopy(plain)
     assert attach(model).served == {"proj": 1}
     x = torch.randn(5, 24)
@@ -384,8 +484,7 @@ def test_state_that_changes_after_attaching(calls: list[torch.dtype]) -> None:
         assert bool(calls) is served
 
     check(True, lambda p: None)
-    check(False, lambda p: p.set_adapter("second"))  # its dropout is on
-    check(True, lambda p: p.eval())
+    check(True, lambda p: p.set_adapter("second"))
     check(False, lambda p: p.set_adapter(["default", "second"]))
     check(True, lambda p: p.set_adapter("default"))
     check(False, lambda p: p.merge())
@@ -396,14 +495,6 @@ def test_state_that_changes_after_attaching(calls: list[torch.dtype]) -> None:
     check(True, lambda p: setattr(p.base_layer.weight, "data", torch.ones(17, 24)))
     check(True, lambda p: setattr(p.lora_A["default"], "weight", nn.Parameter(torch.ones(4, 24))))
     check(False, lambda p: p.base_layer.register_forward_pre_hook(lambda m, i: (i[0] * 2,)))
-
-
-def test_dropout_is_reported_before_training_begins(calls: list[torch.dtype]) -> None:
-    """Models are attached in eval mode as they come from the disk; there our op does serve."""
-    model = lora_model(lora_dropout=0.5).eval()
-    assert attach(model).left == {"dropout in training": {"proj": 1}}
-    results(model, torch.randn(5, 24))
-    assert len(calls) == 1
 
 
 def test_attach_twice_copy_and_detach(calls: list[torch.dtype]) -> None:

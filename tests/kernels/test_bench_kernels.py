@@ -97,9 +97,9 @@ def test_nf4_is_counted_as_bitsandbytes_stores_it(bench: ModuleType) -> None:
 def test_a_wrong_op_gets_no_speed(
     bench: ModuleType, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(*given: Any) -> torch.Tensor:
-        *tensors, scaling = given
-        return lora_linear(*tensors, scaling * factor)
+    def wrong(x: torch.Tensor, *projection: Any) -> torch.Tensor:
+        weight, bias, a, b, scaling, *rest = projection
+        return lora_linear(x, weight, bias, a, b, scaling * factor, *rest)
 
     monkeypatch.setattr(fastlora_kernels.layers.linear, "lora_linear", wrong)
     target = tmp_path / "ops.json"

@@ -201,10 +201,13 @@ def _parts_of(model: Any, training: bool = False) -> Parts | str:
         found = linear.parts_of(head, training)
         if isinstance(found, str):
             return f"lm_head: {found}"
-        base, adapter_a, adapter_b, scaling, magnitude = found
-        if magnitude is not None:
+        if found.magnitude is not None:
             return "lm_head: DoRA"
-        down, up = adapter_a.weight, adapter_b.weight
+        if found.dropout:
+            return "lm_head: dropout in training"
+        if found.up.bias is not None:
+            return "lm_head: bias in the adapter"
+        base, down, up, scaling = found.base, found.down.weight, found.up.weight, found.scaling
     if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
         return f"lm_head: base layer is a {type(base).__name__}"
     if model.loss_function is not ForCausalLMLoss:

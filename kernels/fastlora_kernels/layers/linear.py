@@ -1,26 +1,56 @@
 """PEFT's LoRA layer on a linear base, with our op as its forward.
 
-A served layer gets one of the classes below and nothing else; what can change from call to call is looked at on
-every call.
+A served layer gets one of the classes below, and in its dict the group that it runs in (layers/group.py), if any;
+what can change from call to call is looked at on every call.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
-from fastlora_kernels.bnb_or_not import BaseLinear4bit, Linear4bit, Params4bit
+from fastlora_kernels.bnb_or_not import (
+    BaseLinear4bit,
+    BaseLinear8bit,
+    Int8Params,
+    Linear4bit,
+    Linear8bit,
+    Params4bit,
+)
 from fastlora_kernels.ops.dequantize import FourBit
 from fastlora_kernels.ops.dora_linear import dora_linear
-from fastlora_kernels.ops.lora_linear import lora_linear
+from fastlora_kernels.ops.eight_bit import EightBit
+from fastlora_kernels.ops.lora_linear import Projection, Weight, lora_linear
 
-Parts = tuple[nn.Linear, nn.Linear, nn.Linear, float, torch.Tensor | None]
-"""Base layer, A, B, scaling and, with DoRA, the magnitude."""
+MAX_RANK = 256
+GROUP = "_fastlora_group"
+"""Where a layer's dict has its group."""
+
+
+class Parts(NamedTuple):
+    """A layer as it is at one call."""
+
+    base: nn.Linear
+    down: nn.Linear
+    """A."""
+    up: nn.Linear
+    """B."""
+    scaling: float
+    magnitude: torch.Tensor | None
+    """With DoRA."""
+    dropout: float
+    """0 outside training."""
+    weight: Weight
+
+    def projection(self) -> Projection:
+        base, down, up, scaling, _, dropout, weight = self
+        bias = None if isinstance(weight, EightBit) else base.bias  # its product has it already
+        return Projection(weight, bias, down.weight, up.weight, scaling, up.bias, dropout)
 
 
 class AttachedLinear(Linear):  # type: ignore[misc]  # peft is untyped
@@ -28,14 +58,8 @@ class AttachedLinear(Linear):  # type: ignore[misc]  # peft is untyped
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N), in the autocast dtype or else in x's."""
-        parts = parts_of(self)
-        if not (args or kwargs or isinstance(parts, str)):
-            base, down, up, *_ = parts
-            dtype = _compute_dtype(x, base.weight, base.bias, down.weight, up.weight)
-            if dtype is not None:
-                # What autocast does. The op casts A and B itself and returns their gradients in their own dtype.
-                return _op(parts, x.to(dtype), base.weight.to(dtype))
-        return Linear.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+        y = None if args or kwargs else served(self, x)
+        return Linear.forward(self, x, *args, **kwargs) if y is None else y
 
 
 class AttachedLinear4bit(Linear4bit):  # type: ignore[misc]
@@ -43,25 +67,46 @@ class AttachedLinear4bit(Linear4bit):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N) in x's dtype."""
-        parts = parts_of(self)
-        if not (args or kwargs or isinstance(parts, str)):
-            base, down, up, *_ = parts
-            dtype = _compute_dtype(x, down.weight, up.weight)
-            if dtype is not None and dtype == base.compute_dtype:
-                return _op(parts, x.to(dtype), base.weight).to(x.dtype)
-        return Linear4bit.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+        y = None if args or kwargs else served(self, x)
+        return Linear4bit.forward(self, x, *args, **kwargs) if y is None else y.to(x.dtype)
 
 
-def _op(parts: Parts, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    base, down, up, scaling, magnitude = parts
-    bias = None if base.bias is None else base.bias.to(x.dtype)
-    if magnitude is None:
-        return lora_linear(x, weight, bias, down.weight, up.weight, scaling)
-    return dora_linear(x, weight, bias, down.weight, up.weight, magnitude, scaling)
+class AttachedLinear8bit(Linear8bit):  # type: ignore[misc]
+    """The same on an 8-bit base, which computes in x's dtype."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (..., K) -> (..., N) in x's dtype."""
+        y = None if args or kwargs else served(self, x)
+        return Linear8bit.forward(self, x, *args, **kwargs) if y is None else y
 
 
-ATTACHED = {Linear: AttachedLinear, Linear4bit: AttachedLinear4bit}
+ATTACHED = {
+    Linear: AttachedLinear,
+    Linear4bit: AttachedLinear4bit,
+    Linear8bit: AttachedLinear8bit,
+}
 DETACHED = {ours: theirs for theirs, ours in ATTACHED.items()}
+BASES = {Linear: nn.Linear, Linear4bit: BaseLinear4bit, Linear8bit: BaseLinear8bit}
+WEIGHTS = {nn.Linear: nn.Parameter, BaseLinear4bit: Params4bit, BaseLinear8bit: Int8Params}
+
+
+def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The layer's output by our op, in the dtype computed in; None if PEFT must serve this call."""
+    parts = parts_of(layer)
+    if isinstance(parts, str):
+        return None
+    dtype = compute_dtype(parts, x)
+    if dtype is None:
+        return None
+    if parts.magnitude is not None:
+        return dora_linear(
+            x.to(dtype), parts.weight, parts.base.bias, parts.down.weight, parts.up.weight,
+            parts.magnitude, parts.scaling,
+        )  # fmt: skip
+    group = vars(layer).get(GROUP)
+    y: torch.Tensor | None = None if group is None else group.output(layer, x, parts, dtype)
+    # What autocast does. The op casts W, b, A and B itself and returns gradients in their own dtype.
+    return lora_linear(x.to(dtype), *parts.projection()) if y is None else y
 
 
 def never(layer: Any) -> str | None:
@@ -71,7 +116,7 @@ def never(layer: Any) -> str | None:
         return f"layer is a {type(layer).__name__}"
     if "forward" in vars(layer):
         return "its forward was replaced"
-    if type(layer.base_layer) is not (BaseLinear4bit if peft is Linear4bit else nn.Linear):
+    if type(layer.base_layer) is not BASES[peft]:
         return f"base layer is a {type(layer.base_layer).__name__}"
     return None
 
@@ -90,57 +135,72 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
     if len(adapters) != 1:
         return f"{len(adapters)} active adapters"
     (adapter,) = adapters
+    base, down, up = layer.base_layer, lora_a[adapter], layer.lora_B[adapter]
+    if not (_plain(base) and _plain(down) and _plain(up)):
+        return "hooks or special weights on its base or adapter"
+    if down.bias is not None:
+        return "bias in the adapter's A"
+    if up.weight.shape[1] > MAX_RANK:
+        return f"rank above {MAX_RANK}"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out"
+    scaling = layer.scaling[adapter]
+    if not isinstance(scaling, float | int):
+        return "scaling is not a number"
+    weight = weight_of(base)
+    if isinstance(weight, str):
+        return weight
+    if base.bias is not None and base.bias.requires_grad:
+        return "base layer is trained too"  # the op gives W and b no gradient
+    p = _dropout(layer.lora_dropout[adapter], training)
+    if p is None:
+        return "dropout of another kind"
     magnitude = None
     if adapter in layer.lora_variant:
         if type(layer.lora_variant[adapter]) is not DoraLinearVariant:
             return f"variant {type(layer.lora_variant[adapter]).__name__}"
-        magnitude = layer.lora_magnitude_vector[adapter].weight
-        if layer.base_layer.in_features % 2:
+        if p:
+            return "DoRA with dropout in training"
+        if up.bias is not None:
+            return "DoRA with a bias in the adapter"
+        if isinstance(weight, EightBit):
+            return "DoRA on an 8-bit weight"
+        if base.in_features % 2:
             return "DoRA on an odd number of inputs"
-    dropout = layer.lora_dropout[adapter]
-    if type(dropout) is not nn.Identity and (
-        type(dropout) is not nn.Dropout or (dropout.p > 0 and (training or dropout.training))
-    ):
-        return "dropout in training"
-    base, down, up = layer.base_layer, lora_a[adapter], layer.lora_B[adapter]
-    if not (_plain(base) and _plain(down) and _plain(up)):
-        return "hooks or special weights on its base or adapter"
-    if down.bias is not None or up.bias is not None:
-        return "bias in the adapter"
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out"
+        magnitude = layer.lora_magnitude_vector[adapter].weight
+    return Parts(base, down, up, scaling, magnitude, p, weight)
+
+
+def weight_of(base: Any) -> Weight | str:
+    """The frozen weight for our op, or why it cannot be served."""
     if type(base) is BaseLinear4bit:
-        if FourBit.of(base.weight) is None:
+        quantized = FourBit.of(base.weight)
+        if quantized is None:
             return "4-bit weight not quantized yet, or of another layout"
-        if base.weight.device.type == "cpu" and "FASTLORA_KERNELS" not in os.environ:
+        if quantized.codes.device.type == "cpu" and "FASTLORA_KERNELS" not in os.environ:
             return "4-bit weight on a CPU"  # the reference is slower than bitsandbytes there
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return "base layer is trained too"  # the op gives W and b no gradient
-    scaling = layer.scaling[adapter]
-    if not isinstance(scaling, float | int):
-        return "scaling is not a number"
-    return base, down, up, scaling, magnitude
+        return quantized
+    if type(base) is BaseLinear8bit:
+        if base.state.has_fp16_weights or (base.state.CB is None and base.weight.CB is None):
+            return "8-bit weight not quantized"
+        return EightBit(base)
+    weight: torch.Tensor = base.weight
+    return "base layer is trained too" if weight.requires_grad else weight
 
 
-def _plain(linear: nn.Module) -> bool:
-    """Whether calling `linear` is x W^T + b and no more.
-
-    Offloading, sharding and quantization come as hooks, a replaced forward, or tensors of another class.
-    """
-    return (type(linear), type(linear.weight)) in (
-        (nn.Linear, nn.Parameter),
-        (BaseLinear4bit, Params4bit),
-    ) and not (
-        linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
-        or "forward" in vars(linear)
-    )
-
-
-def _compute_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.dtype | None:
+def compute_dtype(parts: Parts, x: torch.Tensor) -> torch.dtype | None:
     """The one dtype in which PEFT would compute here; None if there are several, or x is a special tensor."""
+    base, down, up, *_ = parts
+    if type(base) is BaseLinear4bit:
+        dtype = _one_dtype(x, down.weight, up.weight, up.bias)
+        return dtype if dtype == base.compute_dtype else None
+    if type(base) is BaseLinear8bit:
+        dtype = _one_dtype(x, down.weight, up.weight, up.bias)
+        return dtype if dtype == x.dtype else None
+    return _one_dtype(x, base.weight, base.bias, down.weight, up.weight, up.bias)
+
+
+def _one_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.dtype | None:
     device = x.device.type
     if type(x) not in (torch.Tensor, nn.Parameter) or device not in ("cpu", "cuda"):
         return None
@@ -149,3 +209,27 @@ def _compute_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.d
         # Autocast leaves float64 alone.
         return None if torch.float64 in dtypes else torch.get_autocast_dtype(device)
     return x.dtype if len(dtypes) == 1 else None
+
+
+def _dropout(dropout: nn.Module, training: bool) -> float | None:
+    """Its probability in this state; None for another kind of dropout."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or dropout.p >= 1:
+        return None
+    return dropout.p if training or dropout.training else 0.0
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether calling `linear` is x W^T + b and no more.
+
+    Offloading, sharding and quantization come as hooks, a replaced forward, or tensors of another class.
+    """
+    state = vars(linear)
+    return WEIGHTS.get(type(linear)) is type(state["_parameters"].get("weight")) and not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )

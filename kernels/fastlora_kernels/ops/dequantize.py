@@ -14,10 +14,10 @@ Shapes: N outputs, K inputs, R rank, H bytes of a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch._C import DisableTorchFunctionSubclass
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
@@ -31,13 +31,14 @@ Fold = tuple[torch.Tensor, torch.Tensor, float]
 """A (R, K) and B (N, R), contiguous, and the scaling of their product."""
 
 
-@dataclass(frozen=True, slots=True)
-class FourBit:
-    """What bitsandbytes keeps of an (N, K) weight. Made anew for each use: the tensors may be moved or
-    replaced between two calls (weights that are streamed in)."""
+class FourBit(NamedTuple):
+    """What bitsandbytes keeps of an (N, K) weight. Made anew for each direction: the tensors may be moved or
+    replaced in between (weights that are streamed in)."""
 
+    source: Any
+    """The Params4bit, for FourBit.of in backward."""
     codes: torch.Tensor
-    """uint8, N K / 2."""
+    """uint8, N K / 2 of them."""
     absmax: torch.Tensor
     """A scale for each block of `blocksize` weights: float32, or uint8 when `nested`."""
     table: torch.Tensor
@@ -57,26 +58,26 @@ class FourBit:
         """From a bitsandbytes Params4bit; None if it is not quantized yet, or in a layout of another kind
         (codes not in bytes, packed for a CPU's kernel, an odd number of inputs)."""
         state = getattr(weight, "quant_state", None)
+        if state is None:
+            return None
+        # A Params4bit answers each question about itself through Python, at several microseconds apiece.
+        with DisableTorchFunctionSubclass():
+            if weight.dtype != torch.uint8:
+                return None
+            codes = weight.data
+        n, *rest = state.shape
         if (
-            state is None
-            or weight.dtype != torch.uint8
+            len(rest) != 1
+            or rest[0] % 2
+            or not codes.is_contiguous()
             or getattr(state, "packing_format_for_cpu", False)
-            or len(state.shape) != 2
-            or state.shape[1] % 2
         ):
             return None
-        nested = state.state2 if state.nested else None
-        return cls(
-            codes=weight.data.view(-1),
-            absmax=state.absmax,
-            table=state.code,
-            shape=(state.shape[0], state.shape[1]),
-            blocksize=state.blocksize,
-            nested_absmax=nested.absmax if nested else None,
-            nested_table=nested.code if nested else None,
-            nested_blocksize=nested.blocksize if nested else 1,
-            offset=state.offset if nested else None,
-        )
+        given = (weight, codes, state.absmax, state.code, (n, rest[0]), state.blocksize)
+        if not state.nested:
+            return cls(*given)
+        nested = state.state2
+        return cls(*given, nested.absmax, nested.code, nested.blocksize, state.offset)
 
 
 @jit
@@ -111,22 +112,24 @@ def _weight(
 
 @jit
 def _product(
-    a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, DTYPE: tl.constexpr, RANK: tl.constexpr,
-    PADDED_RANK: tl.constexpr,
+    a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling,
+    DTYPE: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """A tile of scaling B A in float32, (N, K); A and B rounded to DTYPE first, as for the products on x."""
-    r_R = tl.arange(0, PADDED_RANK)
-    b_NR = tl.load(
-        b_ptr + n_N.to(tl.int64)[:, None] * RANK + r_R[None, :],
-        mask=(n_N[:, None] < n_rows) & (r_R[None, :] < RANK),
-        other=0.0,
-    )
-    a_RK = tl.load(
-        a_ptr + r_R.to(tl.int64)[:, None] * n_columns + k_K[None, :],
-        mask=(r_R[:, None] < RANK) & (k_K[None, :] < n_columns),
-        other=0.0,
-    )
-    delta_NK = tl.dot(b_NR.to(DTYPE), a_RK.to(DTYPE), input_precision="ieee")
+    delta_NK = tl.zeros((n_N.shape[0], k_K.shape[0]), tl.float32)
+    for start in tl.static_range(0, PADDED_RANK, BLOCK_R):
+        r_R = start + tl.arange(0, BLOCK_R)
+        b_NR = tl.load(
+            b_ptr + n_N.to(tl.int64)[:, None] * RANK + r_R[None, :],
+            mask=(n_N[:, None] < n_rows) & (r_R[None, :] < RANK),
+            other=0.0,
+        )
+        a_RK = tl.load(
+            a_ptr + r_R.to(tl.int64)[:, None] * n_columns + k_K[None, :],
+            mask=(r_R[:, None] < RANK) & (k_K[None, :] < n_columns),
+            other=0.0,
+        )
+        delta_NK += tl.dot(b_NR.to(DTYPE), a_RK.to(DTYPE), input_precision="ieee")
     return tl.cast(scaling, tl.float32) * delta_NK
 
 
@@ -135,7 +138,8 @@ def _dequantize(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, row_scale_ptr,
     out_ptr, n_rows, n_bytes, scaling,
     KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    FOLD: tl.constexpr, ROW_SCALE: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr,
+    FOLD: tl.constexpr, ROW_SCALE: tl.constexpr,
+    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -148,7 +152,7 @@ def _dequantize(
     )  # fmt: skip
     if FOLD:
         weight_NK += _product(
-            a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK
+            a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
         )
     if ROW_SCALE:
         weight_NK *= tl.load(row_scale_ptr + n_N, mask=n_N < n_rows, other=0.0)[:, None]
@@ -162,7 +166,8 @@ def _row_norms(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, like_ptr,
     out_ptr, n_rows, n_bytes, scaling,
     KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = like_ptr.dtype.element_ty
@@ -175,7 +180,7 @@ def _row_norms(
             n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE,
         )  # fmt: skip
         weight_NK += _product(
-            a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK
+            a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
         )
         squares_N += tl.sum(weight_NK * weight_NK, axis=1)
     tl.store(out_ptr + n_N, tl.sqrt(squares_N), mask=n_N < n_rows)
@@ -199,7 +204,9 @@ def _frozen(weight: FourBit | torch.Tensor) -> tuple[tuple[Any, ...], dict[str, 
 
 
 def _ranks(rank: int) -> dict[str, int]:
-    return {"RANK": rank, "PADDED_RANK": max(16, triton.next_power_of_2(rank))}
+    """The rank is taken in blocks of at most 64, so that a high one fits into shared memory."""
+    block = min(64, max(16, triton.next_power_of_2(rank)))
+    return {"RANK": rank, "PADDED_RANK": triton.cdiv(rank, block) * block, "BLOCK_R": block}
 
 
 def dequantize(

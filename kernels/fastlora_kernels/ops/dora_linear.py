@@ -18,7 +18,18 @@ from torch.autograd.function import once_differentiable
 
 from fastlora_kernels.dispatch import Backend, choose_backend
 from fastlora_kernels.ops.dequantize import FourBit, row_norms
-from fastlora_kernels.ops.lora_linear import Weight, dense, fitting, folds
+from fastlora_kernels.ops.eight_bit import EightBit
+from fastlora_kernels.ops.lora_linear import (
+    Weight,
+    dense,
+    fitting,
+    folds,
+    frozen,
+    scaled_product,
+    shaped,
+    source,
+)
+from fastlora_kernels.ops.skinny import product
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
@@ -97,68 +108,70 @@ def dora_linear(
     magnitude (N) in any float dtype; the rest, and what is raised, as in lora_linear. A dense weight must be
     contiguous and have an even number of inputs.
     """
-    n, k = fitting("dora_linear", x, weight, lora_a, lora_b)
+    ready = frozen(weight)
+    n, _ = fitting("dora_linear", x, ready, lora_a, lora_b)
     if magnitude.shape != (n,):
         raise ValueError(
             f"dora_linear: magnitude {tuple(magnitude.shape)} does not fit; expected ({n},)"
         )
-    y: torch.Tensor = DoraLinear.apply(
-        x.reshape(-1, k), weight, bias, lora_a, lora_b, magnitude, scaling
-    )
-    return y.reshape(*x.shape[:-1], n)
+    if isinstance(ready, EightBit):
+        raise ValueError("dora_linear: an 8-bit weight is not served")
+    y: torch.Tensor = DoraLinear.apply(x, (ready, bias, scaling), lora_a, lora_b, magnitude)
+    return y
 
 
 class DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_TK: torch.Tensor,
-        weight: Weight,
-        bias_N: torch.Tensor | None,
+        x: torch.Tensor,
+        fixed: Any,
         a_RK: torch.Tensor,
         b_NR: torch.Tensor,
         magnitude_N: torch.Tensor,
-        scaling: float,
     ) -> torch.Tensor:
-        dtype = x_TK.dtype
+        weight, bias_N, scaling = fixed
+        dtype, x_TK = x.dtype, x.reshape(-1, x.shape[-1])
         a, b = a_RK.to(dtype), b_NR.to(dtype)
-        norm_N = row_norms(FourBit.of(weight) or weight, (a, b, scaling), dtype)
-        c_N = magnitude_N.float() / norm_N
-        down_TR = x_TK @ a.T
-        ctx.fold = weight.dtype == torch.uint8 and folds(x_TK.shape[0], b.shape[0], a.shape[1])
+        bias_N = None if bias_N is None else bias_N.to(dtype)
+        if isinstance(weight, torch.Tensor):
+            weight = weight.to(dtype)
+        norm_N = row_norms(weight, (a, b, scaling), dtype)
+        c_N = magnitude_N / norm_N  # in float32, which the norm has
+        down_TR = torch.mm(x_TK, a.T)
+        ctx.fold = isinstance(weight, FourBit) and folds(x_TK.shape[0], *weight.shape)
         if ctx.fold:
-            y_TN = torch.nn.functional.linear(
-                x_TK, dense(weight, dtype, (a, b, scaling), c_N), bias_N
-            )
+            weight_NK = dense(weight, dtype, (a, b, scaling), c_N)
+            y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
             # z = (y - b) / c, and dm = sum g z / norm = sum g (y - b) / m.
             kept_TN = y_TN.clone()
         else:
-            kept_TN = torch.nn.functional.linear(x_TK, dense(weight, dtype))
-            kept_TN.addmm_(down_TR, b.T, alpha=scaling)
+            kept_TN = scaled_product(down_TR, b.T, scaling)
+            kept_TN.addmm_(x_TK, dense(weight, dtype).T)
             y_TN = scale_columns(kept_TN, c_N, bias_N)
-        ctx.weight, ctx.scaling = weight, scaling
-        ctx.save_for_backward(x_TK, a_RK, b_NR, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N)
-        return y_TN
+        ctx.weight, ctx.scaling, ctx.dtypes = source(weight), scaling, (a_RK.dtype, b_NR.dtype)
+        ctx.save_for_backward(x, a, b, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N)
+        return shaped(y_TN, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        g_TN = gradients[0].contiguous()
-        x_TK, a_RK, b_NR, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N = ctx.saved_tensors
-        dtype, scaling = x_TK.dtype, ctx.scaling
-        wants_x, _, _, wants_a, wants_b, wants_m, _ = ctx.needs_input_grad
-        a, b = a_RK.to(dtype), b_NR.to(dtype)
-        up_TR = g_TN @ (b_NR.float() * c_N[:, None]).to(dtype)
+        x, a, b, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N = ctx.saved_tensors
+        g_TN = gradients[0].reshape(-1, b.shape[0]).contiguous()
+        dtype, scaling, x_TK = x.dtype, ctx.scaling, x.reshape(-1, x.shape[-1])
+        wants_x, _, wants_a, wants_b, wants_m = ctx.needs_input_grad
+        scale_N1 = (scaling * c_N)[:, None]
+        up_TR = torch.mm(g_TN, (b * scale_N1).to(dtype))
         dx_TK = da_RK = db_NR = dm_N = None
         if wants_x and ctx.fold:
-            dx_TK = g_TN @ dense(ctx.weight, dtype, (a, b, scaling), c_N)
+            dx_TK = torch.mm(g_TN, dense(frozen(ctx.weight), dtype, (a, b, scaling), c_N))
         elif wants_x:
-            dx_TK = scale_columns(g_TN, c_N) @ dense(ctx.weight, dtype)
-            dx_TK.addmm_(up_TR, a, alpha=scaling)
+            dx_TK = torch.mm(up_TR, a)
+            dx_TK.addmm_(scale_columns(g_TN, c_N), dense(frozen(ctx.weight), dtype))
         if wants_a:
-            da_RK = (up_TR.T @ x_TK).to(a_RK.dtype) * scaling
+            da_RK = product(up_TR.T, x_TK).to(ctx.dtypes[0])
         if wants_b:
-            db_NR = ((g_TN.T @ down_TR).float() * (scaling * c_N)[:, None]).to(b_NR.dtype)
+            db_NR = (product(g_TN.T, down_TR) * scale_N1).to(ctx.dtypes[1])
         if wants_m:
             dots_N = column_dots(g_TN, kept_TN)
             if ctx.fold:
@@ -168,4 +181,5 @@ class DoraLinear(torch.autograd.Function):
             else:
                 dots_N /= norm_N
             dm_N = dots_N.to(magnitude_N.dtype)
-        return dx_TK, None, None, da_RK, db_NR, dm_N, None
+        dx = None if dx_TK is None else shaped(dx_TK, x)
+        return dx, None, da_RK, db_NR, dm_N

@@ -26,8 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
-from fastlora_kernels.ops.dequantize import FourBit
-from fastlora_kernels.ops.lora_linear import Weight, dense
+from fastlora_kernels.ops.lora_linear import dense, frozen
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
@@ -119,7 +118,7 @@ def cross_entropy_(
 
 def lora_head_loss(
     hidden: torch.Tensor,
-    weight: Weight,
+    weight: torch.Tensor,
     bias: torch.Tensor | None,
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
@@ -170,16 +169,13 @@ def lora_head_loss(
 
 def _check(
     hidden: torch.Tensor,
-    weight: Weight,
+    weight: torch.Tensor,
     bias: torch.Tensor | None,
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
     labels: torch.Tensor,
 ) -> None:
-    quantized = FourBit.of(weight)
-    if quantized is None and weight.dtype == torch.uint8:
-        raise ValueError("lora_head_loss: a quantized weight of a layout that is not served")
-    v, k = weight.shape if quantized is None else quantized.shape
+    v, k = frozen(weight).shape
     r = 0 if lora_a is None else lora_a.shape[0]
     fits = hidden.shape[-1] == k and labels.shape == hidden.shape[:-1]
     fits = fits and (bias is None or bias.shape == (v,))
@@ -199,7 +195,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TK: torch.Tensor,
-        weight: Weight,
+        weight: torch.Tensor,
         bias_V: torch.Tensor | None,
         a_RK: torch.Tensor | None,
         b_VR: torch.Tensor | None,
@@ -213,7 +209,7 @@ class HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         device, items = hidden_TK.device, items.to(wide)
-        weight_VK = dense(weight, dtype).to(dtype)
+        weight_VK = dense(frozen(weight), dtype)
         bias = None if bias_V is None else bias_V.to(dtype)
         a, b = (None if t is None else t.to(dtype) for t in (a_RK, b_VR))
         (v, k), n = weight_VK.shape, len(rows_N)

@@ -1,25 +1,52 @@
-"""A linear layer with a LoRA adapter beside it.
+"""Linear layers with LoRA adapters beside them, one or several on the same x.
 
-    y = x W^T + b + s S B^T,  S = x A^T
-    dx = g W + s (g B) A,  dA = s (g B)^T x,  dB = s g^T S,  with g = dL/dy
+    y_i = x W_i^T + b_i + s_i (S_i B_i^T + beta_i),  S_i = D_i(x) A_i^T
+    dx = sum_i g_i W_i + D_i(U_i A_i),  U_i = s_i g_i B_i,  g_i = dL/dy_i
+    dA_i = U_i^T D_i(x),  dB_i = s_i g_i^T S_i,  dbeta_i = s_i sum_t g_i
 
-LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1. The products of rank R are taken first, so that no (N, K)
-delta is formed, and the two wide ones are added in place by the matrix product itself. A 4-bit W is dequantized
-in each direction; above a number of tokens s B A is folded into it, which makes each direction a single product.
-Saved for backward: x once, and S (tokens x rank). Shapes: T tokens, K inputs, N outputs, R rank.
+LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; D_i is dropout, if any (ops/dropout.py), and beta_i the bias of
+B_i. The products of rank R are taken first, so that no (N, K) delta is formed; the A_i stand one below the other, so
+that x is read once for all S_i and once for all dA_i, and dx is summed up in place. A 4-bit W_i is dequantized in each
+direction; above a number of tokens s B A is folded into it, which makes each direction a single product. An 8-bit
+W_i is bitsandbytes' own product forward.
+
+Saved for backward: x once, S (tokens x ranks), A and B in x's dtype, and a seed for each dropout.
+Shapes: T tokens, K inputs, N outputs, R rank, or the ranks together.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from fastlora_kernels.ops.dequantize import Fold, FourBit, dequantize
+from fastlora_kernels.ops.dropout import draw_seeds, dropout
+from fastlora_kernels.ops.eight_bit import EightBit
+from fastlora_kernels.ops.skinny import product, up_and_gradient
 
-Weight = torch.Tensor
-"""Dense (N, K), or a 4-bit weight of bitsandbytes, which knows its own shape."""
+Weight = torch.Tensor | FourBit | EightBit
+"""Frozen, (N, K): dense in any float dtype, a Params4bit or its FourBit, or a layer of 8-bit weights."""
+Frozen = torch.Tensor | FourBit | EightBit
+"""The same, made ready for one direction (see `frozen`)."""
+
+EXPAND_FIRST = True
+"""Whether S B^T is written first, and read by the large product as what it adds to; else it is added afterwards, which
+reads and writes y once more. The same for dx."""
+
+
+class Projection(NamedTuple):
+    """One linear layer and its adapter; see lora_linear for shapes and dtypes."""
+
+    weight: Weight
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    lora_bias: torch.Tensor | None = None
+    dropout: float = 0.0
 
 
 def lora_linear(
@@ -29,26 +56,55 @@ def lora_linear(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float,
+    lora_bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
-    """x W^T + b + scaling (x A^T) B^T; gradients for x, A and B, none for W and b.
+    """x W^T + b + scaling (D(x) A^T B^T + lora_bias); gradients for x, A, B and lora_bias, none for W and b.
 
-    x (..., K); weight (N, K) and bias (N) in x's dtype, or weight a Params4bit of that shape; lora_a (R, K) and
-    lora_b (N, R) in any float dtype, in which their gradients come back. Returns (..., N) in x's dtype.
+    x (..., K); weight (N, K) dense, or a Params4bit or 8-bit layer of that shape; bias (N); lora_a (R, K), lora_b
+    (N, R) and lora_bias (N) in any float dtype, in which their gradients come back; dropout in [0, 1), drawn anew from
+    torch's generator. Computed and returned, (..., N), in x's dtype.
     Raises ValueError: shapes that do not fit, or a 4-bit layout that FourBit.of does not know.
     """
-    n, k = fitting("lora_linear", x, weight, lora_a, lora_b)
-    y: torch.Tensor = LoraLinear.apply(x.reshape(-1, k), weight, bias, lora_a, lora_b, scaling)
-    return y.reshape(*x.shape[:-1], n)
+    projection = Projection(weight, bias, lora_a, lora_b, scaling, lora_bias, dropout)
+    return lora_linears(x, (projection,))[0]
+
+
+def lora_linears(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
+    """What lora_linear gives for each of `projections`, with one read of x for all of them.
+
+    Raises ValueError: see lora_linear.
+    """
+    fixed, adapters = [], []
+    for one in projections:
+        weight = frozen(one.weight)
+        fitting("lora_linear", x, weight, one.lora_a, one.lora_b)
+        fixed.append((weight, one.bias, one.scaling, one.dropout))
+        adapters += [one.lora_a, one.lora_b, one.lora_bias]
+    ys: tuple[torch.Tensor, ...] = LoraLinears.apply(x, fixed, *adapters)
+    return ys
+
+
+def frozen(weight: Weight) -> Frozen:
+    """Raises ValueError: a 4-bit layout that is not served."""
+    if isinstance(weight, FourBit | EightBit):
+        return weight
+    quantized = FourBit.of(weight)
+    if quantized is None and weight.dtype == torch.uint8:
+        raise ValueError("a quantized weight of a layout that is not served")
+    return weight if quantized is None else quantized
+
+
+def source(weight: Frozen) -> Weight:
+    """What `frozen` is made of again in backward: no tensor that may be moved or replaced until then."""
+    return weight.source if isinstance(weight, FourBit) else weight  # type: ignore[no-any-return]
 
 
 def fitting(
-    op: str, x: torch.Tensor, weight: Weight, lora_a: torch.Tensor, lora_b: torch.Tensor
+    op: str, x: torch.Tensor, weight: Frozen, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> tuple[int, int]:
-    """(N, K). Raises ValueError: see lora_linear."""
-    quantized = FourBit.of(weight)
-    if quantized is None and weight.dtype == torch.uint8:
-        raise ValueError(f"{op}: a quantized weight of a layout that is not served")
-    n, k = weight.shape if quantized is None else quantized.shape
+    """(N, K). Raises ValueError: shapes that do not fit."""
+    n, k = weight.shape
     r = lora_a.shape[0]
     if x.shape[-1] != k or lora_a.shape != (r, k) or lora_b.shape != (n, r):
         raise ValueError(
@@ -65,62 +121,203 @@ def folds(tokens: int, n: int, k: int) -> bool:
 
 
 def dense(
-    weight: Weight,
+    weight: Frozen,
     dtype: torch.dtype,
     fold: Fold | None = None,
     row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The matrix (N, K); `fold` and `row_scale` (see dequantize) are for 4-bit weights alone."""
-    quantized = FourBit.of(weight)
-    if quantized is None:
-        assert fold is None
-        assert row_scale is None
-        return weight
-    return dequantize(quantized, dtype, fold, row_scale)
+    if isinstance(weight, FourBit):
+        return dequantize(weight, dtype, fold, row_scale)
+    assert fold is None
+    assert row_scale is None
+    return weight.dense(dtype) if isinstance(weight, EightBit) else weight.to(dtype)
 
 
-class LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TK: torch.Tensor,
-        weight: Weight,
-        bias_N: torch.Tensor | None,
-        a_RK: torch.Tensor,
-        b_NR: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        dtype = x_TK.dtype
-        a, b = a_RK.to(dtype), b_NR.to(dtype)
-        down_TR = x_TK @ a.T
-        ctx.fold = weight.dtype == torch.uint8 and folds(x_TK.shape[0], b.shape[0], a.shape[1])
-        weight_NK = dense(weight, dtype, (a, b, scaling) if ctx.fold else None)
-        y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
-        if not ctx.fold:
-            y_TN.addmm_(down_TR, b.T, alpha=scaling)
-        # The weight as it is, not its data: a weight that is streamed in is another tensor by backward.
-        ctx.weight, ctx.scaling = weight, scaling
-        ctx.save_for_backward(x_TK, a_RK, b_NR, down_TR)
+def shaped(y_TN: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(..., N) for x (..., K). Not a view: autograd lets nobody write to a view that was made in a Function."""
+    if like.dim() == 2:
         return y_TN
+    y: torch.Tensor = torch.ops.aten._unsafe_view.default(y_TN, (*like.shape[:-1], y_TN.shape[1]))
+    return y
+
+
+def stacked(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """One below the other, in `dtype`."""
+    return (matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))).to(dtype)
+
+
+class LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fixed: Any, *adapters: Any) -> tuple[torch.Tensor, ...]:
+        dtype = x.dtype
+        x_TK = x.reshape(-1, x.shape[-1])
+        a_RK = stacked(adapters[::3], dtype)
+        bs = [b_NR.to(dtype) for b_NR in adapters[1::3]]
+        ctx.blocks, end = [], 0
+        for b_NR in bs:
+            ctx.blocks.append(slice(end, end + b_NR.shape[1]))
+            end += b_NR.shape[1]
+        seeds = draw_seeds([p for *_, p in fixed], x.device)
+        ctx.fold = seeds is None and all(isinstance(weight, FourBit) for weight, *_ in fixed)
+        ctx.fold &= folds(x_TK.shape[0], sum(b_NR.shape[0] for b_NR in bs), x_TK.shape[1])
+        down_TR = down(x_TK, a_RK, ctx.blocks, [p for *_, p in fixed], seeds)
+        ys = []
+        for (weight, bias_N, scaling, _), b_NR, beta_N, block in zip(
+            fixed, bs, adapters[2::3], ctx.blocks, strict=True
+        ):
+            if beta_N is not None:
+                beta_N = scaling * beta_N.to(dtype)
+            bias_N = None if bias_N is None else bias_N.to(dtype)
+            fold = (a_RK[block], b_NR, scaling) if ctx.fold else None
+            y_TN = outputs(x_TK, weight, bias_N, beta_N, down_TR[:, block], b_NR, scaling, fold)
+            ys.append(shaped(y_TN, x))
+        # The weights as they are, not their data: one that is streamed in is another tensor by backward.
+        ctx.fixed = [(source(weight), scaling, p) for weight, _, scaling, p in fixed]
+        ctx.dtypes = [None if given is None else given.dtype for given in adapters]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a_RK, down_TR, seeds, *bs)
+        return tuple(ys)
 
     # x A^T is saved as a number, not as a function of x and A: a second derivative through it would be wrong.
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (g_TN,) = gradients
-        x_TK, a_RK, b_NR, down_TR = ctx.saved_tensors
-        dtype, scaling = x_TK.dtype, ctx.scaling
-        wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
-        a, b = a_RK.to(dtype), b_NR.to(dtype)
-        up_TR = g_TN @ b
-        dx_TK = da_RK = db_NR = None
-        if wants_x:
-            weight_NK = dense(ctx.weight, dtype, (a, b, scaling) if ctx.fold else None)
-            dx_TK = g_TN @ weight_NK
-            if not ctx.fold:
-                dx_TK.addmm_(up_TR, a, alpha=scaling)
-        if wants_a:
-            da_RK = (up_TR.T @ x_TK).to(a_RK.dtype) * scaling
-        if wants_b:
-            db_NR = (g_TN.T @ down_TR).to(b_NR.dtype) * scaling
-        return dx_TK, None, None, da_RK, db_NR, None
+    def backward(ctx: Any, *gs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, a_RK, down_TR, seeds, *bs = ctx.saved_tensors
+        x_TK = x.reshape(-1, x.shape[-1])
+        wants_x, _, *wants = ctx.needs_input_grad
+        found: list[torch.Tensor | None] = [None] * len(wants)
+        up_TR = torch.empty_like(down_TR)
+        parts = []
+        for i, (g, b_NR, block, (weight, scaling, _)) in enumerate(
+            zip(gs, bs, ctx.blocks, ctx.fixed, strict=True)
+        ):
+            if g is None:  # an output that nothing was made of
+                up_TR[:, block] = 0
+                continue
+            g_TN = g.reshape(-1, g.shape[-1]).contiguous()
+            db_dtype = ctx.dtypes[3 * i + 1] if wants[3 * i + 1] else None
+            found[3 * i + 1] = up_and_gradient(
+                g_TN, b_NR, down_TR[:, block], scaling, up_TR[:, block], db_dtype
+            )
+            if wants[3 * i + 2]:
+                dbeta_N = scaling * g_TN.sum(dim=0, dtype=torch.float32)
+                found[3 * i + 2] = dbeta_N.to(ctx.dtypes[3 * i + 2])
+            fold = (a_RK[block], b_NR, scaling) if ctx.fold else None
+            parts.append((g_TN, weight, fold))
+        ps = [p for *_, p in ctx.fixed]
+        if any(wants[::3]):
+            for i, (da_RK, g) in enumerate(
+                zip(gradient_of_a(up_TR, x_TK, ctx.blocks, ps, seeds), gs, strict=True)
+            ):
+                if wants[3 * i] and g is not None:
+                    found[3 * i] = da_RK.to(ctx.dtypes[3 * i])
+        dx = None
+        if wants_x and parts:
+            dx_TK = None if ctx.fold else expanded(up_TR, a_RK, ctx.blocks, ps, seeds)
+            dx = shaped(gradient_of_x(parts, dx_TK, x.dtype), x)
+        return dx, None, *found
+
+
+def down(
+    x_TK: torch.Tensor,
+    a_RK: torch.Tensor,
+    blocks: list[slice],
+    ps: list[float],
+    seeds: torch.Tensor | None,
+) -> torch.Tensor:
+    """S, (T, R): all ranks in one product, or a product each where each has a dropout of its own."""
+    if seeds is None:
+        return torch.mm(x_TK, a_RK.T)
+    down_TR = x_TK.new_empty(x_TK.shape[0], a_RK.shape[0])
+    for i, (block, p) in enumerate(zip(blocks, ps, strict=True)):
+        torch.mm(dropout(x_TK, p, seeds[i]), a_RK[block].T, out=down_TR[:, block])
+    return down_TR
+
+
+def outputs(
+    x_TK: torch.Tensor,
+    weight: Frozen,
+    bias_N: torch.Tensor | None,
+    beta_N: torch.Tensor | None,
+    down_TR: torch.Tensor,
+    b_NR: torch.Tensor,
+    scaling: float,
+    fold: Fold | None,
+) -> torch.Tensor:
+    """y, (T, N); beta_N is scaled already."""
+    if isinstance(weight, EightBit):
+        y_TN = weight.linear(x_TK)  # with its bias
+        y_TN.addmm_(down_TR, b_NR.T, alpha=scaling)
+        return y_TN if beta_N is None else y_TN.add_(beta_N)
+    if beta_N is not None:
+        bias_N = beta_N if bias_N is None else bias_N + beta_N
+    weight_NK = dense(weight, x_TK.dtype, fold)
+    if fold is None and EXPAND_FIRST:
+        return scaled_product(down_TR, b_NR.T, scaling, bias_N).addmm_(x_TK, weight_NK.T)
+    y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
+    return y_TN if fold else y_TN.addmm_(down_TR, b_NR.T, alpha=scaling)
+
+
+def scaled_product(
+    left: torch.Tensor, right: torch.Tensor, scaling: float, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    if bias is not None:
+        return torch.addmm(bias, left, right, alpha=scaling)
+    if scaling == 1:
+        return torch.mm(left, right)
+    # With beta=0 what is there is not read, NaN neither.
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return out.addmm_(left, right, beta=0, alpha=scaling)
+
+
+def expanded(
+    up_TR: torch.Tensor,
+    a_RK: torch.Tensor,
+    blocks: list[slice],
+    ps: list[float],
+    seeds: torch.Tensor | None,
+) -> torch.Tensor:
+    """sum_i D_i(U_i A_i), (T, K)."""
+    if seeds is None:
+        return torch.mm(up_TR, a_RK)
+    first, *others = (
+        dropout(torch.mm(up_TR[:, block], a_RK[block]), p, seeds[i])
+        for i, (block, p) in enumerate(zip(blocks, ps, strict=True))
+    )
+    for other in others:
+        first += other
+    return first
+
+
+def gradient_of_x(
+    parts: list[tuple[torch.Tensor, Weight, Fold | None]],
+    adapters_TK: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """adapters_TK + sum_i g_i W_i, (T, K), in place; W_i with its fold."""
+    dx_TK = adapters_TK if EXPAND_FIRST else None
+    for g_TN, weight, fold in parts:
+        weight_NK = dense(frozen(weight), dtype, fold)
+        dx_TK = torch.mm(g_TN, weight_NK) if dx_TK is None else dx_TK.addmm_(g_TN, weight_NK)
+    assert dx_TK is not None
+    if adapters_TK is not None and not EXPAND_FIRST:
+        dx_TK += adapters_TK
+    return dx_TK
+
+
+def gradient_of_a(
+    up_TR: torch.Tensor,
+    x_TK: torch.Tensor,
+    blocks: list[slice],
+    ps: list[float],
+    seeds: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """dA_i for each i."""
+    if seeds is None:
+        da_RK = product(up_TR.T, x_TK)
+        return tuple(da_RK[block] for block in blocks)
+    return tuple(
+        product(up_TR[:, block].T, dropout(x_TK, p, seeds[i]))
+        for i, (block, p) in enumerate(zip(blocks, ps, strict=True))
+    )

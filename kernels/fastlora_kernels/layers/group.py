@@ -1,0 +1,124 @@
+"""LoRA layers that are given the same x one after the other (q, k, v; gate, up) run as one op.
+
+No forward of a model is changed for it: the first of them to be called computes the outputs of all, and the others
+find theirs waiting, if they are called with the very same x in the very same state. Else each runs alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._C import DisableTorchFunctionSubclass
+
+from fastlora_kernels.layers.linear import DETACHED, GROUP, Parts, compute_dtype, parts_of
+from fastlora_kernels.ops.lora_linear import lora_linears
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+)
+MISSES = 3
+"""So often may outputs be left behind, until the layers run alone for good: they are not what they seemed."""
+
+
+class _Waiting(NamedTuple):
+    x: torch.Tensor
+    state: tuple[Any, ...]
+    outputs: dict[int, tuple[tuple[Any, ...], torch.Tensor]]
+    """By the id of a layer: what it was computed with, and its output."""
+
+
+class Group:
+    """Some layers on the same x. Held by each of them, holds none of them; a copy of a model has no groups."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._waiting: _Waiting | None = None
+        self._misses = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def output(
+        self, layer: nn.Module, x: torch.Tensor, parts: Parts, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """The output of `layer`, whose parts these are, for x computed in `dtype`; None if it must run alone."""
+        # torch.compile cannot follow what waits; inference tensors do not count their changes.
+        if torch.compiler.is_compiling() or x.is_inference():
+            return None
+        waiting, state = self._waiting, _state(x, dtype)
+        if waiting is not None:
+            if waiting.x is x and waiting.state == state:
+                return self._take(waiting, layer, parts)
+            self._waiting = None
+            self._misses += 1
+        if self._misses >= MISSES:
+            return None
+        members: list[tuple[nn.Module, Parts]] = []
+        for reference in self._layers:
+            other = reference()
+            if other is layer:
+                members.append((layer, parts))
+            elif other is not None and type(other) in DETACHED:
+                found = parts_of(other)
+                if not isinstance(found, str) and _joins(found, x, dtype):
+                    members.append((other, found))
+        if len(members) < 2 or all(member is not layer for member, _ in members):
+            return None
+        ys = lora_linears(x.to(dtype), [found.projection() for _, found in members])
+        outputs = {
+            id(member): (_stamp(found), y) for (member, found), y in zip(members, ys, strict=True)
+        }
+        _, y = outputs.pop(id(layer))
+        self._waiting = _Waiting(x, state, outputs)
+        return y
+
+    def _take(self, waiting: _Waiting, layer: nn.Module, parts: Parts) -> torch.Tensor | None:
+        stamp, y = waiting.outputs.pop(id(layer), (None, None))
+        if not waiting.outputs:
+            self._waiting = None
+            self._misses = 0
+        return y if stamp == _stamp(parts) else None
+
+
+def group_siblings(model: nn.Module) -> list[str]:
+    """Let the served layers of `model` that share an x run as groups. Returns each group's names, joined by +."""
+    found = []
+    for parent in model.modules():
+        for names in SIBLINGS:
+            children = {name: parent._modules.get(name) for name in names}
+            layers: dict[str, Any] = {
+                name: child
+                for name, child in children.items()
+                if type(child) in DETACHED and not isinstance(parts_of(child, training=True), str)
+            }
+            if len(layers) > 1 and len({layer.in_features for layer in layers.values()}) == 1:
+                group = Group(list(layers.values()))
+                for layer in layers.values():
+                    vars(layer)[GROUP] = group
+                found.append("+".join(layers))
+    return found
+
+
+def _joins(parts: Parts, x: torch.Tensor, dtype: torch.dtype) -> bool:
+    return parts.magnitude is None and compute_dtype(parts, x) == dtype
+
+
+def _state(x: torch.Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    return x._version, x.requires_grad, x.data_ptr(), torch.is_grad_enabled(), dtype
+
+
+def _stamp(parts: Parts) -> tuple[Any, ...]:
+    """Equal for two calls only if nothing was replaced or written to in between."""
+    base, down, up, scaling, _, dropout, _ = parts
+    with DisableTorchFunctionSubclass():
+        tensors = [
+            None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr())
+            for tensor in (base.weight, base.bias, down.weight, up.weight, up.bias)
+        ]
+    return (id(base), id(down), id(up), scaling, dropout, *tensors)

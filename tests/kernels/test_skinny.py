@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from fastlora_kernels.ops import skinny
+from fastlora_kernels.ops.skinny import in_one_pass, one_pass, up_and_gradient
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 8, 16, 40, 64])
+@pytest.mark.parametrize(("tokens", "n"), [(1, 1), (63, 70), (257, 300)])
+def test_one_pass_is_both_products(
+    tokens: int, n: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not CUDA:
+        if dtype == torch.bfloat16:
+            pytest.skip("needs a CUDA GPU")
+        monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
+    monkeypatch.setattr(skinny, "PROGRAMS", 6)  # several chunks of tokens, at these sizes too
+    torch.manual_seed(0)
+    g, b = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((tokens, n), (n, rank)))
+    wide = torch.randn(tokens, rank + 16, device=DEVICE).to(dtype)
+    down, ups = wide[:, 8 : 8 + rank], torch.full_like(wide, torch.nan)
+    up = ups[:, 8 : 8 + rank]
+    db = in_one_pass(g, b, down, 0.5, up, torch.float32)
+    again = in_one_pass(g, b, down, 0.5, torch.empty_like(up), torch.float32)
+    assert torch.equal(db, again)
+    assert ups[:, :8].isnan().all()
+    assert ups[:, 8 + rank :].isnan().all()
+    plain_up, plain_db = 0.5 * (g @ b), 0.5 * (g.T @ down)
+    for found, plain, exact in (
+        (up, plain_up, 0.5 * g.double() @ b.double()),
+        (db, plain_db, 0.5 * g.double().T @ down.double()),
+    ):
+        error, allowed = (float((t.double() - exact).norm()) for t in (found, plain))
+        assert error <= 2 * allowed + 1e-6 * float(exact.norm())
+
+
+def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert one_pass(16384, 4096, 16)
+    assert not one_pass(16384, 4096, 64)
+    assert not one_pass(4096, 4096, 16)
+    monkeypatch.setattr(skinny, "one_pass", lambda *sizes: False)
+    g, b, down = torch.randn(5, 4), torch.randn(4, 2), torch.randn(5, 2)
+    up = torch.empty(5, 2)
+    assert up_and_gradient(g, b, down, 2.0, up, None) is None
+    torch.testing.assert_close(up, 2 * g @ b)
