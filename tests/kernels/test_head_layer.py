@@ -322,14 +322,14 @@ def test_other_forms_are_left(calls: list[bool]) -> None:
         transformers.GPT2LMHeadModel,
         transformers.OPTForCausalLM,
     ):
-        assert layers._shape_of(made) is None
+        assert layers._shape_of(made.forward) is None
     assert attach_head(nn.ModuleDict()) == "the forward of ModuleDict has another form"
 
     class Own(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
-    assert layers._shape_of(Own) is None
+    assert layers._shape_of(Own.forward) is None
     model = model_of()
     own_forward(model)
     assert attach_head(model) == "its forward was replaced"
