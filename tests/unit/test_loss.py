@@ -57,7 +57,7 @@ def test_plain_chunked_and_adapted() -> None:
     assert taken(model_of(LLAMA, "lm_head"), PeftEngine()) == (True, [], True)
     own, notes, without_logits = taken(model_of(LLAMA, "lm_head", use_dora=True), PeftEngine())
     assert (own, without_logits) == (True, False)
-    assert notes == ["lora.target_modules: the loss holds all logits, because of an adapter (lm_head: DoRA)"]  # fmt: skip
+    assert notes == ["lora.target_modules: the loss of this run holds all logits (lm_head: DoRA)"]
 
 
 def test_an_architecture_that_ours_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
