@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fastlora_kernels import attach
 from fastlora_kernels.layers import head as layers
 from fastlora_kernels.layers.head import attach_head, detach_head
 from fastlora_kernels.ops import head_loss
@@ -167,6 +168,19 @@ def test_positional_arguments(calls: list[bool]) -> None:
     torch.testing.assert_close(ours.loss, theirs)
     assert ours.logits is None
     assert calls == [True]
+
+
+def test_beside_the_linear_layers_op(calls: list[bool]) -> None:
+    """attach serves lm_head's layer as well, for calls without labels; here its parts are what is used."""
+    plain = model_of()
+    model = copy.deepcopy(plain)
+    assert attach(model).served == {"q_proj": 2, "lm_head": 1}
+    assert attach_head(model) is None
+    assert_close(results(model), results(plain))
+    assert calls == [True]
+    torch.testing.assert_close(
+        model(batch()["input_ids"]).logits, plain(batch()["input_ids"]).logits
+    )
 
 
 def own_forward(model: Any) -> None:

@@ -202,6 +202,20 @@ def test_a_gradient_that_float16_could_not_hold_without_the_upstream_one(backend
     assert float((scaled - true).norm() / true.norm()) < 2e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_sums_over_a_chunk_that_float16_could_not_hold() -> None:
+    """dA before 1/n is 2,000 x 60; float16 ends at 65,504."""
+    hidden = torch.full((2000, 64), 60.0, device=DEVICE, dtype=torch.float16)
+    weight = torch.zeros(1000, 64, device=DEVICE, dtype=torch.float16)
+    a = torch.zeros(1, 64, device=DEVICE, requires_grad=True)
+    b = torch.zeros(1000, 1, device=DEVICE)
+    b[0] = 1
+    labels = torch.zeros(2000, dtype=torch.long, device=DEVICE)
+    lora_head_loss(hidden, weight, None, a, b, 1.0, labels).backward()
+    torch.testing.assert_close(a.grad, torch.full_like(a, -60 * 0.999), rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_autocast(dtype: torch.dtype, backend: str) -> None:
     """float32 adapter, base in `dtype`: products in autocast's dtype, gradients in the parameters'."""
