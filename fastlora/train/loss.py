@@ -32,9 +32,7 @@ def takes_own_loss(recipe: Recipe, model: PeftModel, engine: Engine, announce: A
     if reason is None:
         return True
     if adapted:
-        announce(
-            f"lora.target_modules: the loss holds all logits, because of an adapter ({reason})"
-        )
+        announce(f"lora.target_modules: the loss of this run holds all logits ({reason})")
         return True
     # TRL's needs Triton, and is slower than logits where they fit.
     trls = torch.cuda.is_available()

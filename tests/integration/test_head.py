@@ -82,3 +82,15 @@ def test_where_our_loss_does_not_serve_the_adapter_trains_all_the_same(
     assert any("holds all logits" in note and "dropout" in note for note in notes)
     losses = [value for _, which, value in workplace.losses() if which == "loss"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_resumed_with_both_it_is_the_run_that_was_not_interrupted(
+    workplace: Any, untied: str
+) -> None:
+    """Checkpoints hold the adapter of both without the frozen weights beside it."""
+    arguments = ("--set", untied, "--set", BOTH, "--set", "lora.dropout=0")
+    workplace.interrupt("SIGINT", 6, *arguments)
+    workplace.run(*arguments, "--resume")
+    workplace.run(*arguments)
+    assert workplace.losses(1) == workplace.losses(2)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fastlora_kernels import attach
 from fastlora_kernels.layers import head as layers
 from fastlora_kernels.layers.head import attach_head, detach_head
 from fastlora_kernels.ops import head_loss
@@ -169,6 +170,19 @@ def test_positional_arguments(calls: list[bool]) -> None:
     assert calls == [True]
 
 
+def test_beside_the_linear_layers_op(calls: list[bool]) -> None:
+    """attach serves lm_head's layer as well, for calls without labels; here its parts are what is used."""
+    plain = model_of()
+    model = copy.deepcopy(plain)
+    assert attach(model).served == {"q_proj": 2, "lm_head": 1}
+    assert attach_head(model) is None
+    assert_close(results(model), results(plain))
+    assert calls == [True]
+    torch.testing.assert_close(
+        model(batch()["input_ids"]).logits, plain(batch()["input_ids"]).logits
+    )
+
+
 def own_forward(model: Any) -> None:
     model.get_base_model().forward = lambda **kwargs: None
 
@@ -322,14 +336,14 @@ def test_other_forms_are_left(calls: list[bool]) -> None:
         transformers.GPT2LMHeadModel,
         transformers.OPTForCausalLM,
     ):
-        assert layers._shape_of(made) is None
+        assert layers._shape_of(made.forward) is None
     assert attach_head(nn.ModuleDict()) == "the forward of ModuleDict has another form"
 
     class Own(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
-    assert layers._shape_of(Own) is None
+    assert layers._shape_of(Own.forward) is None
     model = model_of()
     own_forward(model)
     assert attach_head(model) == "its forward was replaced"

@@ -82,8 +82,7 @@ def attach_head(model: nn.Module, *, in_evaluation: bool = False) -> str | None:
     theirs = vars(type(base)).get("_fastlora_theirs", type(base))
     if "forward" in vars(base):
         return "its forward was replaced"
-    shape = _shape_of(theirs)
-    if shape is None:
+    if _shape_of(theirs.forward) is None:
         return f"the forward of {theirs.__name__} has another form"
     base.__class__ = _attached(theirs, in_evaluation)
     found = _parts_of(base, training=True)
@@ -98,7 +97,7 @@ def detach_head(model: nn.Module) -> None:
 
 @functools.cache
 def _attached(theirs: Any, in_evaluation: bool) -> type:
-    shape_of = _shape_of(theirs)
+    shape_of = _shape_of(theirs.forward)
     assert shape_of is not None
     names = list(inspect.signature(theirs.forward).parameters)[1:-1]  # but self and **kwargs
 
@@ -147,10 +146,10 @@ def _attached(theirs: Any, in_evaluation: bool) -> type:
 
 
 @functools.cache
-def _shape_of(model_class: Any) -> Callable[[Any], Shape] | None:
-    """How the class makes logits of lm_head's output; None if its forward is not of the form above."""
+def _shape_of(forward: Any) -> Callable[[Any], Shape] | None:
+    """How it makes logits of lm_head's output; None if it is not of the form above."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(model_class.forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return None
     function = tree.body[0]

@@ -190,6 +190,13 @@ def _check(
         )
 
 
+def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """In float32 where it can be: without 1/n, a sum over a chunk may be more than float16 holds."""
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
 class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -249,11 +256,11 @@ class HeadLoss(torch.autograd.Function):
                 if dh_NK is not None:
                     dh_NK[here].addmm_(up_CR, a, alpha=scaling)
                 if da_RK is not None:
-                    da_RK += up_CR.T @ h_CK
+                    da_RK += _wide_product(up_CR.T, h_CK)
             if db_VR is not None:
-                db_VR += g_CV.T @ down_CR
+                db_VR += _wide_product(g_CV.T, down_CR)
             if dw_VK is not None:
-                dw_VK += g_CV.T @ h_CK
+                dw_VK += _wide_product(g_CV.T, h_CK)
             if dbias_V is not None:
                 dbias_V += g_CV.sum(dim=0, dtype=wide)
         ctx.tokens, ctx.scaling, ctx.limit = hidden_TK.shape[0], scaling, limit
