@@ -15,6 +15,7 @@ import torch
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.launch import launch
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
@@ -43,5 +44,7 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     if choose_backend(x.device, BACKENDS) == "reference":
         return reference.dropout(x, p, seed)
     out = torch.empty_like(x)
-    _dropout[(triton.cdiv(x.numel(), BLOCK),)](x, seed, out, x.numel(), p, BLOCK=BLOCK)
+    size = x.numel()
+    if size:
+        launch(_dropout, (triton.cdiv(size, BLOCK),), (x, seed, out), (size, p), {"BLOCK": BLOCK})
     return out

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.launch import launch
 from fastlora_kernels.ops.lora_linear import (
     Projection,
     fitting,
@@ -90,9 +91,13 @@ def _forward(
     tokens, width = gate_TF.shape
     out_TF = torch.empty((tokens, width), dtype=dtype, device=gate_TF.device)
     if tokens:
-        _glu[(tokens, triton.cdiv(width, BLOCK_F))](
-            gate_TF, up_TF, out_TF, gate_TF.stride(0), up_TF.stride(0), width, ACTIVATION=activation, BLOCK=BLOCK_F
-        )  # fmt: skip
+        launch(
+            _glu,
+            (tokens, triton.cdiv(width, BLOCK_F)),
+            (gate_TF, up_TF, out_TF),
+            (gate_TF.stride(0), up_TF.stride(0), width),
+            {"ACTIVATION": activation, "BLOCK": BLOCK_F},
+        )
     return out_TF
 
 
@@ -110,11 +115,13 @@ def _backward(
         return
     tokens, width = gate_TF.shape
     if tokens:
-        _glu_backward[(tokens, triton.cdiv(width, BLOCK_F))](
-            dh_TF, gate_TF, up_TF, dgate_TF, dup_TF,
-            gate_TF.stride(0), up_TF.stride(0), dgate_TF.stride(0), dup_TF.stride(0), width,
-            ACTIVATION=activation, BLOCK=BLOCK_F,
-        )  # fmt: skip
+        launch(
+            _glu_backward,
+            (tokens, triton.cdiv(width, BLOCK_F)),
+            (dh_TF, gate_TF, up_TF, dgate_TF, dup_TF),
+            (gate_TF.stride(0), up_TF.stride(0), dgate_TF.stride(0), dup_TF.stride(0), width),
+            {"ACTIVATION": activation, "BLOCK": BLOCK_F},
+        )
 
 
 def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
