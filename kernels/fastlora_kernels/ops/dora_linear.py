@@ -106,8 +106,8 @@ def dora_linear(
 ) -> torch.Tensor:
     """m / |W + s B A| (x W^T + s (x A^T) B^T) + b; gradients for x, A, B and m, none for W and b.
 
-    magnitude (N) in any float dtype; the rest, and what is raised, as in lora_linear. A dense weight must be
-    contiguous and have an even number of inputs.
+    magnitude (N) in any float dtype; the rest, and what is raised, as in lora_linear. A dense weight must have
+    an even number of inputs.
     """
     ready = frozen(weight)
     n, _ = fitting("dora_linear", x, ready, lora_a, lora_b)
@@ -133,10 +133,10 @@ class DoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         weight, bias_N, scaling = fixed
         dtype, x_TK = x.dtype, x.reshape(-1, x.shape[-1])
-        a, b = a_RK.to(dtype), b_NR.to(dtype)
+        a, b = a_RK.to(dtype).contiguous(), b_NR.to(dtype).contiguous()
         bias_N = None if bias_N is None else bias_N.to(dtype)
         if isinstance(weight, torch.Tensor):
-            weight = weight.to(dtype)
+            weight = weight.to(dtype).contiguous()
         norm_N = row_norms(weight, (a, b, scaling), dtype)
         c_N = magnitude_N / norm_N  # in float32, which the norm has
         down_TR = torch.mm(x_TK, a.T)

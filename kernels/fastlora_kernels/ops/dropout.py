@@ -38,13 +38,13 @@ def draw_seeds(ps: Sequence[float], device: torch.device) -> torch.Tensor | None
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """D(x) for a contiguous x, in its dtype; x itself where p is 0. seed: int64, one number."""
+    """D(x) in its dtype; x itself where p is 0. seed: int64, one number."""
     if p == 0:
         return x
     if choose_backend(x.device, BACKENDS) == "reference":
         return reference.dropout(x, p, seed)
-    out = torch.empty_like(x)
-    size = x.numel()
+    x = x.contiguous()
+    out, size = torch.empty_like(x), x.numel()
     if size:
         launch(_dropout, (triton.cdiv(size, BLOCK),), (x, seed, out), (size, p), {"BLOCK": BLOCK})
     return out

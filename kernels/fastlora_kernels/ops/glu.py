@@ -128,6 +128,8 @@ def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, 
     """gate and up as (T, F), with a stride of 1 in F; of (T, 2 F) its left and right half."""
     gate_TF = gate.reshape(-1, gate.shape[-1])
     if up is None:
+        if gate_TF.stride(1) != 1:
+            gate_TF = gate_TF.contiguous()
         left, right = gate_TF.chunk(2, dim=1)
         return left, right
     return gate_TF.contiguous(), up.reshape(-1, up.shape[-1]).contiguous()

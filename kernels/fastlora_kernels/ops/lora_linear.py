@@ -143,8 +143,9 @@ def shaped(y_TN: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def stacked(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """One below the other, in `dtype`."""
-    return (matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))).to(dtype)
+    """One below the other, contiguous, in `dtype`."""
+    one = matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+    return one.to(dtype).contiguous()
 
 
 class LoraLinears(torch.autograd.Function):
@@ -171,7 +172,7 @@ def outputs(
     """Every y_i, (T, N), and what else backward needs saved. `adapters`: A, B and its bias of each in turn."""
     dtype, weights = x_TK.dtype, [weight for weight, *_ in fixed]
     a_RK = stacked(adapters[::3], dtype)
-    bs = [b_NR.to(dtype) for b_NR in adapters[1::3]]
+    bs = [b_NR.to(dtype).contiguous() for b_NR in adapters[1::3]]
     ctx.blocks, end = [], 0
     for b_NR in bs:
         ctx.blocks.append(slice(end, end + b_NR.shape[1]))
