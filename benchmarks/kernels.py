@@ -57,31 +57,43 @@ class Case(NamedTuple):
 
 
 def linear_layer(size: Size, dtype: torch.dtype, base: str, dora: bool = False) -> Any:
-    """With a B that is not zero, as in the midst of training."""
+    model = nn.ModuleDict({"proj": linear_base(size.k, size.n, dtype, base)})
+    return with_adapters(model, ["proj"], size.rank, base, dora)["proj"]
+
+
+def linear_base(k: int, n: int, dtype: torch.dtype, base: str, bias: bool = False) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
-    from peft import LoraConfig, inject_adapter_in_model
 
     if base == "nf4":
-        linear = Linear4bit(size.k, size.n, bias=False, compute_dtype=dtype, quant_type="nf4")
+        linear = Linear4bit(k, n, bias=bias, compute_dtype=dtype, quant_type="nf4")
         linear = linear.to(dtype).to(DEVICE)  # the move to a device quantizes, scales too
     else:
-        linear = nn.Linear(size.k, size.n, bias=False, dtype=dtype, device=DEVICE)
-    model: Any = nn.ModuleDict({"proj": linear.requires_grad_(False)})
+        linear = nn.Linear(k, n, bias=bias, dtype=dtype, device=DEVICE)
+    return linear.requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def with_adapters(model: Any, targets: list[str], rank: int, base: str, dora: bool = False) -> Any:
+    """In float32, with a B that is not zero, as in the midst of training."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     model.is_loaded_in_4bit = base == "nf4"  # set by transformers, asked for by PEFT
-    config = LoraConfig(
-        r=size.rank, lora_alpha=2 * size.rank, use_dora=dora, target_modules=["proj"]
-    )
-    layer = inject_adapter_in_model(config, model)["proj"]
-    layer.lora_A.float()
-    nn.init.normal_(layer.lora_B.float()["default"].weight, std=0.1 / size.rank**0.5)
-    if dora:
-        layer.lora_magnitude_vector.float()
-    return layer
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=targets)
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1 / rank**0.5)
+    return model
 
 
 def dense(layer: Any, dtype: torch.dtype) -> Tensor:
-    """W (N, K) in `dtype`; NF4 dequantized in at most float32."""
-    weight: Tensor = layer.base_layer.weight
+    """W (N, K) of its base in `dtype`; NF4 dequantized in at most float32."""
+    return dense_weight(layer.base_layer, dtype)
+
+
+def dense_weight(linear: Any, dtype: torch.dtype) -> Tensor:
+    weight: Tensor = linear.weight
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -149,11 +161,114 @@ def linear_work(size: Size, dtype: torch.dtype, base: str) -> tuple[int, int, in
     return floor + 6 * size.tokens * adapter, floor, round(moved)
 
 
+class Projections(nn.Module):
+    """q, k and v of an attention with grouped heads: k and v a quarter as wide."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.children())
+
+
+class Mlp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return,operator]
+
+
+def block_widths(size: Size, kind: str) -> dict[str, tuple[int, int]]:
+    """Name -> inputs, outputs."""
+    k, n = size.k, size.n
+    if kind == "mlp":
+        return {"gate_proj": (k, n), "up_proj": (k, n), "down_proj": (n, k)}
+    return {"q_proj": (k, n), "k_proj": (k, max(1, n // 4)), "v_proj": (k, max(1, n // 4))}
+
+
+def block_arms(size: Size, dtype: torch.dtype, base: str, seed: int, kind: str) -> dict[str, Any]:
+    """As linear_arms, for several layers: `kind` is qkv (with biases), qv (adapters on q and v alone) or mlp."""
+    from fastlora_kernels import attach
+
+    torch.manual_seed(seed)
+    widths = block_widths(size, kind)
+    model: Any = Mlp() if kind == "mlp" else Projections()
+    for name, (k, n) in widths.items():
+        model.add_module(name, linear_base(k, n, dtype, base, bias=kind == "qkv"))
+    if kind == "mlp":
+        model.act_fn = nn.SiLU()
+    targets = ["q_proj", "v_proj"] if kind == "qv" else list(widths)
+    with_adapters(model, targets, size.rank, base)
+    x = torch.randn(size.tokens, size.k, dtype=dtype, device=DEVICE, requires_grad=True)
+    gs = [torch.randn(size.tokens, n, dtype=dtype, device=DEVICE) for _, n in widths.values()]
+    upstream = gs[-1:] if kind == "mlp" else gs
+    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # shares every weight
+    left = list(attach(twin).left)
+
+    def found(ys: Any, inputs: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        ys = ys if isinstance(ys, tuple) else (ys,)
+        gradients = torch.autograd.grad(ys, inputs, [g.to(dtype) for g in upstream])
+        outputs = {f"y{i}": y.detach() for i, y in enumerate(ys)}
+        return outputs | dict(zip(("dx", *trained), gradients, strict=True))
+
+    def step(model: Any) -> dict[str, Tensor]:
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            ys = model(x)
+        return found(ys, [x, *trained.values()], dtype)
+
+    def truth() -> dict[str, Tensor]:
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
+        x_, *rest = (p.detach().to(wide).requires_grad_() for p in (x, *trained.values()))
+        adapters = dict(zip(trained, rest, strict=True))
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            layer = getattr(model, name)
+            plain = layer.base_layer if name in targets else layer
+            y = x @ dense_weight(plain, wide).T
+            if plain.bias is not None:
+                y = y + plain.bias.to(wide)
+            if name not in targets:
+                return y
+            a, b = (adapters[f"{name}.lora_{letter}.default.weight"] for letter in "AB")
+            return y + layer.scaling["default"] * (x @ a.T) @ b.T
+
+        if kind == "mlp":
+            h = nn.functional.silu(linear("gate_proj", x_)) * linear("up_proj", x_)
+            return found(linear("down_proj", h), [x_, *rest], wide)
+        return found(tuple(linear(name, x_) for name in widths), [x_, *rest], wide)
+
+    h = torch.randn(size.tokens, size.n, dtype=dtype, device=DEVICE) if kind == "mlp" else None
+
+    def floor() -> None:
+        for name, g in zip(widths, gs, strict=True):
+            layer = getattr(model, name)
+            plain = layer.base_layer if name in targets else layer
+            given = h if name == "down_proj" and h is not None else x.detach()
+            _ = given @ dense_weight(plain, dtype).T, g @ dense_weight(plain, dtype)
+
+    arms = {"truth": truth, "floor": floor, "peft": lambda: step(model)}
+    return arms | ({"left": left[0]} if left else {"ours": lambda: step(twin)})
+
+
+def block_work(size: Size, dtype: torch.dtype, base: str, kind: str) -> tuple[int, int, int]:
+    """The sum over its layers; the bytes are at the least x, the weights and the outputs, each way."""
+    works = [
+        linear_work(Size(k, n, size.tokens, 0 if bare else size.rank), dtype, base)
+        for name, (k, n) in block_widths(size, kind).items()
+        for bare in (kind == "qv" and name == "k_proj",)
+    ]
+    flops, floor_flops, moved = (sum(numbers) for numbers in zip(*works, strict=True))
+    if kind != "mlp":  # x is read and dx written once for all
+        moved -= (len(works) - 1) * 3 * size.tokens * size.k * dtype.itemsize
+    return flops, floor_flops, moved
+
+
 CASES = (
     Case("lora_linear", "dense", linear_arms, linear_work),
     Case("lora_linear", "nf4", linear_arms, linear_work),
     Case("dora_linear", "dense", partial(linear_arms, dora=True), linear_work),
     Case("dora_linear", "nf4", partial(linear_arms, dora=True), linear_work),
+    *(
+        Case(f"lora_{kind}", base, partial(block_arms, kind=kind), partial(block_work, kind=kind))
+        for kind in ("qkv", "qv", "mlp")
+        for base in ("dense", "nf4")
+    ),
 )
 
 

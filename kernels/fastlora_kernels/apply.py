@@ -25,6 +25,7 @@ from torch import nn
 from fastlora_kernels.bnb_or_not import BaseLinear4bit, BaseLinear8bit
 from fastlora_kernels.layers.group import group_siblings
 from fastlora_kernels.layers.linear import ATTACHED, DETACHED, GROUP, Parts, never, parts_of
+from fastlora_kernels.layers.mlp import fuse_mlps, unfuse
 
 Kinds = Mapping[str, int]
 
@@ -42,6 +43,8 @@ class Attached:
     """Name of a LoRA layer -> why PEFT serves it, or "" where our op does."""
     groups: Kinds = field(default_factory=dict)
     """Of those served: layers that run together where they are given the same x, as q_proj+k_proj+v_proj."""
+    mlps: Kinds = field(default_factory=dict)
+    """MLPs whose gated activation is ours, per class."""
 
     def lines(self) -> Iterator[str]:
         total = _total(self.served) + sum(_total(kinds) for kinds in self.left.values())
@@ -50,6 +53,8 @@ class Attached:
             yield f"  under autocast only: {_total(self.only_autocast)}{_listed(self.only_autocast)}"
         if self.groups:
             yield f"  together on one read of x: {_total(self.groups)} groups{_listed(self.groups)}"
+        if self.mlps:
+            yield f"  MLPs with the activation fused: {_total(self.mlps)}{_listed(self.mlps)}"
         for reason, kinds in self.left.items():
             yield f"  left to PEFT, {reason}: {_total(kinds)}{_listed(kinds)}"
 
@@ -96,6 +101,7 @@ def attach(model: nn.Module) -> Attached:
         {why: dict(kinds) for why, kinds in left.items()},
         by_layer,
         dict(Counter(group_siblings(model))),
+        dict(Counter(fuse_mlps(model))),
     )
 
 
@@ -105,6 +111,7 @@ def detach(model: nn.Module) -> None:
         if type(layer) in DETACHED:
             layer.__class__ = DETACHED[type(layer)]
             vars(layer).pop(GROUP, None)
+        unfuse(layer)
 
 
 def _base_dtype(parts: Parts) -> torch.dtype:

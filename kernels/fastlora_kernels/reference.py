@@ -166,3 +166,39 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     generator.manual_seed(int(seed))
     drawn = torch.rand(x.shape, generator=generator, device=x.device)
     return torch.where(drawn >= p, x / (1 - p), 0).to(x.dtype)
+
+
+def glu(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """f(gate) up, in at least float32 and rounded once to `dtype`, or gate's."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (_activation(gate.to(wide), activation) * up.to(wide)).to(dtype or gate.dtype)
+
+
+def glu_backward(
+    dh: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+    activation: str,
+) -> None:
+    """Writes dgate and dup, and h over dh."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    gate_, up_, dh_ = gate.to(wide), up.to(wide), dh.to(wide)
+    with torch.enable_grad():
+        gate_ = gate_.detach().requires_grad_()
+        value = _activation(gate_, activation)
+    (slope,) = torch.autograd.grad(value, gate_, torch.ones_like(value))
+    value = value.detach()
+    dgate.copy_(dh_ * up_ * slope)
+    dup.copy_(dh_ * value)
+    dh.copy_(value * up_)  # last: dh_ may be dh
+
+
+def _activation(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(gate)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.nn.functional.gelu(gate, approximate=approximate)

@@ -10,9 +10,11 @@ from typing import Any
 
 import fastlora_kernels.layers.group
 import fastlora_kernels.layers.linear
+import fastlora_kernels.layers.mlp
 import pytest
 import torch
 from fastlora_kernels import attach, detach
+from fastlora_kernels.ops.glu import glu_lora_linear
 from fastlora_kernels.ops.lora_linear import folds, lora_linear, lora_linears
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
@@ -86,7 +88,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         return lora_linears(x, projections)
 
     monkeypatch.setattr(fastlora_kernels.layers.linear, "lora_linear", spy)
+
+    def spy_down(gate: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(rest[-1])
+        return glu_lora_linear(gate, *rest)
+
     monkeypatch.setattr(fastlora_kernels.layers.group, "lora_linears", spies)
+    monkeypatch.setattr(fastlora_kernels.layers.mlp, "glu_lora_linear", spy_down)
     return seen
 
 

@@ -47,7 +47,7 @@ def test_rows_are_sane(bench: ModuleType, dtype: str, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = document["rows"]
     assert [(row["base"], row["k"], row["n"], row["tokens"]) for row in rows] == [
         (base, k, n, tokens)
-        for _ in ("lora_linear", "dora_linear")
+        for _ in ("lora_linear", "dora_linear", "lora_qkv", "lora_qv", "lora_mlp")
         for base in ("dense", "nf4")
         for k, n in ((64, 128), (96, 64))
         for tokens in (16, 33)

@@ -42,17 +42,21 @@ def adapter(n: int, k: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, floa
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("blocksize", "quant_type"), [(64, "nf4"), (128, "nf4"), (64, "fp4")])
+@pytest.mark.parametrize(
+    ("blocksize", "quant_type"), [(64, "nf4"), (128, "nf4"), (256, "nf4"), (64, "fp4")]
+)
 def test_it_is_bitsandbytes_matrix(
     n: int, k: int, nested: bool, blocksize: int, quant_type: str, backend: str
 ) -> None:
+    if k % blocksize and n % 2 == 0:
+        pytest.skip("bitsandbytes' own CPU kernel is wrong there")  # see SHAPES
     weight = quantized(n, k, blocksize, nested, quant_type)
     expected = bitsandbytes(n, k, blocksize, nested, quant_type)
     torch.testing.assert_close(dequantize(weight, torch.float32), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("rank", [1, 8, 16, 40, 64])
+@pytest.mark.parametrize("rank", [1, 16, 40, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_fold_is_the_sum(n: int, k: int, rank: int, dtype: torch.dtype, backend: str) -> None:
     """err(ours, float32) <= 2 err(rounding the exact sum) + eps."""

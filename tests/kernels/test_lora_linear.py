@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
+import bitsandbytes as bnb
 import pytest
 import torch
+from fastlora_kernels import reference
 from fastlora_kernels.dispatch import choose_backend
-from fastlora_kernels.ops.lora_linear import lora_linear
+from fastlora_kernels.ops import lora_linear as module
+from fastlora_kernels.ops import skinny
+from fastlora_kernels.ops.dequantize import FourBit
+from fastlora_kernels.ops.lora_linear import Projection, lora_linear, lora_linears
 
 
 def inputs(
@@ -74,3 +81,131 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
     (gradient,) = torch.autograd.grad(y.square().sum(), lora_b, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def three(k: int, r: int, four_bit: bool, dtype: torch.dtype) -> list[Projection]:
+    """Of different widths and ranks, with and without bias."""
+    torch.manual_seed(0)
+    found = []
+    layers = ((70, r, True, False), (33, max(1, r // 2), False, True), (48, r, True, True))
+    for n, rank, bias, beta in layers:
+        weight: Any = torch.randn(n, k, device=DEVICE) / k**0.5
+        if four_bit:
+            weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(DEVICE)
+        shapes = ((n,), (rank, k), (n, rank), (n,))
+        b0, a, b, lora_bias = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in shapes)
+        found.append(
+            Projection(
+                weight if four_bit else weight.to(dtype), b0 if bias else None, a.requires_grad_(),
+                (0.1 * b).requires_grad_(), 0.5, lora_bias.requires_grad_() if beta else None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def plain(x: torch.Tensor, one: Projection, dtype: torch.dtype) -> torch.Tensor:
+    weight: Any = one.weight
+    four_bit = FourBit.of(weight)
+    if four_bit is not None:
+        weight = reference.dequantize(four_bit, torch.float32)
+    given = (one.bias, one.lora_a, one.lora_b, one.lora_bias)
+    bias, a, b, beta = (None if tensor is None else tensor.to(dtype) for tensor in given)
+    y = reference.lora_linear(x, weight.to(dtype), bias, a, b, one.scaling)
+    return y if beta is None else y + one.scaling * beta
+
+
+def with_gradients(ys: Any, x: torch.Tensor, projections: list[Projection]) -> list[torch.Tensor]:
+    adapters = [t for one in projections for t in (one.lora_a, one.lora_b, one.lora_bias)]
+    inputs = [x, *(tensor for tensor in adapters if tensor is not None)]
+    torch.manual_seed(1)
+    gs = [torch.randn(y.shape).half().bfloat16().to(y) for y in ys]
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, gs)]
+
+
+@pytest.mark.parametrize("expand_first", [False, True])
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "r"), [((1,), 8), ((3, 21), 16), ((257,), 40)])
+def test_several_err_no_more_than_torch(
+    tokens: tuple[int, ...], r: int, dtype: torch.dtype, four_bit: bool, one_pass: bool, expand_first: bool,
+    backend: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """err(ours, float64) <= 2 err(torch in the same dtype, float64) + eps: outputs and every gradient."""
+    if dtype == torch.bfloat16 and backend == "interpret":
+        pytest.skip("the interpreter has no bfloat16 products")
+    monkeypatch.setattr(module, "EXPAND_FIRST", expand_first)
+    monkeypatch.setattr(skinny, "one_pass", lambda *sizes: one_pass)
+    projections = three(128, r, four_bit, dtype)
+    x = torch.randn(*tokens, 128, device=DEVICE).to(dtype).requires_grad_()
+    ours = with_gradients(lora_linears(x, projections), x, projections)
+    theirs = with_gradients([plain(x, one, dtype) for one in projections], x, projections)
+    exact_ys = [plain(x.double(), one, torch.float64) for one in projections]
+    exact = with_gradients(exact_ys, x, projections)
+    for i, (found, torchs, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert found.shape == torchs.shape
+        assert found.dtype == torchs.dtype
+        error, allowed = (float((t.double() - truth.double()).norm()) for t in (found, torchs))
+        assert error <= 2 * allowed + 1e-6 * float(truth.norm()), (i, error, allowed)
+
+
+@pytest.mark.parametrize("expand_first", [False, True])
+def test_finite_differences_of_several(expand_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EXPAND_FIRST", expand_first)
+    torch.manual_seed(0)
+    x, a1, b1, beta, a2, b2 = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 4), (2, 4), (5, 2), (5,), (1, 4), (3, 1))
+    )
+    w1, w2 = torch.randn(5, 4).double(), torch.randn(3, 4).double()
+
+    def op(x: Any, a1: Any, b1: Any, beta: Any, a2: Any, b2: Any) -> Any:
+        first = Projection(w1, w1[:, 0], a1, b1, 0.5, beta)
+        return lora_linears(x, [first, Projection(w2, None, a2, b2, 2.0)])
+
+    assert torch.autograd.gradcheck(op, (x, a1, b1, beta, a2, b2))
+
+
+def test_outputs_may_be_written_to_and_gradients_may_be_strided() -> None:
+    projections = three(16, 4, False, torch.float32)
+    x = torch.randn(2, 3, 16, device=DEVICE, requires_grad=True)
+    q, k, v = lora_linears(x, projections)
+    q += 1
+    (q.sum() + k.transpose(0, 1).square().sum() + v[:, ::2].sum()).backward()
+    found = x.grad
+    x.grad = None
+    q, k, v = (plain(x, one, torch.float32) for one in projections)
+    (q.sum() + k.square().sum() + v[:, ::2].sum()).backward()
+    torch.testing.assert_close(found, x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_x_may_be_strided(backend: str) -> None:
+    projections = three(16, 4, True, torch.float32)
+    wide = torch.randn(5, 3, 32, device=DEVICE).transpose(0, 1)
+    strided = wide[..., ::2].detach().requires_grad_()
+    ours = with_gradients(lora_linears(strided, projections), strided, projections)
+    plain_ys = [plain(strided, one, torch.float32) for one in projections]
+    theirs = with_gradients(plain_ys, strided, projections)
+    for found, truth in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_and_x_in_any_layout_with_dropout(backend: str) -> None:
+    """The kernels read rows; what comes in columns, or with gaps, must be copied first."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 64, device=DEVICE)[:, ::2].requires_grad_()
+    weight = torch.randn(8, 32, device=DEVICE)
+    a, b = torch.randn(32, 4, device=DEVICE).T, torch.randn(4, 8, device=DEVICE).T
+
+    def found(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        x, a, b = (tensor.detach().requires_grad_() for tensor in tensors)
+        torch.manual_seed(3)
+        y = lora_linear(x, weight, None, a, b, 1.0, None, 0.5)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, a, b))]
+
+    packed = found(x.contiguous(), a.contiguous(), b.contiguous())
+    for strided, contiguous in zip(found(x, a, b), packed, strict=True):
+        torch.testing.assert_close(strided, contiguous)

@@ -21,10 +21,12 @@ from torch._C import DisableTorchFunctionSubclass
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.launch import launch
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 BLOCK_N, BLOCK_K = 64, 128
+SCALES_ONCE = True  # each scale of a tile loaded once, where rows have whole blocks
 NORM_BLOCK_N = 16  # a program walks whole rows: 256 programs for 4,096 of them
 
 Fold = tuple[torch.Tensor, torch.Tensor, float]
@@ -81,10 +83,25 @@ class FourBit(NamedTuple):
 
 
 @jit
+def _scale(
+    absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, block, inside,
+    KIND: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+):  # fmt: skip
+    """The scale of each of `block`, 0 outside."""
+    if KIND == "nested":
+        code = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        outer = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=inside, other=0.0)
+        scale = tl.load(nested_table_ptr + code) * outer + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    return tl.where(inside, scale, 0.0)
+
+
+@jit
 def _weight(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
     n_N, h_H, n_rows, n_bytes,
-    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """A tile of the frozen weight in float32, (N, 2 H); zero outside. KIND: dense, 4bit or nested."""
     inside_NH = (n_N[:, None] < n_rows) & (h_H[None, :] < n_bytes)
@@ -94,17 +111,26 @@ def _weight(
         second_NH = tl.load(weight_ptr + 2 * byte_NH + 1, mask=inside_NH, other=0.0).to(tl.float32)
     else:
         packed_NH = tl.load(weight_ptr + byte_NH, mask=inside_NH, other=0).to(tl.int32)
-        # Both weights of a byte have the same scale: blocks are even.
-        block_NH = byte_NH * 2 // BLOCKSIZE
-        if KIND == "nested":
-            code_NH = tl.load(absmax_ptr + block_NH, mask=inside_NH, other=0).to(tl.int32)
-            outer_NH = tl.load(
-                nested_absmax_ptr + block_NH // NESTED_BLOCKSIZE, mask=inside_NH, other=0.0
-            )
-            scale_NH = tl.load(nested_table_ptr + code_NH) * outer_NH + tl.load(offset_ptr)
+        if SCALES == 0:
+            # Both weights of a byte have the same scale: blocks are even.
+            scale_NH = _scale(
+                absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, byte_NH * 2 // BLOCKSIZE, inside_NH,
+                KIND, NESTED_BLOCKSIZE,
+            )  # fmt: skip
         else:
-            scale_NH = tl.load(absmax_ptr + block_NH, mask=inside_NH, other=0.0)
-        scale_NH = tl.where(inside_NH, scale_NH, 0.0)
+            # A row has whole blocks, and so has the tile, or a part of one: each scale is loaded once.
+            first_h = tl.min(h_H, axis=0)
+            j_J = first_h * 2 // BLOCKSIZE + tl.arange(0, SCALES)
+            blocks = n_bytes * 2 // BLOCKSIZE
+            scale_NJ = _scale(
+                absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
+                n_N.to(tl.int64)[:, None] * blocks + j_J[None, :],
+                (n_N[:, None] < n_rows) & (j_J[None, :] < blocks), KIND, NESTED_BLOCKSIZE,
+            )  # fmt: skip
+            BLOCK_N: tl.constexpr = n_N.shape[0]
+            BLOCK_H: tl.constexpr = h_H.shape[0]
+            scale_NJH = tl.broadcast_to(scale_NJ[:, :, None], (BLOCK_N, SCALES, BLOCK_H // SCALES))
+            scale_NH = tl.reshape(scale_NJH, (BLOCK_N, BLOCK_H))
         first_NH = tl.load(table_ptr + (packed_NH >> 4)) * scale_NH
         second_NH = tl.load(table_ptr + (packed_NH & 15)) * scale_NH
     return tl.interleave(first_NH, second_NH)
@@ -137,7 +163,7 @@ def _product(
 def _dequantize(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, row_scale_ptr,
     out_ptr, n_rows, n_bytes, scaling,
-    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, SCALES: tl.constexpr,
     FOLD: tl.constexpr, ROW_SCALE: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -148,7 +174,7 @@ def _dequantize(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     weight_NK = _weight(
         weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-        n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE,
+        n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES,
     )  # fmt: skip
     if FOLD:
         weight_NK += _product(
@@ -165,7 +191,7 @@ def _dequantize(
 def _row_norms(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, like_ptr,
     out_ptr, n_rows, n_bytes, scaling,
-    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, SCALES: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +203,7 @@ def _row_norms(
         k_K = 2 * start + tl.arange(0, 2 * BLOCK_H)
         weight_NK = _weight(
             weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-            n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE,
+            n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES,
         )  # fmt: skip
         weight_NK += _product(
             a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
@@ -189,7 +215,8 @@ def _row_norms(
 def _frozen(weight: FourBit | torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the kernels are told of the frozen weight: pointers, and what is compiled in."""
     if isinstance(weight, torch.Tensor):
-        return (weight,) * 6, {"KIND": "dense", "BLOCKSIZE": 2, "NESTED_BLOCKSIZE": 1}
+        compiled = {"KIND": "dense", "BLOCKSIZE": 2, "NESTED_BLOCKSIZE": 1, "SCALES": 0}
+        return (weight,) * 6, compiled
     nested = weight.nested_absmax is not None
     pointers = (
         weight.codes,
@@ -199,8 +226,19 @@ def _frozen(weight: FourBit | torch.Tensor) -> tuple[tuple[Any, ...], dict[str, 
         weight.nested_table if nested else weight.table,
         weight.offset if nested else weight.table,
     )
-    compiled = {"BLOCKSIZE": weight.blocksize, "NESTED_BLOCKSIZE": weight.nested_blocksize}
-    return pointers, {"KIND": "nested" if nested else "4bit", **compiled}
+    return pointers, {
+        "KIND": "nested" if nested else "4bit",
+        "BLOCKSIZE": weight.blocksize,
+        "NESTED_BLOCKSIZE": weight.nested_blocksize,
+        "SCALES": _scales(weight),
+    }
+
+
+def _scales(weight: FourBit) -> int:
+    """How many scales a row of a tile has, if that is known before; else 0, and each byte looks for its own."""
+    size = weight.blocksize
+    whole = weight.shape[1] % size == 0 and (BLOCK_K % size == 0 or size % BLOCK_K == 0)
+    return max(1, BLOCK_K // size) if whole and SCALES_ONCE else 0
 
 
 def _ranks(rank: int) -> dict[str, int]:
@@ -227,11 +265,14 @@ def dequantize(
     out_NK = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
     pointers, compiled = _frozen(weight)
     a, b, scaling = fold or (weight.table, weight.table, 0.0)
-    _dequantize[(triton.cdiv(n, BLOCK_N), triton.cdiv(k, BLOCK_K))](
-        *pointers, a, b, weight.table if row_scale is None else row_scale, out_NK, n, k // 2, scaling,
-        **compiled, **_ranks(a.shape[0] if fold else 1), FOLD=fold is not None, ROW_SCALE=row_scale is not None,
-        BLOCK_N=BLOCK_N, BLOCK_H=BLOCK_K // 2,
-    )  # fmt: skip
+    compiled |= _ranks(a.shape[0] if fold else 1) | {"BLOCK_N": BLOCK_N, "BLOCK_H": BLOCK_K // 2}
+    launch(
+        _dequantize,
+        (triton.cdiv(n, BLOCK_N), triton.cdiv(k, BLOCK_K)),
+        (*pointers, a, b, weight.table if row_scale is None else row_scale, out_NK),
+        (n, k // 2, float(scaling)),
+        compiled | {"FOLD": fold is not None, "ROW_SCALE": row_scale is not None},
+    )
     return out_NK
 
 
@@ -249,8 +290,11 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
     pointers, compiled = _frozen(weight)
     a, b, scaling = fold
     like = torch.empty(0, dtype=dtype, device=device)  # its type alone is looked at
-    _row_norms[(triton.cdiv(n, NORM_BLOCK_N),)](
-        *pointers, a, b, like, out_N, n, k // 2, scaling, **compiled, **_ranks(a.shape[0]),
-        BLOCK_N=NORM_BLOCK_N, BLOCK_H=BLOCK_K // 2,
-    )  # fmt: skip
+    launch(
+        _row_norms,
+        (triton.cdiv(n, NORM_BLOCK_N),),
+        (*pointers, a, b, like, out_N),
+        (n, k // 2, float(scaling)),
+        compiled | _ranks(a.shape[0]) | {"BLOCK_N": NORM_BLOCK_N, "BLOCK_H": BLOCK_K // 2},
+    )
     return out_N

@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.launch import launch
 from fastlora_kernels.ops.dequantize import FourBit, row_norms
 from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.lora_linear import (
@@ -76,9 +77,9 @@ def scale_columns(
         return (out if bias is None else out + bias.float()).to(z.dtype)
     out_TN = torch.empty_like(z)
     grid = (triton.cdiv(z.shape[0], BLOCK_T), triton.cdiv(z.shape[1], BLOCK_N))
-    _scale_columns[grid](
-        z, c, c if bias is None else bias, out_TN, *z.shape, BIAS=bias is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N
-    )  # fmt: skip
+    tensors = (z, c, c if bias is None else bias, out_TN)
+    constants = {"BIAS": bias is not None, "BLOCK_T": BLOCK_T, "BLOCK_N": BLOCK_N}
+    launch(_scale_columns, grid, tensors, tuple(z.shape), constants)
     return out_TN
 
 
@@ -88,9 +89,9 @@ def column_dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return (left.float() * right.float()).sum(dim=0)
     blocks = triton.cdiv(left.shape[0], BLOCK_T)
     partial = torch.empty((blocks, left.shape[1]), dtype=torch.float32, device=left.device)
-    _column_dots[(blocks, triton.cdiv(left.shape[1], BLOCK_N))](
-        left, right, partial, *left.shape, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N
-    )
+    grid = (blocks, triton.cdiv(left.shape[1], BLOCK_N))
+    constants = {"BLOCK_T": BLOCK_T, "BLOCK_N": BLOCK_N}
+    launch(_column_dots, grid, (left, right, partial), tuple(left.shape), constants)
     return partial.sum(dim=0)
 
 
@@ -105,8 +106,8 @@ def dora_linear(
 ) -> torch.Tensor:
     """m / |W + s B A| (x W^T + s (x A^T) B^T) + b; gradients for x, A, B and m, none for W and b.
 
-    magnitude (N) in any float dtype; the rest, and what is raised, as in lora_linear. A dense weight must be
-    contiguous and have an even number of inputs.
+    magnitude (N) in any float dtype; the rest, and what is raised, as in lora_linear. A dense weight must have
+    an even number of inputs.
     """
     ready = frozen(weight)
     n, _ = fitting("dora_linear", x, ready, lora_a, lora_b)
@@ -132,10 +133,10 @@ class DoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         weight, bias_N, scaling = fixed
         dtype, x_TK = x.dtype, x.reshape(-1, x.shape[-1])
-        a, b = a_RK.to(dtype), b_NR.to(dtype)
+        a, b = a_RK.to(dtype).contiguous(), b_NR.to(dtype).contiguous()
         bias_N = None if bias_N is None else bias_N.to(dtype)
         if isinstance(weight, torch.Tensor):
-            weight = weight.to(dtype)
+            weight = weight.to(dtype).contiguous()
         norm_N = row_norms(weight, (a, b, scaling), dtype)
         c_N = magnitude_N / norm_N  # in float32, which the norm has
         down_TR = torch.mm(x_TK, a.T)

@@ -15,6 +15,7 @@ import torch
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.launch import launch
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
@@ -37,11 +38,13 @@ def draw_seeds(ps: Sequence[float], device: torch.device) -> torch.Tensor | None
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """D(x) for a contiguous x, in its dtype; x itself where p is 0. seed: int64, one number."""
+    """D(x) in its dtype; x itself where p is 0. seed: int64, one number."""
     if p == 0:
         return x
     if choose_backend(x.device, BACKENDS) == "reference":
         return reference.dropout(x, p, seed)
-    out = torch.empty_like(x)
-    _dropout[(triton.cdiv(x.numel(), BLOCK),)](x, seed, out, x.numel(), p, BLOCK=BLOCK)
+    x = x.contiguous()
+    out, size = torch.empty_like(x), x.numel()
+    if size:
+        launch(_dropout, (triton.cdiv(size, BLOCK),), (x, seed, out), (size, p), {"BLOCK": BLOCK})
     return out

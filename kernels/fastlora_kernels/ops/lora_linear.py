@@ -143,99 +143,144 @@ def shaped(y_TN: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def stacked(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """One below the other, in `dtype`."""
-    return (matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))).to(dtype)
+    """One below the other, contiguous, in `dtype`."""
+    one = matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+    return one.to(dtype).contiguous()
 
 
 class LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, fixed: Any, *adapters: Any) -> tuple[torch.Tensor, ...]:
-        dtype = x.dtype
-        x_TK = x.reshape(-1, x.shape[-1])
-        a_RK = stacked(adapters[::3], dtype)
-        bs = [b_NR.to(dtype) for b_NR in adapters[1::3]]
-        ctx.blocks, end = [], 0
-        for b_NR in bs:
-            ctx.blocks.append(slice(end, end + b_NR.shape[1]))
-            end += b_NR.shape[1]
-        seeds = draw_seeds([p for *_, p in fixed], x.device)
-        ctx.fold = seeds is None and all(isinstance(weight, FourBit) for weight, *_ in fixed)
-        ctx.fold &= folds(x_TK.shape[0], sum(b_NR.shape[0] for b_NR in bs), x_TK.shape[1])
-        down_TR = down(x_TK, a_RK, ctx.blocks, [p for *_, p in fixed], seeds)
-        ys = []
-        for (weight, bias_N, scaling, _), b_NR, beta_N, block in zip(
-            fixed, bs, adapters[2::3], ctx.blocks, strict=True
-        ):
-            if beta_N is not None:
-                beta_N = scaling * beta_N.to(dtype)
-            bias_N = None if bias_N is None else bias_N.to(dtype)
-            fold = (a_RK[block], b_NR, scaling) if ctx.fold else None
-            y_TN = outputs(x_TK, weight, bias_N, beta_N, down_TR[:, block], b_NR, scaling, fold)
-            ys.append(shaped(y_TN, x))
-        # The weights as they are, not their data: one that is streamed in is another tensor by backward.
-        ctx.fixed = [(source(weight), scaling, p) for weight, _, scaling, p in fixed]
-        ctx.dtypes = [None if given is None else given.dtype for given in adapters]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, a_RK, down_TR, seeds, *bs)
-        return tuple(ys)
+        ys, saved = outputs(ctx, x.reshape(-1, x.shape[-1]), fixed, adapters)
+        ctx.save_for_backward(x, *saved)
+        return tuple(shaped(y_TN, x) for y_TN in ys)
 
     # x A^T is saved as a number, not as a function of x and A: a second derivative through it would be wrong.
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x, a_RK, down_TR, seeds, *bs = ctx.saved_tensors
-        x_TK = x.reshape(-1, x.shape[-1])
+        x, *saved = ctx.saved_tensors
         wants_x, _, *wants = ctx.needs_input_grad
-        found: list[torch.Tensor | None] = [None] * len(wants)
-        up_TR = torch.empty_like(down_TR)
-        parts = []
-        for i, (g, b_NR, block, (weight, scaling, _)) in enumerate(
-            zip(gs, bs, ctx.blocks, ctx.fixed, strict=True)
-        ):
-            if g is None:  # an output that nothing was made of
-                up_TR[:, block] = 0
-                continue
-            g_TN = g.reshape(-1, g.shape[-1]).contiguous()
-            db_dtype = ctx.dtypes[3 * i + 1] if wants[3 * i + 1] else None
-            found[3 * i + 1] = up_and_gradient(
-                g_TN, b_NR, down_TR[:, block], scaling, up_TR[:, block], db_dtype
-            )
-            if wants[3 * i + 2]:
-                dbeta_N = scaling * g_TN.sum(dim=0, dtype=torch.float32)
-                found[3 * i + 2] = dbeta_N.to(ctx.dtypes[3 * i + 2])
-            fold = (a_RK[block], b_NR, scaling) if ctx.fold else None
-            parts.append((g_TN, weight, fold))
-        ps = [p for *_, p in ctx.fixed]
-        if any(wants[::3]):
-            for i, (da_RK, g) in enumerate(
-                zip(gradient_of_a(up_TR, x_TK, ctx.blocks, ps, seeds), gs, strict=True)
-            ):
-                if wants[3 * i] and g is not None:
-                    found[3 * i] = da_RK.to(ctx.dtypes[3 * i])
-        dx = None
-        if wants_x and parts:
-            dx_TK = None if ctx.fold else expanded(up_TR, a_RK, ctx.blocks, ps, seeds)
-            dx = shaped(gradient_of_x(parts, dx_TK, x.dtype), x)
-        return dx, None, *found
+        dx_TK, up_TR, found = gradients_of_x_and_b(ctx, saved, gs, wants_x, wants)
+        gradients_of_a(ctx, saved, up_TR, x.reshape(-1, x.shape[-1]), gs, wants, found)
+        return None if dx_TK is None else shaped(dx_TK, x), None, *found
+
+
+def outputs(
+    ctx: Any, x_TK: torch.Tensor, fixed: Any, adapters: tuple[Any, ...]
+) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, ...]]:
+    """Every y_i, (T, N), and what else backward needs saved. `adapters`: A, B and its bias of each in turn."""
+    dtype, weights = x_TK.dtype, [weight for weight, *_ in fixed]
+    a_RK = stacked(adapters[::3], dtype)
+    bs = [b_NR.to(dtype).contiguous() for b_NR in adapters[1::3]]
+    ctx.blocks, end = [], 0
+    for b_NR in bs:
+        ctx.blocks.append(slice(end, end + b_NR.shape[1]))
+        end += b_NR.shape[1]
+    ctx.ps = [p for *_, p in fixed]
+    seeds = draw_seeds(ctx.ps, x_TK.device)
+    outputs_each = sum(weight.shape[0] for weight in weights)
+    ctx.fold = seeds is None and all(isinstance(weight, FourBit) for weight in weights)
+    ctx.fold = ctx.fold and folds(x_TK.shape[0], outputs_each, x_TK.shape[1])
+    down_TR = down(ctx, x_TK, a_RK, seeds)
+    ys = []
+    for (weight, bias_N, scaling, _), b_NR, beta_N, block in zip(
+        fixed, bs, adapters[2::3], ctx.blocks, strict=True
+    ):
+        if beta_N is not None:
+            beta_N = scaling * beta_N.to(dtype)
+        bias_N = None if bias_N is None else bias_N.to(dtype)
+        fold = (a_RK[block], b_NR, scaling) if ctx.fold else None
+        ys.append(output(x_TK, weight, bias_N, beta_N, down_TR[:, block], b_NR, scaling, fold))
+    # The weights as they are, not their data: one that is streamed in is another tensor by backward.
+    ctx.fixed = [(source(weight), scaling) for weight, _, scaling, _ in fixed]
+    ctx.dtypes = [None if given is None else given.dtype for given in adapters]
+    ctx.set_materialize_grads(False)
+    return ys, (a_RK, down_TR, seeds, *bs)
+
+
+def gradients_of_x_and_b(
+    ctx: Any,
+    saved: Sequence[torch.Tensor],
+    gs: Sequence[torch.Tensor | None],
+    wants_x: bool,
+    wants: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor | None]]:
+    """dx, (T, K), where wanted; U; and the gradients of `adapters` (see outputs), those of A still missing."""
+    a_RK, down_TR, seeds, *bs = saved
+    found: list[torch.Tensor | None] = [None] * len(wants)
+    up_TR = torch.empty_like(down_TR)
+    parts = []
+    for i, (g, b_NR, block, (weight, scaling)) in enumerate(
+        zip(gs, bs, ctx.blocks, ctx.fixed, strict=True)
+    ):
+        if g is None:  # nothing was made of that output
+            up_TR[:, block] = 0
+            continue
+        g_TN = g.reshape(-1, g.shape[-1]).contiguous()
+        db_dtype = ctx.dtypes[3 * i + 1] if wants[3 * i + 1] else None
+        found[3 * i + 1] = up_and_gradient(
+            g_TN, b_NR, down_TR[:, block], scaling, up_TR[:, block], db_dtype
+        )
+        if wants[3 * i + 2]:
+            dbeta_N = scaling * g_TN.sum(dim=0, dtype=torch.float32)
+            found[3 * i + 2] = dbeta_N.to(ctx.dtypes[3 * i + 2])
+        parts.append((g_TN, weight, (a_RK[block], b_NR, scaling) if ctx.fold else None))
+    if not (wants_x and parts):
+        return None, up_TR, found
+    dx_TK = None if ctx.fold else expanded(ctx, up_TR, a_RK, seeds)
+    return gradient_of_x(parts, dx_TK, a_RK.dtype), up_TR, found
+
+
+def gradients_of_a(
+    ctx: Any,
+    saved: Sequence[torch.Tensor],
+    up_TR: torch.Tensor,
+    x_TK: torch.Tensor,
+    gs: Sequence[torch.Tensor | None],
+    wants: Sequence[bool],
+    found: list[torch.Tensor | None],
+) -> None:
+    """dA_i = U_i^T D_i(x) into its place in `found`: one product for all, unless each has a dropout of its own."""
+    seeds = saved[2]
+    da_RK = product(up_TR.T, x_TK) if seeds is None and any(wants[::3]) else None
+    for i, (block, p) in enumerate(zip(ctx.blocks, ctx.ps, strict=True)):
+        if wants[3 * i] and gs[i] is not None:
+            found[3 * i] = (
+                product(up_TR[:, block].T, dropout(x_TK, p, seeds[i]))
+                if da_RK is None
+                else da_RK[block]
+            ).to(ctx.dtypes[3 * i])
 
 
 def down(
-    x_TK: torch.Tensor,
-    a_RK: torch.Tensor,
-    blocks: list[slice],
-    ps: list[float],
-    seeds: torch.Tensor | None,
+    ctx: Any, x_TK: torch.Tensor, a_RK: torch.Tensor, seeds: torch.Tensor | None
 ) -> torch.Tensor:
-    """S, (T, R): all ranks in one product, or a product each where each has a dropout of its own."""
+    """S, (T, R): likewise."""
     if seeds is None:
         return torch.mm(x_TK, a_RK.T)
     down_TR = x_TK.new_empty(x_TK.shape[0], a_RK.shape[0])
-    for i, (block, p) in enumerate(zip(blocks, ps, strict=True)):
+    for i, (block, p) in enumerate(zip(ctx.blocks, ctx.ps, strict=True)):
         torch.mm(dropout(x_TK, p, seeds[i]), a_RK[block].T, out=down_TR[:, block])
     return down_TR
 
 
-def outputs(
+def expanded(
+    ctx: Any, up_TR: torch.Tensor, a_RK: torch.Tensor, seeds: torch.Tensor | None
+) -> torch.Tensor:
+    """sum_i D_i(U_i A_i), (T, K): likewise."""
+    if seeds is None:
+        return torch.mm(up_TR, a_RK)
+    first, *others = (
+        dropout(torch.mm(up_TR[:, block], a_RK[block]), p, seeds[i])
+        for i, (block, p) in enumerate(zip(ctx.blocks, ctx.ps, strict=True))
+    )
+    for other in others:
+        first += other
+    return first
+
+
+def output(
     x_TK: torch.Tensor,
     weight: Frozen,
     bias_N: torch.Tensor | None,
@@ -271,25 +316,6 @@ def scaled_product(
     return out.addmm_(left, right, beta=0, alpha=scaling)
 
 
-def expanded(
-    up_TR: torch.Tensor,
-    a_RK: torch.Tensor,
-    blocks: list[slice],
-    ps: list[float],
-    seeds: torch.Tensor | None,
-) -> torch.Tensor:
-    """sum_i D_i(U_i A_i), (T, K)."""
-    if seeds is None:
-        return torch.mm(up_TR, a_RK)
-    first, *others = (
-        dropout(torch.mm(up_TR[:, block], a_RK[block]), p, seeds[i])
-        for i, (block, p) in enumerate(zip(blocks, ps, strict=True))
-    )
-    for other in others:
-        first += other
-    return first
-
-
 def gradient_of_x(
     parts: list[tuple[torch.Tensor, Weight, Fold | None]],
     adapters_TK: torch.Tensor | None,
@@ -304,20 +330,3 @@ def gradient_of_x(
     if adapters_TK is not None and not EXPAND_FIRST:
         dx_TK += adapters_TK
     return dx_TK
-
-
-def gradient_of_a(
-    up_TR: torch.Tensor,
-    x_TK: torch.Tensor,
-    blocks: list[slice],
-    ps: list[float],
-    seeds: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    """dA_i for each i."""
-    if seeds is None:
-        da_RK = product(up_TR.T, x_TK)
-        return tuple(da_RK[block] for block in blocks)
-    return tuple(
-        product(up_TR[:, block].T, dropout(x_TK, p, seeds[i]))
-        for i, (block, p) in enumerate(zip(blocks, ps, strict=True))
-    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.launch import launch
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
@@ -122,15 +123,28 @@ def in_one_pass(
     chunks = triton.cdiv(tokens, tokens_each)
     up_parts = torch.empty((strips, tokens, rank), dtype=torch.float32, device=g.device)
     db_parts = torch.empty((chunks, n, rank), dtype=torch.float32, device=g.device)
-    _up_and_gradient[(strips, chunks)](
-        g, b, down, up_parts, db_parts, tokens, n, down.stride(0), tokens_each,
-        RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
-        num_warps=8, num_stages=3,
-    )  # fmt: skip
+    blocks = {
+        "BLOCK_R": max(16, triton.next_power_of_2(rank)),
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_N": BLOCK_N,
+    }
+    launch(
+        _up_and_gradient,
+        (strips, chunks),
+        (g, b, down, up_parts, db_parts),
+        (tokens, n, down.stride(0), tokens_each),
+        {"RANK": rank} | blocks,
+        num_warps=8,
+        num_stages=3,
+    )
     db = torch.empty((n, rank), dtype=dtype, device=g.device)
     for parts, out in ((up_parts, up), (db_parts, db)):
         size = parts[0].numel()
-        _sum_parts[(triton.cdiv(size, BLOCK_SUM),)](
-            parts, out, len(parts), size, out.stride(0), scaling, RANK=rank, BLOCK=BLOCK_SUM
+        launch(
+            _sum_parts,
+            (triton.cdiv(size, BLOCK_SUM),),
+            (parts, out),
+            (len(parts), size, out.stride(0), float(scaling)),
+            {"RANK": rank, "BLOCK": BLOCK_SUM},
         )
     return db

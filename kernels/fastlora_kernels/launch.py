@@ -1,0 +1,63 @@
+"""A launch of a Triton kernel at half the host time.
+
+Triton works out on each launch which compiled kernel fits: types and alignments of all arguments, options, their
+text as a key. That takes longer than a small kernel. Here the compiled kernel that it found is kept under a shorter key
+of the same facts, and launched itself the next time. Where Triton has no such way, its own is taken.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+Grid = tuple[int, ...]
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_works = torch.version.hip is None
+"""On AMD a kernel depends on more than is in the key."""
+
+
+def launch(
+    kernel: Any,
+    grid: Grid,
+    tensors: Sequence[torch.Tensor],
+    numbers: Sequence[int | float],
+    constants: dict[str, Any],
+    **options: int,
+) -> None:
+    """kernel[grid](*tensors, *numbers, **constants, **options), on the device of the tensors.
+
+    The kernel's arguments must come in this order: tensors, numbers, and what is compiled in.
+    """
+    global _works
+    device = tensors[0].device.index
+    if device is not None and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, tensors, numbers, constants, **options)
+        return
+    key = (
+        id(kernel),
+        device,
+        *[(tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors],
+        # What Triton tells apart in an integer; a float is a float.
+        *[
+            (number == 1, number % 16 == 0, number >= 2**31) if isinstance(number, int) else None
+            for number in numbers
+        ],
+        *constants.values(),
+        *options.values(),
+    )
+    found = _compiled.get(key) if _works else None
+    if found is not None:
+        compiled, values = found
+        try:
+            compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *values)
+            return
+        except TypeError:  # another version of Triton, with other arguments here
+            _works = False
+    compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+    if _works and hasattr(compiled, "__getitem__"):  # not in Triton's interpreter
+        names = [*inspect.signature(kernel.fn).parameters][len(tensors) + len(numbers) :]
+        _compiled[key] = compiled, tuple(constants[name] for name in names)

@@ -1,0 +1,175 @@
+"""The gated MLP of a model, with our activation in it, and the one of down_proj with it where that is served.
+
+An MLP is taken only if the source of its class's forward is one of the forms below, statement by statement; then it
+gets a subclass of its own class, with the same name and a forward of ours. gate_proj and up_proj (or gate_up_proj) are
+called as they are: they may be LoRA layers, served or not, or plain.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora_kernels.layers.linear import (
+    DETACHED,
+    AttachedLinear4bit,
+    compute_dtype,
+    parts_of,
+)
+from fastlora_kernels.ops.glu import Activation, glu, glu_lora_linear
+
+GATED = """
+def forward(self, x):
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+"""
+GATED_IN_ONE_LINE = """
+def forward(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+"""
+GATE_UP = """
+def forward(self, hidden_states):
+    up_states = self.gate_up_proj(hidden_states)
+    gate, up_states = up_states.chunk(2, dim=-1)
+    up_states = up_states * self.activation_fn(gate)
+    return self.down_proj(up_states)
+"""
+
+
+class FusedMlp:
+    """What a fused MLP is besides its own class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the class that can be imported."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *state = reduced
+        ours, theirs = type(self).__bases__
+        return _new, (ours, theirs), *state
+
+
+class GatedMlp(FusedMlp):
+    """With gate_proj and up_proj."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """x (..., K) -> (..., K)."""
+        return _down(self, self.act_fn, self.gate_proj(x), self.up_proj(x))
+
+
+class GateUpMlp(FusedMlp):
+    """With both in one projection, gate first."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states (..., K) -> (..., K)."""
+        return _down(self, self.activation_fn, self.gate_up_proj(hidden_states), None)
+
+
+def _form(source: str) -> str | None:
+    """A function's statements and the names of its arguments; None if it is decorated."""
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        return None
+    function.returns = None
+    for node in ast.walk(function.args):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    first = function.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):  # a docstring
+        function.body.pop(0)
+    return ast.dump(function)
+
+
+FORMS = {_form(GATED): GatedMlp, _form(GATED_IN_ONE_LINE): GatedMlp, _form(GATE_UP): GateUpMlp}
+_classes: dict[type, type | None] = {}
+
+
+def _new(ours: type, theirs: type) -> Any:
+    fused: Any = type(theirs.__name__, (ours, theirs), {"__module__": theirs.__module__})
+    return fused.__new__(fused)
+
+
+def _fused(cls: type) -> type | None:
+    """The subclass of `cls` that is ours, one for each class; None if its forward is of another form."""
+    if cls not in _classes:
+        forward = cls.forward  # type: ignore[attr-defined]
+        try:
+            # What a decorator wraps would be looked at instead of what is called.
+            form = None if hasattr(forward, "__wrapped__") else _form(inspect.getsource(forward))
+        except (OSError, TypeError, SyntaxError):  # no source, or no function
+            form = None
+        ours = FORMS.get(form) if form else None
+        _classes[cls] = ours and type(_new(ours, cls))
+    return _classes[cls]
+
+
+def fuse_mlps(model: nn.Module) -> list[str]:
+    """Fuse every MLP of a known form in `model`. Returns the name of each one's class."""
+    found = []
+    for module in model.modules():
+        if not isinstance(module, FusedMlp):
+            if "down_proj" not in module._modules or "forward" in vars(module):
+                continue
+            fused = _fused(type(module))
+            act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+            if fused is None or activation_of(act) is None:
+                continue
+            module.__class__ = fused
+        found.append(type(module).__name__)
+    return found
+
+
+def unfuse(module: nn.Module) -> None:
+    """Give an MLP its own forward again."""
+    if isinstance(module, FusedMlp):
+        module.__class__ = type(module).__bases__[1]
+
+
+def activation_of(module: Any) -> Activation | None:
+    """Which function a module of torch or transformers is; None if it is none of ours, or more than it."""
+    if not isinstance(module, nn.Module) or "forward" in vars(module) or module._forward_hooks:
+        return None
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return ACTIVATIONS.get((type(module).__module__, type(module).__name__))
+
+
+ACTIVATIONS: dict[tuple[str, str], Activation] = {
+    ("torch.nn.modules.activation", "SiLU"): "silu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUActivation"): "gelu",
+    ("transformers.activations", "GELUTanh"): "gelu_tanh",
+    ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
+}
+
+
+def _down(mlp: Any, act: Any, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """down_proj(act(gate) up), or with up None, of the halves of gate."""
+    down, activation = mlp.down_proj, activation_of(act)
+    if activation is None or not _ours(gate, up):
+        if up is None:
+            gate, up = gate.chunk(2, dim=-1)
+        return down(act(gate) * up)  # type: ignore[no-any-return]
+    if type(down) in DETACHED and not (down._forward_hooks or down._forward_pre_hooks):
+        parts = parts_of(down)
+        if not isinstance(parts, str) and parts.magnitude is None:
+            dtype = compute_dtype(parts, gate)
+            if dtype is not None:
+                y = glu_lora_linear(gate, up, activation, parts.projection(), dtype)
+                return y.to(gate.dtype) if type(down) is AttachedLinear4bit else y
+    return down(glu(gate, up, activation))  # type: ignore[no-any-return]
+
+
+def _ours(gate: torch.Tensor, up: torch.Tensor | None) -> bool:
+    """Whether these are plain tensors of one dtype, in floating point of up to 32 bits."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if type(gate) is not torch.Tensor or gate.dtype not in dtypes:
+        return False
+    if gate.device.type not in ("cpu", "cuda"):
+        return False
+    return up is None or (
+        type(up) is torch.Tensor and up.dtype == gate.dtype and up.shape == gate.shape
+    )

@@ -1,0 +1,227 @@
+"""The gated activation of an MLP, alone and in front of a linear layer with a LoRA adapter.
+
+    h = f(gate) up;  dgate = dh up f'(gate),  dup = dh f(gate);  f: silu, gelu, or gelu with tanh in it
+
+GLU variants, Shazeer 2020 (arXiv:2002.05202); GELU and its tanh form, Hendrycks and Gimpel 2016 (arXiv:1606.08415),
+section 2. Computed in float32, rounded once. In front of a linear layer h is made again in backward, in the kernel that
+makes dgate and dup, so that of the MLP's width gate and up alone are saved. Shapes: T tokens, F the MLP's width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastlora_kernels import reference
+from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.launch import launch
+from fastlora_kernels.ops.lora_linear import (
+    Projection,
+    fitting,
+    frozen,
+    gradients_of_a,
+    gradients_of_x_and_b,
+    outputs,
+    shaped,
+)
+from fastlora_kernels.triton_or_not import jit, tl, triton
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
+BLOCK_F = 1024
+
+
+@jit
+def _activation(gate, ACTIVATION: tl.constexpr):
+    """f(gate) and f'(gate)."""
+    if ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(gate)
+        return gate * sigmoid, sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    if ACTIVATION == "gelu":
+        below = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))  # the normal distribution
+        return gate * below, below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)  # sqrt(2 / pi)
+    half = tl.sigmoid(2.0 * inner)  # (1 + tanh(inner)) / 2
+    slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * gate * gate)
+    return gate * half, half + gate * 2.0 * half * (1.0 - half) * slope
+
+
+@jit
+def _glu(
+    gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    f_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside_F = f_F < width
+    gate_F = tl.load(gate_ptr + row * gate_stride + f_F, mask=inside_F, other=0.0).to(tl.float32)
+    up_F = tl.load(up_ptr + row * up_stride + f_F, mask=inside_F, other=0.0).to(tl.float32)
+    value_F, _ = _activation(gate_F, ACTIVATION)
+    out_F = (value_F * up_F).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + f_F, out_F, mask=inside_F)
+
+
+@jit
+def _glu_backward(
+    dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, gate_stride, up_stride, dgate_stride, dup_stride, width,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """h takes the place of dh."""
+    row = tl.program_id(0).to(tl.int64)
+    f_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside_F = f_F < width
+    dh_F = tl.load(dh_ptr + row * width + f_F, mask=inside_F, other=0.0).to(tl.float32)
+    gate_F = tl.load(gate_ptr + row * gate_stride + f_F, mask=inside_F, other=0.0).to(tl.float32)
+    up_F = tl.load(up_ptr + row * up_stride + f_F, mask=inside_F, other=0.0).to(tl.float32)
+    value_F, slope_F = _activation(gate_F, ACTIVATION)
+    h_F = (value_F * up_F).to(dh_ptr.dtype.element_ty)
+    dgate_F = (dh_F * up_F * slope_F).to(dgate_ptr.dtype.element_ty)
+    dup_F = (dh_F * value_F).to(dup_ptr.dtype.element_ty)
+    tl.store(dh_ptr + row * width + f_F, h_F, mask=inside_F)
+    tl.store(dgate_ptr + row * dgate_stride + f_F, dgate_F, mask=inside_F)
+    tl.store(dup_ptr + row * dup_stride + f_F, dup_F, mask=inside_F)
+
+
+def _forward(
+    gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: Activation, dtype: torch.dtype
+) -> torch.Tensor:
+    if choose_backend(gate_TF.device, BACKENDS) == "reference":
+        return reference.glu(gate_TF, up_TF, activation, dtype)
+    tokens, width = gate_TF.shape
+    out_TF = torch.empty((tokens, width), dtype=dtype, device=gate_TF.device)
+    if tokens:
+        launch(
+            _glu,
+            (tokens, triton.cdiv(width, BLOCK_F)),
+            (gate_TF, up_TF, out_TF),
+            (gate_TF.stride(0), up_TF.stride(0), width),
+            {"ACTIVATION": activation, "BLOCK": BLOCK_F},
+        )
+    return out_TF
+
+
+def _backward(
+    dh_TF: torch.Tensor,
+    gate_TF: torch.Tensor,
+    up_TF: torch.Tensor,
+    dgate_TF: torch.Tensor,
+    dup_TF: torch.Tensor,
+    activation: Activation,
+) -> None:
+    """Writes dgate and dup, and h over dh, which is contiguous."""
+    if choose_backend(gate_TF.device, BACKENDS) == "reference":
+        reference.glu_backward(dh_TF, gate_TF, up_TF, dgate_TF, dup_TF, activation)
+        return
+    tokens, width = gate_TF.shape
+    if tokens:
+        launch(
+            _glu_backward,
+            (tokens, triton.cdiv(width, BLOCK_F)),
+            (dh_TF, gate_TF, up_TF, dgate_TF, dup_TF),
+            (gate_TF.stride(0), up_TF.stride(0), dgate_TF.stride(0), dup_TF.stride(0), width),
+            {"ACTIVATION": activation, "BLOCK": BLOCK_F},
+        )
+
+
+def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate and up as (T, F), with a stride of 1 in F; of (T, 2 F) its left and right half."""
+    gate_TF = gate.reshape(-1, gate.shape[-1])
+    if up is None:
+        if gate_TF.stride(1) != 1:
+            gate_TF = gate_TF.contiguous()
+        left, right = gate_TF.chunk(2, dim=1)
+        return left, right
+    return gate_TF.contiguous(), up.reshape(-1, up.shape[-1]).contiguous()
+
+
+def _fitting(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
+    if (gate.shape[-1] % 2) if up is None else (gate.shape != up.shape or gate.dtype != up.dtype):
+        shape = None if up is None else tuple(up.shape)
+        raise ValueError(f"{op}: gate {tuple(gate.shape)} and up {shape} do not fit")
+
+
+def glu(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+    """f(gate) up, (..., F), in gate's dtype; gate and up (..., F) of one dtype, or gate alone (..., 2 F), whose right
+    half is up. Raises ValueError: shapes or dtypes that do not fit."""
+    _fitting("glu", gate, up)
+    h: torch.Tensor = Glu.apply(gate, up, activation)
+    return h
+
+
+def glu_lora_linear(
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: Activation,
+    projection: Projection,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """lora_linear(glu(gate, up), *projection), computed and returned in `dtype`, without h kept for backward.
+
+    Raises ValueError: see glu and lora_linear.
+    """
+    _fitting("glu_lora_linear", gate, up)
+    weight, bias, a, b, scaling, beta, p = projection
+    ready = frozen(weight)
+    fitting(
+        "glu_lora_linear", gate[..., : gate.shape[-1] // 2] if up is None else gate, ready, a, b
+    )
+    fixed = ((ready, bias, scaling, p),)
+    y: torch.Tensor = GluLoraLinear.apply(gate, up, (activation, dtype, fixed), a, b, beta)
+    return y
+
+
+class Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation
+    ) -> torch.Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return shaped(_forward(*_halves(gate, up), activation, gate.dtype), gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        dh_TF = gradients[0].reshape(-1, gradients[0].shape[-1])
+        # What comes in may be read by others, and h would overwrite it.
+        return *_input_gradients(dh_TF.clone(), gate, up, ctx.activation), None
+
+
+class GluLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, how: Any, *adapters: Any
+    ) -> torch.Tensor:
+        ctx.activation, dtype, fixed = how
+        h_TF = _forward(*_halves(gate, up), ctx.activation, dtype)
+        (y_TN,), saved = outputs(ctx, h_TF, fixed, adapters)
+        ctx.save_for_backward(gate, up, *saved)
+        return shaped(y_TN, gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        gate, up, *saved = ctx.saved_tensors
+        wants_gate, wants_up, _, *wants = ctx.needs_input_grad
+        wants_h = wants_gate or wants_up
+        dh_TF, up_TR, found = gradients_of_x_and_b(ctx, saved, gs, wants_h, wants)
+        dgate = dup = None
+        if dh_TF is not None:
+            dgate, dup = _input_gradients(dh_TF, gate, up, ctx.activation)
+            h_TF = dh_TF
+        else:
+            h_TF = _forward(*_halves(gate, up), ctx.activation, up_TR.dtype)
+        gradients_of_a(ctx, saved, up_TR, h_TF, gs, wants, found)
+        return dgate, dup, None, *found
+
+
+def _input_gradients(
+    dh_TF: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dgate and dup in the shapes of gate and up; dh_TF holds h afterwards."""
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dup = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    _backward(dh_TF, *_halves(gate, up), *_halves(dgate, dup), activation)
+    return dgate, dup
