@@ -116,7 +116,7 @@ def test_the_command_measures_reports_and_compares(tmp_path: Path) -> None:
     assert {"depth", "trajectory"} <= {gate.name for gate in report.arms[1].gates}
     for arm, kernel in zip(report.arms, ("PEFT", "fastlora"), strict=True):
         (line,) = [note for note in arm.notes if note.startswith("kernels: ")]
-        assert line.startswith(f"kernels: {kernel} 28 (q_proj 4, ")
+        assert line.startswith(f"kernels: {kernel} 14 (q_proj 2, ")
     assert report.environment["versions"]["torch"]
     written = {path.name for path in (tmp_path / "first").iterdir()}
     assert written >= {"report.json", "rows.csv", "speed.png", "memory.png", "report.html"}
