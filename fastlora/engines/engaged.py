@@ -140,9 +140,9 @@ def _other_backend() -> str:
 # A piece of the reason -> how to mend it.
 _REMEDIES = {
     "dropout": "set lora.dropout = 0",
-    "bias in the adapter": 'set lora.bias = "none"',
+    "rank above": "set lora.rank to 256 or less",
     "base layer is trained too": 'set lora.bias = "none"',
-    "8bit": 'set model.quantization = "nf4"',
+    "8-bit": 'set model.quantization = "nf4"',
     'kernels.mode = "off"': 'set kernels.mode = "auto"',
     "on a CPU": "train on a GPU",
     "Triton": "pip install triton",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -263,6 +264,8 @@ def test_nf4_in_float32_is_pefts(
     calls: list[torch.dtype],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if backend == "interpret" and "TRITON_INTERPRET" not in os.environ:
+        pytest.skip("Triton compiles for a GPU here; test_dequantize runs it there")
     monkeypatch.setenv("FASTLORA_KERNELS", backend)
     model = nf4(k=128, n=96, bias=bias, compress_statistics=nested)
     assert folds(tokens, 96, 128) is (tokens == 200)

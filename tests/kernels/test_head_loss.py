@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastlora_kernels import reference
 from fastlora_kernels.ops import head_loss
+from fastlora_kernels.ops.dequantize import FourBit
 from fastlora_kernels.ops.head_loss import Shape, cross_entropy_, lora_head_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -393,6 +394,6 @@ def test_a_4_bit_weight(backend: str) -> None:
     given, labels = inputs((63,), 96, 64, 8)
     hidden, weight, _, a, b = (None if t is None else t.float() for t in given)
     packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(DEVICE)
-    wide = reference.dequantize(head_loss.FourBit.of(packed), torch.float32)
+    wide = reference.dequantize(FourBit.of(packed), torch.float32)
     got = lora_head_loss(hidden, packed, None, a, b, 0.5, labels)
     torch.testing.assert_close(got, reference.lora_head_loss(hidden, wide, None, a, b, 0.5, labels))
