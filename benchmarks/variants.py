@@ -83,9 +83,9 @@ def skinny_pieces(tokens: int, k: int, n: int, rank: int) -> None:
         skinny.PROGRAMS, skinny.STAGES, skinny.BLOCK_T, skinny.BLOCK_N = 264, 2, 64, 256
     y = torch.empty(tokens, n, device="cuda", dtype=BF16)
     show("x W^T alone", lambda: torch.mm(x, w.T))
-    show("x W^T, then addmm_ S B^T", lambda: torch.mm(x, w.T).addmm_(s, b.T, alpha=2.0))
-    show("S B^T, then addmm_ x W^T", lambda: lora_linear.scaled_product(s, b.T, 2.0).addmm_(x, w.T))
-    show("S B^T alone", lambda: y.addmm_(s, b.T, beta=0, alpha=2.0))
+    show("x W^T, then addmm_ S B^T", lambda: torch.mm(x, w.T).addmm_(s, b.T))
+    show("S B^T, then addmm_ x W^T", lambda: torch.mm(s, b.T).addmm_(x, w.T))
+    show("S B^T alone", lambda: torch.mm(s, b.T, out=y))
 
 
 def four_bit(k: int, n: int, rank: int) -> Any:

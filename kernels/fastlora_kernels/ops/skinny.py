@@ -1,6 +1,6 @@
 """The products of an adapter that read a large matrix: tall, and no wider than the rank.
 
-    U = s g B,  dB = s g^T S
+    U = s g B,  dB = g^T S
 
 Both read g, (T, N), which is most of their time. One kernel takes both from a single read: a program walks down some
 tokens of a strip of outputs, keeps its part of dB in registers, and writes its part of U for each block of tokens.
@@ -84,7 +84,7 @@ def up_and_gradient(
     up: torch.Tensor,
     dtype: torch.dtype | None,
 ) -> torch.Tensor | None:
-    """dB = scaling g^T S, (N, R), in `dtype`, and U = scaling g B written into `up`, (T, R).
+    """dB = g^T S, (N, R), in `dtype`, and U = scaling g B written into `up`, (T, R).
 
     g (T, N) and b (N, R) contiguous; down, S (T, R), and up may be strips of columns of a wider matrix; all in one
     dtype. Summed in float32. With dtype None, dB is not wanted, and None.
@@ -97,8 +97,7 @@ def up_and_gradient(
     up.addmm_(g, b, beta=0, alpha=scaling)
     if dtype is None:
         return None
-    db = product(g.T, down)
-    return (db if scaling == 1 else db.mul_(scaling)).to(dtype)
+    return product(g.T, down).to(dtype)
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -141,13 +140,13 @@ def in_one_pass(
         num_stages=STAGES,
     )
     db = torch.empty((n, rank), dtype=dtype, device=g.device)
-    for parts, out in ((up_parts, up), (db_parts, db)):
+    for parts, out, factor in ((up_parts, up, scaling), (db_parts, db, 1.0)):
         size = parts[0].numel()
         launch(
             _sum_parts,
             (triton.cdiv(size, BLOCK_SUM),),
             (parts, out),
-            (len(parts), size, out.stride(0), float(scaling)),
+            (len(parts), size, out.stride(0), float(factor)),
             {"RANK": rank, "BLOCK": BLOCK_SUM},
         )
     return db
