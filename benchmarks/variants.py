@@ -69,20 +69,23 @@ def skinny_pieces(tokens: int, k: int, n: int, rank: int) -> None:
     show("dB = g^T S, cuBLAS to float32", lambda: skinny.product(g.T, s))
     show("dB = (S^T g)^T, cuBLAS to float32", lambda: skinny.product(s.T, g))
     if rank <= 64:
-        for programs in (132, 264, 528):
+        for programs, stages in ((132, 3), (264, 2), (264, 3), (528, 2)):
             for block_t, block_n in ((64, 256), (128, 128), (64, 128), (32, 256)):
-                skinny.PROGRAMS, skinny.BLOCK_T, skinny.BLOCK_N = programs, block_t, block_n
-                name = f"U and dB, one pass, programs={programs} T={block_t} N={block_n}"
+                skinny.PROGRAMS, skinny.STAGES = programs, stages
+                skinny.BLOCK_T, skinny.BLOCK_N = block_t, block_n
+                name = (
+                    f"U and dB, one pass, {programs} programs, {stages} stages, {block_t}x{block_n}"
+                )
                 try:
                     show(name, lambda: skinny.in_one_pass(g, b, s, 2.0, u, torch.float32))
                 except Exception as error:  # out of shared memory
                     print(f"  {name:58s} {type(error).__name__}")
-        skinny.PROGRAMS, skinny.BLOCK_T, skinny.BLOCK_N = 264, 64, 256
+        skinny.PROGRAMS, skinny.STAGES, skinny.BLOCK_T, skinny.BLOCK_N = 264, 2, 64, 256
     y = torch.empty(tokens, n, device="cuda", dtype=BF16)
     show("x W^T alone", lambda: torch.mm(x, w.T))
-    show("x W^T, then addmm_ S B^T", lambda: torch.mm(x, w.T).addmm_(s, b.T, alpha=2.0))
-    show("S B^T, then addmm_ x W^T", lambda: lora_linear.scaled_product(s, b.T, 2.0).addmm_(x, w.T))
-    show("S B^T alone", lambda: y.addmm_(s, b.T, beta=0, alpha=2.0))
+    show("x W^T, then addmm_ S B^T", lambda: torch.mm(x, w.T).addmm_(s, b.T))
+    show("S B^T, then addmm_ x W^T", lambda: torch.mm(s, b.T).addmm_(x, w.T))
+    show("S B^T alone", lambda: torch.mm(s, b.T, out=y))
 
 
 def four_bit(k: int, n: int, rank: int) -> Any:
@@ -108,7 +111,7 @@ def four_bit(k: int, n: int, rank: int) -> Any:
                 show(name, lambda: dq.dequantize(ready, BF16))
                 if direct:
                     show(name + ", fold", lambda: dq.dequantize(ready, BF16, (a, b, 2.0)))
-    dq.SCALES_ONCE, dq.BLOCK_N, dq.BLOCK_K, launch._works = True, 64, 128, True
+    dq.SCALES_ONCE, dq.BLOCK_N, dq.BLOCK_K, launch._works = True, 32, 128, True
 
 
 def whole(k: int, n: int, tokens: int, rank: int, base: str, dora: bool = False) -> None:

@@ -4,8 +4,9 @@
     print(attached)     # what is served, what is left to PEFT and why
     detach(model)
 
-A served layer gets another class and nothing else: same parameters, same state dict, no references kept, so
-that copies, saved adapters, merging and weights that are moved or replaced all work as before.
+A served layer gets another class, and in its dict the group that it runs in; an MLP of a known form gets a subclass of
+its own class. Nothing else: same parameters, same state dict, so that copies, saved adapters, merging and weights that
+are moved or replaced all work as before. A copy has no groups until it is attached itself.
 
 On a model that Unsloth loaded, its fused paths go past the forward of the LoRA layers; what is served there
 are the layers that it leaves to PEFT (q and v without k, a base with bias, other architectures).
@@ -71,7 +72,8 @@ def attach(model: nn.Module) -> Attached:
     it does not fit: adapters disabled, merged or switched, `adapter_names`, hooks, dtypes. Outside autocast, base,
     adapter and x must be of one dtype: there PEFT computes a float32 adapter in float32, and in x's bfloat16 dA and dB
     would be off by 0.2 %. Dropout draws other masks than PEFT's from the same seed. Layers that share an x run
-    together (layers/group.py).
+    together (layers/group.py), and the gated activation of an MLP is fused (layers/mlp.py). In a compiled model all of
+    this stands outside the graph.
 
     A reason in the report that can pass (a disabled adapter) holds for now and for training. May be called again, for
     a new report. A gradient of a gradient through a served layer raises RuntimeError.

@@ -17,13 +17,16 @@ def lora_linear(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float,
+    lora_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x W^T + b + scaling (x A^T) B^T, all in x's type. LoRA, Hu et al. 2021 (arXiv:2106.09685), 4.1.
+    """y = x W^T + b + scaling (x A^T B^T + beta), all in x's type. LoRA, Hu et al. 2021 (arXiv:2106.09685), 4.1.
 
-    x (..., K), weight (N, K) dense, bias (N), lora_a (R, K), lora_b (N, R) -> (..., N).
+    x (..., K), weight (N, K) dense, bias (N), lora_a (R, K), lora_b (N, R), lora_bias beta (N) -> (..., N).
     """
-    down = x @ lora_a.to(x.dtype).T
-    return torch.nn.functional.linear(x, weight, bias) + scaling * (down @ lora_b.to(x.dtype).T)
+    delta = x @ lora_a.to(x.dtype).T @ lora_b.to(x.dtype).T
+    if lora_bias is not None:
+        delta = delta + lora_bias.to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias) + scaling * delta
 
 
 def dora_linear(

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes as bnb
 import fastlora_kernels.layers.group
 import pytest
 import torch
@@ -28,19 +29,38 @@ NAMES = ("q_proj", "k_proj", "v_proj")
 class Attention(nn.Module):
     """Three projections of x, of different widths, and a sum that gives each its own gradient."""
 
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, k: int, linear: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         for name, n in zip(NAMES, (40, 24, 24), strict=True):
-            setattr(self, name, nn.Linear(32, n, bias=bias))
+            setattr(self, name, linear(k, n))
 
     def forward(self, x: torch.Tensor, called: tuple[str, ...] = NAMES) -> torch.Tensor:
         ys = [getattr(self, name)(x) for name in called]
         return torch.cat([y.cos() for y in ys], dim=-1)
 
 
-def attention(bias: bool = True, targets: tuple[str, ...] = NAMES, **config: Any) -> Any:
+def attention(
+    bias: bool = True,
+    targets: tuple[str, ...] = NAMES,
+    k: int = 32,
+    four_bit: bool = False,
+    eight_bit: bool = False,
+    **config: Any,
+) -> Any:
     torch.manual_seed(0)
-    model = Attention(bias)
+
+    def linear(k: int, n: int) -> nn.Module:
+        made: nn.Module
+        if four_bit:
+            made = bnb.nn.Linear4bit(k, n, bias, torch.float32, quant_type="nf4")
+        elif eight_bit:
+            made = bnb.nn.Linear8bitLt(k, n, bias, has_fp16_weights=False)
+        else:
+            made = nn.Linear(k, n, bias)
+        return made.to(DEVICE)  # the move quantizes
+
+    model: Any = Attention(k, linear)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = four_bit, eight_bit
     given = {"r": 8, "lora_alpha": 16, "target_modules": list(targets)} | config
     inject_adapter_in_model(LoraConfig(**given), model)
     for name, parameter in model.named_parameters():
@@ -251,6 +271,34 @@ def test_under_autocast_and_inference_mode(groups: list[int]) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(model(x), plain(x))
         torch.testing.assert_close(model(x * 1), plain(x * 1))
+
+
+@pytest.mark.parametrize("tokens", [3, 90], ids=["split", "folded"])
+def test_4_bits(tokens: int, backend: str, groups: list[int]) -> None:
+    model = attention(k=64, four_bit=True)
+    x = torch.randn(tokens, 64, device=DEVICE)
+    theirs = results(model, x)
+    assert attach(model).groups == {"q_proj+k_proj+v_proj": 1}
+    ours = results(model, x)
+    assert groups == [3]
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_8_bits(groups: list[int]) -> None:
+    model = attention(k=64, four_bit=False, eight_bit=True)
+    x = torch.randn(5, 64, device=DEVICE, dtype=torch.float16 if DEVICE.type == "cuda" else None)
+    with torch.autocast(DEVICE.type, torch.float16, enabled=DEVICE.type == "cuda"):
+        theirs = results(model, x)
+        attach(model)
+        ours = results(model, x)
+        again = results(model, x)
+    assert groups == [3, 3]
+    tolerance = 2e-2 if DEVICE.type == "cuda" else 1e-4
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=tolerance, atol=tolerance)
+        assert torch.equal(ours[name], again[name])
 
 
 def test_copies_pickles_and_garbage() -> None:

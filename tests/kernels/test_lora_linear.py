@@ -113,8 +113,7 @@ def plain(x: torch.Tensor, one: Projection, dtype: torch.dtype) -> torch.Tensor:
         weight = reference.dequantize(four_bit, torch.float32)
     given = (one.bias, one.lora_a, one.lora_b, one.lora_bias)
     bias, a, b, beta = (None if tensor is None else tensor.to(dtype) for tensor in given)
-    y = reference.lora_linear(x, weight.to(dtype), bias, a, b, one.scaling)
-    return y if beta is None else y + one.scaling * beta
+    return reference.lora_linear(x, weight.to(dtype), bias, a, b, one.scaling, beta)
 
 
 def with_gradients(ys: Any, x: torch.Tensor, projections: list[Projection]) -> list[torch.Tensor]:

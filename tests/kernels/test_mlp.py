@@ -151,6 +151,23 @@ def test_copies_and_pickles() -> None:
         torch.testing.assert_close(twin(x=x), mlp(x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
+def test_inside_a_compiled_model() -> None:
+    """What stands around our layers may be compiled; they run as they are."""
+    peft = model("Llama")
+    attach(peft)
+    plain = results(peft)
+    step = torch.compile(lambda ids: peft(input_ids=ids, labels=ids).loss, backend="eager")
+    peft.zero_grad()
+    ids = torch.arange(2, 36, device=DEVICE).view(2, 17)
+    loss = step(ids)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), plain["loss"])
+    for name, parameter in peft.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, plain[name])
+
+
 class Other(nn.Module):
     """Not of a known form: the activation is on the other factor."""
 

@@ -16,7 +16,10 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytes
 def test_one_pass_is_both_products(
     tokens: int, n: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not CUDA:
+    if CUDA:
+        if dtype == torch.float32:
+            pytest.skip("16-bit types alone")
+    else:
         if dtype == torch.bfloat16:
             pytest.skip("needs a CUDA GPU")
         monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
@@ -31,10 +34,10 @@ def test_one_pass_is_both_products(
     assert torch.equal(db, again)
     assert ups[:, :8].isnan().all()
     assert ups[:, 8 + rank :].isnan().all()
-    plain_up, plain_db = 0.5 * (g @ b), 0.5 * (g.T @ down)
+    plain_up, plain_db = 0.5 * (g @ b), g.T @ down
     for found, plain, exact in (
         (up, plain_up, 0.5 * g.double() @ b.double()),
-        (db, plain_db, 0.5 * g.double().T @ down.double()),
+        (db, plain_db, g.double().T @ down.double()),
     ):
         error, allowed = (float((t.double() - exact).norm()) for t in (found, plain))
         assert error <= 2 * allowed + 1e-6 * float(exact.norm())

@@ -59,7 +59,7 @@ class AttachedLinear(Linear):  # type: ignore[misc]  # peft is untyped
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N), in the autocast dtype or else in x's."""
         y = None if args or kwargs else served(self, x)
-        return Linear.forward(self, x, *args, **kwargs) if y is None else y
+        return Linear.forward(self, x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
 
 
 class AttachedLinear4bit(Linear4bit):  # type: ignore[misc]
@@ -68,7 +68,7 @@ class AttachedLinear4bit(Linear4bit):  # type: ignore[misc]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N) in x's dtype."""
         y = None if args or kwargs else served(self, x)
-        return Linear4bit.forward(self, x, *args, **kwargs) if y is None else y.to(x.dtype)
+        return Linear4bit.forward(self, x, *args, **kwargs) if y is None else y.to(x.dtype)  # type: ignore[no-any-return]
 
 
 class AttachedLinear8bit(Linear8bit):  # type: ignore[misc]
@@ -77,7 +77,7 @@ class AttachedLinear8bit(Linear8bit):  # type: ignore[misc]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N) in x's dtype."""
         y = None if args or kwargs else served(self, x)
-        return Linear8bit.forward(self, x, *args, **kwargs) if y is None else y
+        return Linear8bit.forward(self, x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
 
 
 ATTACHED = {
@@ -90,6 +90,7 @@ BASES = {Linear: nn.Linear, Linear4bit: BaseLinear4bit, Linear8bit: BaseLinear8b
 WEIGHTS = {nn.Linear: nn.Parameter, BaseLinear4bit: Params4bit, BaseLinear8bit: Int8Params}
 
 
+@torch.compiler.disable  # a group's state is no part of a graph; what stands around it may be compiled
 def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The layer's output by our op, in the dtype computed in; None if PEFT must serve this call."""
     parts = parts_of(layer)
@@ -106,7 +107,7 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     group = vars(layer).get(GROUP)
     y: torch.Tensor | None = None if group is None else group.output(layer, x, parts, dtype)
     # What autocast does. The op casts W, b, A and B itself and returns gradients in their own dtype.
-    return lora_linear(x.to(dtype), *parts.projection()) if y is None else y
+    return lora_linear(x.to(dtype), *parts.projection()) if y is None else y  # type: ignore[no-any-return]
 
 
 def never(layer: Any) -> str | None:

@@ -57,7 +57,7 @@ class GatedMlp(FusedMlp):
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., K)."""
-        return _down(self, self.act_fn, self.gate_proj(x), self.up_proj(x))
+        return _down(self, self.act_fn, self.gate_proj(x), self.up_proj(x))  # type: ignore[no-any-return]
 
 
 class GateUpMlp(FusedMlp):
@@ -65,7 +65,8 @@ class GateUpMlp(FusedMlp):
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states (..., K) -> (..., K)."""
-        return _down(self, self.activation_fn, self.gate_up_proj(hidden_states), None)
+        both = self.gate_up_proj(hidden_states)
+        return _down(self, self.activation_fn, both, None)  # type: ignore[no-any-return]
 
 
 def _form(source: str) -> str | None:
@@ -146,6 +147,7 @@ ACTIVATIONS: dict[tuple[str, str], Activation] = {
 }
 
 
+@torch.compiler.disable
 def _down(mlp: Any, act: Any, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     """down_proj(act(gate) up), or with up None, of the halves of gate."""
     down, activation = mlp.down_proj, activation_of(act)

@@ -1,1 +1,1 @@
-"""One module per op. Shapes: T tokens, K inputs, N outputs, R rank."""
+"""One module per op. Shapes: T tokens, K inputs, N outputs, R rank, F the width of an MLP."""

@@ -25,7 +25,10 @@ from fastlora_kernels.launch import launch
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
-BLOCK_N, BLOCK_K = 64, 128
+BLOCK_N, BLOCK_K = (
+    32,
+    128,
+)  # with 64 rows a fold takes 151 registers, and three programs fill a processor
 SCALES_ONCE = True  # each scale of a tile loaded once, where rows have whole blocks
 NORM_BLOCK_N = 16  # a program walks whole rows: 256 programs for 4,096 of them
 

@@ -152,7 +152,7 @@ class DoraLinear(torch.autograd.Function):
             y_TN = scale_columns(kept_TN, c_N, bias_N)
         ctx.weight, ctx.scaling, ctx.dtypes = source(weight), scaling, (a_RK.dtype, b_NR.dtype)
         ctx.save_for_backward(x, a, b, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N)
-        return shaped(y_TN, x)
+        return shaped(y_TN, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -182,5 +182,5 @@ class DoraLinear(torch.autograd.Function):
             else:
                 dots_N /= norm_N
             dm_N = dots_N.to(magnitude_N.dtype)
-        dx = None if dx_TK is None else shaped(dx_TK, x)
+        dx = None if dx_TK is None else dx_TK.view(x.shape)
         return dx, None, da_RK, db_NR, dm_N

@@ -178,7 +178,8 @@ class Glu(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        return shaped(_forward(*_halves(gate, up), activation, gate.dtype), gate)
+        h_TF = _forward(*_halves(gate, up), activation, gate.dtype)
+        return shaped(h_TF, gate.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -196,9 +197,9 @@ class GluLoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.activation, dtype, fixed = how
         h_TF = _forward(*_halves(gate, up), ctx.activation, dtype)
-        (y_TN,), saved = outputs(ctx, h_TF, fixed, adapters)
+        (y,), saved = outputs(ctx, h_TF, gate.shape[:-1], fixed, adapters)
         ctx.save_for_backward(gate, up, *saved)
-        return shaped(y_TN, gate)
+        return y
 
     @staticmethod
     @once_differentiable

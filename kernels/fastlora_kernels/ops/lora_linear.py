@@ -1,8 +1,8 @@
 """Linear layers with LoRA adapters beside them, one or several on the same x.
 
-    y_i = x W_i^T + b_i + s_i (S_i B_i^T + beta_i),  S_i = D_i(x) A_i^T
+    y_i = x W_i^T + b_i + S_i B_i^T + s_i beta_i,  S_i = s_i D_i(x) A_i^T
     dx = sum_i g_i W_i + D_i(U_i A_i),  U_i = s_i g_i B_i,  g_i = dL/dy_i
-    dA_i = U_i^T D_i(x),  dB_i = s_i g_i^T S_i,  dbeta_i = s_i sum_t g_i
+    dA_i = U_i^T D_i(x),  dB_i = g_i^T S_i,  dbeta_i = s_i sum_t g_i
 
 LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; D_i is dropout, if any (ops/dropout.py), and beta_i the bias of
 B_i. The products of rank R are taken first, so that no (N, K) delta is formed; the A_i stand one below the other, so
@@ -134,11 +134,11 @@ def dense(
     return weight.dense(dtype) if isinstance(weight, EightBit) else weight.to(dtype)
 
 
-def shaped(y_TN: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(..., N) for x (..., K). Not a view: autograd lets nobody write to a view that was made in a Function."""
-    if like.dim() == 2:
+def shaped(y_TN: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+    """(*lead, N). Not a view: autograd lets nobody write to a view that was made in a Function."""
+    if len(lead) == 1:
         return y_TN
-    y: torch.Tensor = torch.ops.aten._unsafe_view.default(y_TN, (*like.shape[:-1], y_TN.shape[1]))
+    y: torch.Tensor = torch.ops.aten._unsafe_view.default(y_TN, (*lead, y_TN.shape[1]))
     return y
 
 
@@ -151,9 +151,10 @@ def stacked(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tenso
 class LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, fixed: Any, *adapters: Any) -> tuple[torch.Tensor, ...]:
-        ys, saved = outputs(ctx, x.reshape(-1, x.shape[-1]), fixed, adapters)
+        x_TK = x.reshape(-1, x.shape[-1])
+        ys, saved = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters)
         ctx.save_for_backward(x, *saved)
-        return tuple(shaped(y_TN, x) for y_TN in ys)
+        return tuple(ys)
 
     # x A^T is saved as a number, not as a function of x and A: a second derivative through it would be wrong.
     @staticmethod
@@ -163,13 +164,13 @@ class LoraLinears(torch.autograd.Function):
         wants_x, _, *wants = ctx.needs_input_grad
         dx_TK, up_TR, found = gradients_of_x_and_b(ctx, saved, gs, wants_x, wants)
         gradients_of_a(ctx, saved, up_TR, x.reshape(-1, x.shape[-1]), gs, wants, found)
-        return None if dx_TK is None else shaped(dx_TK, x), None, *found
+        return None if dx_TK is None else dx_TK.view(x.shape), None, *found
 
 
 def outputs(
-    ctx: Any, x_TK: torch.Tensor, fixed: Any, adapters: tuple[Any, ...]
+    ctx: Any, x_TK: torch.Tensor, lead: torch.Size, fixed: Any, adapters: tuple[Any, ...]
 ) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, ...]]:
-    """Every y_i, (T, N), and what else backward needs saved. `adapters`: A, B and its bias of each in turn."""
+    """Every y_i, (*lead, N), and what else backward needs saved. `adapters`: A, B and its bias of each in turn."""
     dtype, weights = x_TK.dtype, [weight for weight, *_ in fixed]
     a_RK = stacked(adapters[::3], dtype)
     bs = [b_NR.to(dtype).contiguous() for b_NR in adapters[1::3]]
@@ -177,12 +178,12 @@ def outputs(
     for b_NR in bs:
         ctx.blocks.append(slice(end, end + b_NR.shape[1]))
         end += b_NR.shape[1]
-    ctx.ps = [p for *_, p in fixed]
+    ctx.ps, scalings = [p for *_, p in fixed], [scaling for _, _, scaling, _ in fixed]
     seeds = draw_seeds(ctx.ps, x_TK.device)
     outputs_each = sum(weight.shape[0] for weight in weights)
     ctx.fold = seeds is None and all(isinstance(weight, FourBit) for weight in weights)
     ctx.fold = ctx.fold and folds(x_TK.shape[0], outputs_each, x_TK.shape[1])
-    down_TR = down(ctx, x_TK, a_RK, seeds)
+    down_TR = down(ctx, x_TK, a_RK, scalings, seeds)
     ys = []
     for (weight, bias_N, scaling, _), b_NR, beta_N, block in zip(
         fixed, bs, adapters[2::3], ctx.blocks, strict=True
@@ -191,7 +192,7 @@ def outputs(
             beta_N = scaling * beta_N.to(dtype)
         bias_N = None if bias_N is None else bias_N.to(dtype)
         fold = (a_RK[block], b_NR, scaling) if ctx.fold else None
-        ys.append(output(x_TK, weight, bias_N, beta_N, down_TR[:, block], b_NR, scaling, fold))
+        ys.append(output(lead, x_TK, weight, bias_N, beta_N, down_TR[:, block], b_NR, fold))
     # The weights as they are, not their data: one that is streamed in is another tensor by backward.
     ctx.fixed = [(source(weight), scaling) for weight, _, scaling, _ in fixed]
     ctx.dtypes = [None if given is None else given.dtype for given in adapters]
@@ -228,8 +229,12 @@ def gradients_of_x_and_b(
         parts.append((g_TN, weight, (a_RK[block], b_NR, scaling) if ctx.fold else None))
     if not (wants_x and parts):
         return None, up_TR, found
-    dx_TK = None if ctx.fold else expanded(ctx, up_TR, a_RK, seeds)
-    return gradient_of_x(parts, dx_TK, a_RK.dtype), up_TR, found
+    if ctx.fold:
+        return gradient_of_x(parts, None, a_RK.dtype), up_TR, found
+    if EXPAND_FIRST or seeds is not None:
+        dx_TK = expanded(ctx, up_TR, a_RK, seeds)
+        return gradient_of_x(parts, dx_TK, a_RK.dtype), up_TR, found
+    return gradient_of_x(parts, None, a_RK.dtype).addmm_(up_TR, a_RK), up_TR, found
 
 
 def gradients_of_a(
@@ -254,14 +259,19 @@ def gradients_of_a(
 
 
 def down(
-    ctx: Any, x_TK: torch.Tensor, a_RK: torch.Tensor, seeds: torch.Tensor | None
+    ctx: Any,
+    x_TK: torch.Tensor,
+    a_RK: torch.Tensor,
+    scalings: list[float],
+    seeds: torch.Tensor | None,
 ) -> torch.Tensor:
-    """S, (T, R): likewise."""
-    if seeds is None:
-        return torch.mm(x_TK, a_RK.T)
+    """S, (T, R): likewise, where all have one scaling."""
+    if seeds is None and len(set(scalings)) == 1:
+        return scaled_product(x_TK, a_RK.T, scalings[0])
     down_TR = x_TK.new_empty(x_TK.shape[0], a_RK.shape[0])
-    for i, (block, p) in enumerate(zip(ctx.blocks, ctx.ps, strict=True)):
-        torch.mm(dropout(x_TK, p, seeds[i]), a_RK[block].T, out=down_TR[:, block])
+    for i, (block, p, scaling) in enumerate(zip(ctx.blocks, ctx.ps, scalings, strict=True)):
+        dropped_TK = x_TK if seeds is None else dropout(x_TK, p, seeds[i])
+        down_TR[:, block].addmm_(dropped_TK, a_RK[block].T, beta=0, alpha=scaling)
     return down_TR
 
 
@@ -281,34 +291,38 @@ def expanded(
 
 
 def output(
+    lead: torch.Size,
     x_TK: torch.Tensor,
     weight: Frozen,
     bias_N: torch.Tensor | None,
     beta_N: torch.Tensor | None,
     down_TR: torch.Tensor,
     b_NR: torch.Tensor,
-    scaling: float,
     fold: Fold | None,
 ) -> torch.Tensor:
-    """y, (T, N); beta_N is scaled already."""
+    """y, (*lead, N); beta_N is scaled already."""
     if isinstance(weight, EightBit):
         y_TN = weight.linear(x_TK)  # with its bias
-        y_TN.addmm_(down_TR, b_NR.T, alpha=scaling)
-        return y_TN if beta_N is None else y_TN.add_(beta_N)
+        y_TN.addmm_(down_TR, b_NR.T)
+        return shaped(y_TN if beta_N is None else y_TN.add_(beta_N), lead)
     if beta_N is not None:
         bias_N = beta_N if bias_N is None else bias_N + beta_N
-    weight_NK = dense(weight, x_TK.dtype, fold)
-    if fold is None and EXPAND_FIRST:
-        return scaled_product(down_TR, b_NR.T, scaling, bias_N).addmm_(x_TK, weight_NK.T)
-    y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
-    return y_TN if fold else y_TN.addmm_(down_TR, b_NR.T, alpha=scaling)
+    weight_KN = dense(weight, x_TK.dtype, fold).T
+    y = x_TK.new_empty(*lead, weight_KN.shape[1])
+    y_TN = y.view(-1, weight_KN.shape[1])
+    first, *then = ((x_TK, weight_KN),) if fold else ((down_TR, b_NR.T), (x_TK, weight_KN))
+    if not EXPAND_FIRST:
+        first, *then = (first, *then)[::-1]
+    if bias_N is None:
+        torch.mm(*first, out=y_TN)
+    else:
+        torch.addmm(bias_N, *first, out=y_TN)
+    for left, right in then:
+        y_TN.addmm_(left, right)
+    return y
 
 
-def scaled_product(
-    left: torch.Tensor, right: torch.Tensor, scaling: float, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    if bias is not None:
-        return torch.addmm(bias, left, right, alpha=scaling)
+def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
     if scaling == 1:
         return torch.mm(left, right)
     # With beta=0 what is there is not read, NaN neither.
@@ -318,15 +332,12 @@ def scaled_product(
 
 def gradient_of_x(
     parts: list[tuple[torch.Tensor, Weight, Fold | None]],
-    adapters_TK: torch.Tensor | None,
+    dx_TK: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """adapters_TK + sum_i g_i W_i, (T, K), in place; W_i with its fold."""
-    dx_TK = adapters_TK if EXPAND_FIRST else None
+    """dx_TK + sum_i g_i W_i, (T, K), in place; W_i with its fold."""
     for g_TN, weight, fold in parts:
         weight_NK = dense(frozen(weight), dtype, fold)
         dx_TK = torch.mm(g_TN, weight_NK) if dx_TK is None else dx_TK.addmm_(g_TN, weight_NK)
     assert dx_TK is not None
-    if adapters_TK is not None and not EXPAND_FIRST:
-        dx_TK += adapters_TK
     return dx_TK

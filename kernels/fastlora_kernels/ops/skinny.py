@@ -1,6 +1,6 @@
 """The products of an adapter that read a large matrix: tall, and no wider than the rank.
 
-    U = s g B,  dB = s g^T S
+    U = s g B,  dB = g^T S
 
 Both read g, (T, N), which is most of their time. One kernel takes both from a single read: a program walks down some
 tokens of a strip of outputs, keeps its part of dB in registers, and writes its part of U for each block of tokens.
@@ -18,7 +18,8 @@ from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 BLOCK_T, BLOCK_N, BLOCK_SUM = 64, 256, 1024
-PROGRAMS = 264  # two for each processor of an H100
+STAGES = 2  # two programs then fit on a processor of an H100, at 80 KiB each
+PROGRAMS = 264  # so many are there
 
 
 @jit
@@ -83,19 +84,20 @@ def up_and_gradient(
     up: torch.Tensor,
     dtype: torch.dtype | None,
 ) -> torch.Tensor | None:
-    """dB = scaling g^T S, (N, R), in `dtype`, and U = scaling g B written into `up`, (T, R).
+    """dB = g^T S, (N, R), in `dtype`, and U = scaling g B written into `up`, (T, R).
 
     g (T, N) and b (N, R) contiguous; down, S (T, R), and up may be strips of columns of a wider matrix; all in one
     dtype. Summed in float32. With dtype None, dB is not wanted, and None.
     """
     backend = choose_backend(g.device, BACKENDS)
-    if dtype is not None and backend != "reference" and one_pass(g.shape[0], *b.shape):
+    # In float32 its tiles do not fit into shared memory; the interpreter has no such limit, and no bfloat16.
+    served = backend == "interpret" or (backend == "triton" and g.element_size() == 2)
+    if dtype is not None and served and one_pass(g.shape[0], *b.shape):
         return in_one_pass(g, b, down, scaling, up, dtype)
     up.addmm_(g, b, beta=0, alpha=scaling)
     if dtype is None:
         return None
-    db = product(g.T, down)
-    return (db if scaling == 1 else db.mul_(scaling)).to(dtype)
+    return product(g.T, down).to(dtype)
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -115,7 +117,7 @@ def in_one_pass(
     up: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See up_and_gradient; for ranks up to 64."""
+    """See up_and_gradient; for 16-bit types and ranks up to 64."""
     (tokens, n), rank = g.shape, b.shape[1]
     strips = triton.cdiv(n, BLOCK_N)
     chunks = max(1, min(triton.cdiv(tokens, BLOCK_T), PROGRAMS // strips))
@@ -135,16 +137,16 @@ def in_one_pass(
         (tokens, n, down.stride(0), tokens_each),
         {"RANK": rank} | blocks,
         num_warps=8,
-        num_stages=3,
+        num_stages=STAGES,
     )
     db = torch.empty((n, rank), dtype=dtype, device=g.device)
-    for parts, out in ((up_parts, up), (db_parts, db)):
+    for parts, out, factor in ((up_parts, up, scaling), (db_parts, db, 1.0)):
         size = parts[0].numel()
         launch(
             _sum_parts,
             (triton.cdiv(size, BLOCK_SUM),),
             (parts, out),
-            (len(parts), size, out.stride(0), float(scaling)),
+            (len(parts), size, out.stride(0), float(factor)),
             {"RANK": rank, "BLOCK": BLOCK_SUM},
         )
     return db

@@ -1,0 +1,77 @@
+"""Every kernel compiled for GPUs that are not here: what the interpreter does not see, types and registers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+OPS = "fastlora_kernels.ops."
+PLACES = {"KIND": "nested", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "SCALES": 2}
+FOLD = {"RANK": 40, "PADDED_RANK": 64, "BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_H": 64}
+TYPES = {  # of arguments that are not the usual *bf16 for ..._ptr and i32
+    "absmax_ptr": "*u8", "table_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "nested_table_ptr": "*fp32",
+    "offset_ptr": "*fp32", "row_scale_ptr": "*fp32", "c_ptr": "*fp32", "partial_ptr": "*fp32", "parts_ptr": "*fp32",
+    "up_parts_ptr": "*fp32", "db_parts_ptr": "*fp32", "seed_ptr": "*i64", "scaling": "fp32", "p": "fp32",
+}  # fmt: skip
+GLU = {"ACTIVATION": "gelu", "BLOCK": 1024}
+ONE_PASS = {"BLOCK_T": 64, "BLOCK_N": 256}
+KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
+    ("dequantize._dequantize", PLACES | FOLD | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
+    ("dequantize._dequantize", PLACES | FOLD | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"}, {}),
+    ("dequantize._row_norms", PLACES | FOLD | {"BLOCK_N": 16}, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
+    ("skinny._up_and_gradient", ONE_PASS | {"RANK": 16, "BLOCK_R": 16}, {}, {"num_warps": 8, "num_stages": 2}),
+    ("skinny._up_and_gradient", ONE_PASS | {"RANK": 32, "BLOCK_R": 32}, {}, {"num_warps": 8, "num_stages": 2}),
+    ("skinny._sum_parts", {"RANK": 16, "BLOCK": 1024}, {}, {}),
+    ("glu._glu", GLU, {}, {}),
+    ("glu._glu_backward", GLU, {}, {}),
+    ("dropout._dropout", {"BLOCK": 2048}, {}, {}),
+    ("dora_linear._scale_columns", {"BIAS": True, "BLOCK_T": 64, "BLOCK_N": 64}, {}, {}),
+    ("dora_linear._column_dots", {"BLOCK_T": 64, "BLOCK_N": 64}, {}, {}),
+]  # fmt: skip
+
+
+def compiled(architecture: int) -> list[tuple[str, int]]:
+    """Each kernel's name and its bytes of shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    found = []
+    for name, constants, types, options in KERNELS:
+        module, _, function = name.partition(".")
+        kernel = getattr(importlib.import_module(OPS + module), function)
+        signature, fixed, aligned = {}, {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                signature[argument], fixed[(i,)] = "constexpr", constants[argument]
+                continue
+            usual = "*bf16" if argument.endswith("_ptr") else "i32"
+            signature[argument] = (TYPES | types).get(argument, usual)
+            if signature[argument] != "fp32":
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, fixed, aligned)
+        binary = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        found.append((name, binary.metadata.shared))
+    return found
+
+
+@pytest.mark.parametrize(("architecture", "shared"), [(80, 163), (89, 99), (90, 227)])
+def test_they_fit(architecture: int, shared: int) -> None:
+    """`shared` KiB a program may have. In a process of its own: here the interpreter has Triton's place."""
+    code = "import json, sys; from test_compile import compiled; print(json.dumps(compiled(int(sys.argv[1]))))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [os.path.dirname(__file__), *sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(architecture)], env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert [name for name, _ in found] == [name for name, *_ in KERNELS]
+    for name, taken in found:
+        assert taken <= shared * 1024, (name, taken)
