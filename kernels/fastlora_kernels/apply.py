@@ -53,7 +53,7 @@ class Attached:
         if self.only_autocast:
             yield f"  under autocast only: {_total(self.only_autocast)}{_listed(self.only_autocast)}"
         if self.groups:
-            yield f"  together on one read of x: {_total(self.groups)} groups{_listed(self.groups)}"
+            yield f"  in groups that read x once: {_total(self.groups)}{_listed(self.groups)}"
         if self.mlps:
             yield f"  MLPs with the activation fused: {_total(self.mlps)}{_listed(self.mlps)}"
         for reason, kinds in self.left.items():

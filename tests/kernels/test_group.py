@@ -86,7 +86,9 @@ def results(
 def assert_equal(ours: Results, theirs: Results) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            ours[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def test_one_op_gives_what_peft_gives(
     theirs = results(model, x)
     attached = attach(model)
     assert attached.groups == {"+".join(targets): 1}
-    assert "together on one read of x: 1 groups" in str(attached)
+    assert f"in groups that read x once: 1 (1 {'+'.join(targets)})" in str(attached)
     assert_equal(results(model, x), theirs)
     assert groups == [len(targets)]
     assert waiting(model) is None

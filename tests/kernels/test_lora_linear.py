@@ -208,3 +208,19 @@ def test_adapters_and_x_in_any_layout_with_dropout(backend: str) -> None:
     packed = found(x.contiguous(), a.contiguous(), b.contiguous())
     for strided, contiguous in zip(found(x, a, b), packed, strict=True):
         torch.testing.assert_close(strided, contiguous)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_weight_that_is_streamed_in_again_before_backward(four_bit: bool, backend: str) -> None:
+    """Its data is another tensor by then, and the old one is gone."""
+    projections = three(64, 4, four_bit, torch.float32)
+    x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
+    gs = [torch.randn(5, one.lora_b.shape[0], device=DEVICE) for one in projections]
+    (expected,) = torch.autograd.grad(lora_linears(x, projections), x, gs)
+    ys = lora_linears(x, projections)
+    for one in projections:
+        weight: Any = one.weight
+        old, weight.data = weight.data, weight.data.clone()
+        old.fill_(0)
+    (found,) = torch.autograd.grad(ys, x, gs)
+    assert torch.equal(found, expected)

@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8,
     "num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": 2, "attn_implementation": "eager",
 }  # fmt: skip
 MODELS = {
     "Llama": {"mlp_bias": True}, "Qwen2": {}, "Qwen3": {}, "Gemma": {}, "Gemma2": {}, "Gemma3": {}, "Mistral": {},
@@ -70,7 +70,7 @@ def test_loss_and_every_gradient_are_pefts(name: str) -> None:
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         error = float((ours[key] - tensor).norm())
-        assert error <= 1e-5 * float(tensor.norm()) + 1e-7, key
+        assert error <= 3e-5 * float(tensor.norm()) + 1e-7, key
     assert attach(peft) == attached
     detach(peft)
     assert mlps(peft) == []

@@ -131,7 +131,12 @@ def unfuse(module: nn.Module) -> None:
 
 def activation_of(module: Any) -> Activation | None:
     """Which function a module of torch or transformers is; None if it is none of ours, or more than it."""
-    if not isinstance(module, nn.Module) or "forward" in vars(module) or module._forward_hooks:
+    if (
+        not isinstance(module, nn.Module)
+        or "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    ):
         return None
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
