@@ -99,6 +99,13 @@ class Loaded:
                 "\n".join([f"+fastlora: this arm would be {arm.engine} alone.", *said])
             )
         self.notes += said
+        if plan.ours and arm.engine == "peft":  # the others have a loss of their own
+            from fastlora_kernels import attach_head
+
+            reason = attach_head(self.model)
+            self.notes.append(
+                f"loss: {f'it holds all logits ({reason})' if reason else 'fastlora, without the logits'}"
+            )
 
     def adapter(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name as PEFT saves it, parameter) of all that is trained."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fastlora.engines.base import Announce, Engine
+from fastlora.engines.engaged import plan_kernels
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -16,23 +17,26 @@ if TYPE_CHECKING:
 def takes_own_loss(recipe: Recipe, model: PeftModel, engine: Engine, announce: Announce) -> bool:
     """Whether `model(labels=...)` gives the loss; if not, TRL's trainer takes it from the weight of the output layer.
 
-    Our kernel goes into the model for an adapter on its output layer, which TRL's loss would go past, and for
-    train.chunked_loss. It serves most architectures; for the others the notes say what is done instead.
+    Our kernel goes into the model for an adapter on its output layer, which TRL's loss would go past, for
+    train.chunked_loss, and, where that is unset, wherever our kernels run. It serves most architectures; for the
+    others the notes say what is done instead.
     """
     import torch
 
     if engine.name != "peft":
         return False  # unsloth has put a fast one of its own in TRL's place
-    adapted = _head_is_adapted(model)
-    if not (adapted or recipe.train.chunked_loss):
+    adapted, asked = _head_is_adapted(model), recipe.train.chunked_loss
+    if not (adapted or asked or (asked is None and plan_kernels(recipe).ours)):
         return True
     from fastlora_kernels.layers.head import attach_head
 
     reason = attach_head(model, in_evaluation=True)
     if reason is None:
+        announce("loss: fastlora, without the logits")
         return True
-    if adapted:
-        announce(f"lora.target_modules: the loss of this run holds all logits ({reason})")
+    if adapted or not asked:
+        why = ", because of an adapter" if adapted else ""
+        announce(f"loss: it holds all logits{why} ({reason})")
         return True
     # TRL's needs Triton, and is slower than logits where they fit.
     trls = torch.cuda.is_available()

@@ -1,7 +1,8 @@
 """LoRA kernels for any PEFT model. Works without fastlora; imports nothing from it.
 
-from fastlora_kernels import attach, detach
-print(attach(model))
+from fastlora_kernels import attach, attach_head, detach, detach_head
+print(attach(model))          # LoRA layers and gated MLPs
+reason = attach_head(model)   # the loss, with an adapter on the output layer or without
 """
 
 from __future__ import annotations
@@ -11,14 +12,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastlora_kernels.apply import Attached, attach, detach
+    from fastlora_kernels.layers.head import attach_head, detach_head
+    from fastlora_kernels.ops.dora_linear import dora_linear
+    from fastlora_kernels.ops.embedding import lora_embedding
+    from fastlora_kernels.ops.glu import glu, glu_lora_linear
+    from fastlora_kernels.ops.head_loss import lora_head_loss
     from fastlora_kernels.ops.lora_linear import lora_linear, lora_linears
 
-__all__ = ["Attached", "attach", "detach", "lora_linear", "lora_linears"]
+_HOMES = {
+    "Attached": "apply",
+    "attach": "apply",
+    "attach_head": "layers.head",
+    "detach": "apply",
+    "detach_head": "layers.head",
+    "dora_linear": "ops.dora_linear",
+    "glu": "ops.glu",
+    "glu_lora_linear": "ops.glu",
+    "lora_embedding": "ops.embedding",
+    "lora_head_loss": "ops.head_loss",
+    "lora_linear": "ops.lora_linear",
+    "lora_linears": "ops.lora_linear",
+}
+__all__ = [
+    "Attached", "attach", "attach_head", "detach", "detach_head", "dora_linear", "glu", "glu_lora_linear",
+    "lora_embedding", "lora_head_loss", "lora_linear", "lora_linears",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Found on first use: importing the package alone loads neither torch nor peft."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "ops.lora_linear" if name.startswith("lora_linear") else "apply"
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -19,16 +19,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import nn
 
-from fastlora_kernels.bnb_or_not import BaseLinear4bit, BaseLinear8bit
+from fastlora_kernels.layers import embedding, linear
 from fastlora_kernels.layers.group import group_siblings
-from fastlora_kernels.layers.linear import ATTACHED, DETACHED, GROUP, Parts, never, parts_of
 from fastlora_kernels.layers.mlp import fuse_mlps, unfuse
 
 Kinds = Mapping[str, int]
+ATTACHED: dict[type, type] = {**linear.ATTACHED, **embedding.ATTACHED}
+DETACHED = {ours: theirs for theirs, ours in ATTACHED.items()}
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,13 @@ def attach(model: nn.Module) -> Attached:
 
     Served: PEFT's LoRA layers on a plain, frozen `torch.nn.Linear` or a bitsandbytes `Linear4bit` or `Linear8bitLt`,
     one active adapter of rank 256 or less, with bias and dropout if it has them; DoRA on the first two without those;
-    no other variant. What can change from call to call is looked at on every call, and PEFT's own forward runs where
-    it does not fit: adapters disabled, merged or switched, `adapter_names`, hooks, dtypes. Outside autocast, base,
-    adapter and x must be of one dtype: there PEFT computes a float32 adapter in float32, and in x's bfloat16 dA and dB
-    would be off by 0.2 %. Dropout draws other masks than PEFT's from the same seed. Layers that share an x run
-    together (layers/group.py), and the gated activation of an MLP is fused (layers/mlp.py). In a compiled model all of
-    this stands outside the graph.
+    no other variant; LoRA on a plain `torch.nn.Embedding`. What can change from call to call is looked at on every
+    call, and PEFT's own forward runs where it does not fit: adapters disabled, merged or switched, `adapter_names`,
+    hooks, dtypes. Outside autocast, base, adapter and x must be of one dtype: there PEFT computes a float32 adapter in
+    float32, and in x's bfloat16 dA and dB would be off by 0.2 %. Dropout draws other masks than PEFT's from the same
+    seed. Layers that share an x run together (layers/group.py), and the gated activation of an MLP is fused
+    (layers/mlp.py). In a compiled model all of this stands outside the graph. The loss of a language model and an
+    adapter on its output layer are `attach_head`'s (layers/head.py).
 
     A reason in the report that can pass (a disabled adapter) holds for now and for training. May be called again, for
     a new report. A gradient of a gradient through a served layer raises RuntimeError.
@@ -86,16 +87,17 @@ def attach(model: nn.Module) -> Attached:
         if not isinstance(layer, LoraLayer):
             continue
         kind = name.rpartition(".")[2] or type(layer).__name__
-        found: str | Parts | None = never(layer)
+        home: Any = embedding if isinstance(layer, Embedding) else linear
+        found = home.never(layer)
         if found is None:
             layer.__class__ = ATTACHED.get(type(layer), type(layer))
-            found = parts_of(layer, training=True)
+            found = home.parts_of(layer, training=True)
         by_layer[name] = found if isinstance(found, str) else ""
         if isinstance(found, str):
             left[found][kind] += 1
             continue
         served[kind] += 1
-        if not _base_dtype(found) == found.down.weight.dtype == found.up.weight.dtype:
+        if home.mixed(found):
             only_autocast[kind] += 1
     return Attached(
         dict(served),
@@ -112,15 +114,8 @@ def detach(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) in DETACHED:
             layer.__class__ = DETACHED[type(layer)]
-            vars(layer).pop(GROUP, None)
+            vars(layer).pop(linear.GROUP, None)
         unfuse(layer)
-
-
-def _base_dtype(parts: Parts) -> torch.dtype:
-    """The dtype that the base computes in; an 8-bit one has none of its own."""
-    base: Any = parts.down if type(parts.base) is BaseLinear8bit else parts.base
-    dtype: torch.dtype = base.compute_dtype if type(base) is BaseLinear4bit else base.weight.dtype
-    return dtype
 
 
 def _total(kinds: Kinds) -> int:

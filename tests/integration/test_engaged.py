@@ -282,6 +282,7 @@ def test_every_reason_for_a_slow_layer_is_named_with_its_remedy(
 ) -> None:
     backend("reference")
     model = qwen2(torch.float32, target_modules=[*ALL, "embed_tokens"])
+    model.get_input_embeddings().base_layer.max_norm = 1.0
     for layer in layers(model):
         layer.self_attn.o_proj.base_layer.weight.requires_grad_()
 

@@ -130,7 +130,7 @@ def test_row_norms(n: int, k: int, rank: int, four_bit: bool, backend: str) -> N
 def test_half_precision_errs_no_more_than_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLORA_KERNELS", "reference")
     peft = layer(128, 96, 16, four_bit=False, bias=True)
-    x, upstream = torch.randn(63, 128), torch.randn(63, 96)
+    x, upstream = torch.randn(63, 128, device=DEVICE), torch.randn(63, 96, device=DEVICE)
 
     def results(made: Any, dtype: torch.dtype, op: Any) -> list[torch.Tensor]:
         given = x.to(dtype).requires_grad_()

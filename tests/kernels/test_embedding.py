@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import fastlora_kernels
 import pytest
 import torch
 from fastlora_kernels import reference
@@ -42,14 +43,10 @@ def model_of(
 
 
 def attach(model: nn.ModuleDict) -> str | None:
-    """As apply.attach does it; the reason if the layer is left to PEFT for now."""
-    layer = model["embed"]
-    reason = layers.never(layer)
-    if reason is None:
-        layer.__class__ = layers.ATTACHED.get(type(layer), type(layer))
-        found = layers.parts_of(layer)
-        reason = found if isinstance(found, str) else None
-    return reason
+    """The reason if the layer is left to PEFT."""
+    attached = fastlora_kernels.attach(model)
+    assert attached.served == ({} if attached.left else {"embed": 1})
+    return next(iter(attached.left), None)
 
 
 def results(model: nn.Module, ids: torch.Tensor, autocast: bool = False, **kwargs: Any) -> Results:

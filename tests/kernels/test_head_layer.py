@@ -130,7 +130,9 @@ def test_under_autocast_it_errs_no_more(kind: str, calls: list[bool]) -> None:
     assert len(calls) == 1
     for name, true in exact.items():
         error, allowed = (float((t[name] - true).norm()) for t in (ours, theirs))
-        assert error <= 2 * allowed + EPS * float(true.norm()), name
+        # The loss is one number, in which the rows' errors may cancel by luck.
+        slack = 1e-3 if name == "loss" else EPS
+        assert error <= 2 * allowed + slack * float(true.norm()), name
 
 
 @pytest.mark.parametrize(

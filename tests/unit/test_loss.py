@@ -29,7 +29,10 @@ LLAMA = LlamaConfig(
 GPT2 = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
 
 
-def taken(model: Any, engine: Any, chunked: bool = False) -> tuple[bool, list[str], bool]:
+OURS = "loss: fastlora, without the logits"
+
+
+def taken(model: Any, engine: Any, chunked: bool | None = None) -> tuple[bool, list[str], bool]:
     """(own loss, notes, whether the model now answers without logits)."""
     recipe = Recipe.model_validate(
         {
@@ -53,11 +56,22 @@ def test_other_engines_have_their_own(engine: Any, chunked: bool) -> None:
 
 def test_plain_chunked_and_adapted() -> None:
     assert taken(model_of(LLAMA, "q_proj"), PeftEngine()) == (True, [], False)
-    assert taken(model_of(LLAMA, "q_proj"), PeftEngine(), chunked=True) == (True, [], True)
-    assert taken(model_of(LLAMA, "lm_head"), PeftEngine()) == (True, [], True)
+    assert taken(model_of(LLAMA, "q_proj"), PeftEngine(), chunked=True) == (True, [OURS], True)
+    assert taken(model_of(LLAMA, "lm_head"), PeftEngine()) == (True, [OURS], True)
     own, notes, without_logits = taken(model_of(LLAMA, "lm_head", use_dora=True), PeftEngine())
     assert (own, without_logits) == (True, False)
-    assert notes == ["lora.target_modules: the loss of this run holds all logits (lm_head: DoRA)"]
+    assert notes == ["loss: it holds all logits, because of an adapter (lm_head: DoRA)"]
+
+
+def test_unset_it_is_ours_where_our_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    assert taken(model_of(LLAMA, "q_proj"), PeftEngine()) == (True, [OURS], True)
+    assert taken(model_of(LLAMA, "q_proj"), PeftEngine(), chunked=False) == (True, [], False)
+    own, (note,), without_logits = taken(
+        model_of(GPT2, "c_proj", fan_in_fan_out=True), PeftEngine()
+    )
+    assert (own, without_logits) == (True, False)
+    assert note.startswith("loss: it holds all logits (the forward of GPT2LMHeadModel")
 
 
 def test_an_architecture_that_ours_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,12 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
     return base, layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], scaling
 
 
+def mixed(parts: Parts) -> bool:
+    """Whether base and adapter differ in dtype."""
+    base, a, b, _ = parts
+    return not base.weight.dtype == a.dtype == b.dtype
+
+
 def _compute_dtype(ids: torch.Tensor, *parameters: torch.Tensor) -> torch.dtype | None:
     """In which PEFT would take the product here; None if the op would add it in another dtype than PEFT does."""
     device = ids.device.type

@@ -189,6 +189,13 @@ def weight_of(base: Any) -> Weight | str:
     return "base layer is trained too" if weight.requires_grad else weight
 
 
+def mixed(parts: Parts) -> bool:
+    """Whether base and adapter differ in dtype. An 8-bit base has none of its own."""
+    base: Any = parts.down if type(parts.base) is BaseLinear8bit else parts.base
+    dtype: torch.dtype = base.compute_dtype if type(base) is BaseLinear4bit else base.weight.dtype
+    return not dtype == parts.down.weight.dtype == parts.up.weight.dtype
+
+
 def compute_dtype(parts: Parts, x: torch.Tensor) -> torch.dtype | None:
     """The one dtype in which PEFT would compute here; None if there are several, or x is a special tensor."""
     base, down, up, *_ = parts

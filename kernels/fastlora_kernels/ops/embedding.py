@@ -4,8 +4,8 @@
     dB = s g^T S,  dA^T[v] = s sum over ids_t = v of g_t B,  with g = dL/dy
 
 LoRA, Hu et al. 2021 (arXiv:2106.09685), 4.1, as PEFT's lora.Embedding lays A and B out. The wide product is added in
-place by the matrix product itself where W is of the product's dtype. dA is summed in float32 by PyTorch's embedding
-backward, which sorts the ids: deterministic, and no more than T x R numbers, so that a kernel would win nothing.
+place by the matrix product itself where W is of the product's dtype. dA is summed in float32, in a fixed order; it is
+no more than T x R numbers, so that a kernel would win nothing.
 Saved: ids and S. Shapes: T tokens, V vocabulary, K outputs, R rank.
 """
 
@@ -79,11 +79,25 @@ class LoraEmbedding(torch.autograd.Function):
         da_RV = db_KR = None
         if wants_a:
             up_TR = (g_TK @ b_KR.to(dtype)).to(torch.promote_types(dtype, torch.float32)) * scaling
-            padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-            da_VR = torch.ops.aten.embedding_dense_backward(
-                up_TR, ids_T, a_RV.shape[1], padding, False
-            )
-            da_RV = da_VR.T.to(a_RV.dtype)
+            da_RV = _summed(up_TR, ids_T, a_RV.shape[1], ctx.padding_idx).T.to(a_RV.dtype)
         if wants_b:
             db_KR = (g_TK.T @ down_TR).to(b_KR.dtype) * scaling
         return None, None, da_RV, db_KR, None, None, None
+
+
+def _summed(
+    rows_TR: torch.Tensor, ids_T: torch.Tensor, size: int, padding_idx: int | None
+) -> torch.Tensor:
+    """Row v of the answer, (V, R), is the sum of the rows whose id is v."""
+    if not rows_TR.is_cuda:
+        padding = -1 if padding_idx is None else padding_idx
+        total: torch.Tensor = torch.ops.aten.embedding_dense_backward(
+            rows_TR, ids_T, size, padding, False
+        )
+        return total
+    # On a GPU that one gives other last bits each time; this one sorts the ids.
+    total = rows_TR.new_zeros(size, rows_TR.shape[1])
+    total.index_put_((ids_T,), rows_TR, accumulate=True)
+    if padding_idx is not None:
+        total[padding_idx] = 0
+    return total
