@@ -53,7 +53,7 @@ def plan_kernels(recipe: Recipe) -> Plan:
     if mode == "off":
         why_not = 'kernels.mode = "off"'
     elif not cuda and mode == "auto" and not asked:
-        why_not = "on a CPU fastlora's are for tests, with FASTLORA_KERNELS=reference"
+        why_not = "fastlora's kernels need a GPU"
     elif not cuda and resolve_dtype(recipe.model) == torch.float16:
         why_not = "float16 on a CPU, which is trained without autocast"  # their dtypes then differ
     elif cuda and not asked and find_spec("triton") is None:
@@ -144,7 +144,7 @@ _REMEDIES = {
     "base layer is trained too": 'set lora.bias = "none"',
     "8-bit": 'set model.quantization = "nf4"',
     'kernels.mode = "off"': 'set kernels.mode = "auto"',
-    "on a CPU": "train on a GPU",
+    "need a GPU": "train on a GPU",
     "Triton": "pip install triton",
 }
 
