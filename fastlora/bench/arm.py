@@ -20,7 +20,7 @@ from fastlora.bench.flops import flops_per_token
 from fastlora.bench.memory import cap_memory, memory, release
 from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
-from fastlora.engines.base import resolve_checkpointing, resolve_dtype
+from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
 from fastlora.engines.engaged import Plan, engage, lines
 from fastlora.engines.unsloth import fused_layers
 from fastlora.errors import EngineError
@@ -67,6 +67,7 @@ class Loaded:
         self.recipe = recipe
         self.engine: Engine = choose_engine(task.arm.engine, self.notes.append)
         self.engine.prepare()
+        self._check_targets()
         self.dtype = resolve_dtype(self.recipe.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
@@ -81,6 +82,19 @@ class Loaded:
             parameter.data = parameter.data.float()  # as the trainer keeps them
         self.model.train()
         self.collate = Collator(0, self.engine)
+
+    def _check_targets(self) -> None:
+        """Raises EngineError: the engine would not train the adapters that are asked for."""
+        from transformers import AutoConfig
+
+        model, targets = self.recipe.model, self.recipe.lora.target_modules
+        if targets == "all-linear":
+            return
+        config = AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        if problems := target_problems(targets, config, self.engine, self.notes.append):
+            raise EngineError("\n".join(problems))
 
     def _engage(self, arm: Arm) -> None:
         """The arm's kernels, as `fastlora run` would put them on. Without +fastlora, none of ours.

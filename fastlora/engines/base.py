@@ -165,6 +165,8 @@ def target_problems(
             )
         elif engine and engine.name == "unsloth":
             reason = f'unsloth trains {target} whole, not with LoRA; leave it out, or set engine = "peft"'
+        elif engine and engine.name == "liger" and any(module is head for module in named):
+            reason = f"liger takes its loss from {target}'s weight, past an adapter; leave it out"
         else:
             continue
         problems.append(f"lora.target_modules: {reason}")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastlora.bench import arm
+from fastlora.bench.schema import Arm
 from fastlora.engines import Engine
 from fastlora.engines.base import load_tokenizer
+from fastlora.engines.liger import LigerEngine
 from fastlora.engines.peft import PeftEngine
 from fastlora.engines.unsloth import UnslothEngine
 from fastlora.errors import EngineError
@@ -36,19 +40,21 @@ def change(folder: Path, **keys: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | keys))
 
 
+def recipe_for(model: Path, **sections: dict[str, Any]) -> Recipe:
+    whole = {
+        "model": {"name": str(model)},
+        "data": {"sources": ["x.jsonl"]},
+        "output": {"dir": "runs"},
+    }
+    return Recipe.model_validate(whole | sections)
+
+
 @pytest.fixture
 def checked(model: Path) -> Checked:
     """check_model on that copy: (problems, notes)."""
 
     def check(engine: Engine | None = None, **sections: dict[str, Any]) -> Any:
-        recipe = Recipe.model_validate(
-            {
-                "model": {"name": str(model)},
-                "data": {"sources": ["x.jsonl"]},
-                "output": {"dir": "runs"},
-            }
-            | sections
-        )
+        recipe = recipe_for(model, **sections)
         notes: list[str] = []
         try:
             check_model(recipe, load_tokenizer(recipe.model), engine, notes.append)
@@ -106,6 +112,21 @@ def test_a_layer_that_is_tied_has_no_adapter_of_its_own(checked: Checked, model:
     for problem, target in zip(problems, ("embed_tokens", "lm_head"), strict=True):
         assert f"unsloth trains {target} whole" in problem
         assert 'set engine = "peft"' in problem
+    problems, _ = checked(LigerEngine(), lora=lora)
+    assert ["liger takes its loss from lm_head's weight" in line for line in problems] == [True]
+
+
+def test_the_benchmark_refuses_an_arm_that_would_not_train_what_is_asked(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(model, tie_word_embeddings=False)
+    asked = recipe_for(model, lora={"target_modules": ["lm_head"]})
+    monkeypatch.setattr(arm, "choose_engine", lambda *_: types.SimpleNamespace(
+        name="unsloth", prepare=lambda: None, load=lambda *_: pytest.fail("it was loaded")
+    ))  # fmt: skip
+    task = types.SimpleNamespace(arm=Arm.parse("unsloth"))
+    with pytest.raises(EngineError, match="unsloth trains lm_head whole"):
+        arm.Loaded(task, asked)
 
 
 def add_tokens(folder: Path, *tokens: str, **named: str) -> None:
