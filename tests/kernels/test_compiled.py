@@ -19,6 +19,8 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+# Dynamo looks at the .grad of what it finds.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = DEVICE == "cpu"
 DTYPE = torch.float32 if FULL else torch.bfloat16

@@ -41,7 +41,7 @@ class FourBit(NamedTuple):
     replaced in between (weights that are streamed in)."""
 
     source: Any
-    """The Params4bit, for FourBit.of in backward."""
+    """The Params4bit, for FourBit.of in backward; None where the tensors are saved themselves (ops/registered.py)."""
     codes: torch.Tensor
     """uint8, N K / 2 of them."""
     absmax: torch.Tensor
