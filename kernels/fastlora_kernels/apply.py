@@ -72,8 +72,9 @@ def attach(model: nn.Module) -> Attached:
     it does not fit: adapters disabled, merged or switched, `adapter_names`, hooks, dtypes. Outside autocast, base,
     adapter and x must be of one dtype: there PEFT computes a float32 adapter in float32, and in x's bfloat16 dA and dB
     would be off by 0.2 %. Dropout draws other masks than PEFT's from the same seed. Layers that share an x run
-    together (layers/group.py), and the gated activation of an MLP is fused (layers/mlp.py). In a compiled model all of
-    this stands outside the graph.
+    together (layers/group.py), and the gated activation of an MLP is fused (layers/mlp.py). Where
+    torch.compile traces a layer, ours are ops in its graph (ops/registered.py), each layer alone; one with dropout in
+    training or an 8-bit base stands outside the graph.
 
     A reason in the report that can pass (a disabled adapter) holds for now and for training. May be called again, for
     a new report. A gradient of a gradient through a served layer raises RuntimeError.

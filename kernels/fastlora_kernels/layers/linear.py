@@ -106,7 +106,7 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     compiling = torch.compiler.is_compiling()
     if parts.magnitude is not None:
         op = registered.dora_linear if compiling else dora_linear
-        return op(  # type: ignore[no-any-return]
+        return op(
             x.to(dtype), parts.weight, parts.base.bias, parts.down.weight, parts.up.weight,
             parts.magnitude, parts.scaling,
         )  # fmt: skip
@@ -114,11 +114,11 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         projection = parts.projection()
         if registered.serves(projection):
             return registered.lora_linear(x.to(dtype), projection)
-        return _uncompiled(layer, x)
+        return _uncompiled(layer, x)  # type: ignore[no-any-return]
     group = vars(layer).get(GROUP)
     y: torch.Tensor | None = None if group is None else group.output(layer, x, parts, dtype)
     # What autocast does. The op casts W, b, A and B itself and returns gradients in their own dtype.
-    return lora_linear(x.to(dtype), *parts.projection()) if y is None else y
+    return lora_linear(x.to(dtype), *parts.projection()) if y is None else y  # type: ignore[no-any-return]
 
 
 @torch.compiler.disable

@@ -136,7 +136,7 @@ class DoraLinear(torch.autograd.Function):
         y, *saved = output(x, weight, bias_N, scaling, a_RK, b_NR, magnitude_N)
         ctx.fixed = source(weight), scaling, (a_RK.dtype, b_NR.dtype)
         ctx.save_for_backward(x, magnitude_N, *saved)
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
