@@ -136,7 +136,8 @@ def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, 
     return gate_TF.contiguous(), up.reshape(-1, up.shape[-1]).contiguous()
 
 
-def _fitting(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
+def both_fit(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
+    """Raises ValueError: shapes or dtypes that do not fit."""
     if (gate.shape[-1] % 2) if up is None else (gate.shape != up.shape or gate.dtype != up.dtype):
         shape = None if up is None else tuple(up.shape)
         raise ValueError(f"{op}: gate {tuple(gate.shape)} and up {shape} do not fit")
@@ -145,7 +146,7 @@ def _fitting(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
 def glu(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     """f(gate) up, (..., F), in gate's dtype; gate and up (..., F) of one dtype, or gate alone (..., 2 F), whose right
     half is up. Raises ValueError: shapes or dtypes that do not fit."""
-    _fitting("glu", gate, up)
+    both_fit("glu", gate, up)
     h: torch.Tensor = Glu.apply(gate, up, activation)
     return h
 
@@ -161,7 +162,7 @@ def glu_lora_linear(
 
     Raises ValueError: see glu and lora_linear.
     """
-    _fitting("glu_lora_linear", gate, up)
+    both_fit("glu_lora_linear", gate, up)
     weight, bias, a, b, scaling, beta, p = projection
     ready = frozen(weight)
     fitting(

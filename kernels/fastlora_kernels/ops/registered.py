@@ -60,6 +60,7 @@ def dora_linear(
 
 def glu(gate: torch.Tensor, up: torch.Tensor | None, activation: gated.Activation) -> torch.Tensor:
     """See ops/glu.py."""
+    gated.both_fit("glu", gate, up)
     return torch.ops.fastlora.glu(gate, up, activation)  # type: ignore[no-any-return]
 
 
@@ -71,6 +72,7 @@ def glu_lora_linear(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See ops/glu.py."""
+    gated.both_fit("glu_lora_linear", gate, up)
     weight, bias, a, b, scaling, beta, _ = projection
     y, _ = torch.ops.fastlora.glu_lora_linear(
         gate, up, activation, dtype, *taken_apart(weight), bias, a, b, beta, scaling
