@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from fastlora_kernels.ops.dequantize import FourBit
+    from fastlora_kernels.ops.four_bit import FourBit
 
 
 def lora_linear(
@@ -190,11 +190,7 @@ def glu_backward(
     """Writes dgate and dup, and h over dh."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     gate_, up_, dh_ = gate.to(wide), up.to(wide), dh.to(wide)
-    with torch.enable_grad():
-        gate_ = gate_.detach().requires_grad_()
-        value = _activation(gate_, activation)
-    (slope,) = torch.autograd.grad(value, gate_, torch.ones_like(value))
-    value = value.detach()
+    value, slope = _activation(gate_, activation), _slope(gate_, activation)
     dgate.copy_(dh_ * up_ * slope)
     dup.copy_(dh_ * value)
     dh.copy_(value * up_)  # last: dh_ may be dh
@@ -205,3 +201,15 @@ def _activation(gate: torch.Tensor, activation: str) -> torch.Tensor:
         return torch.nn.functional.silu(gate)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return torch.nn.functional.gelu(gate, approximate=approximate)
+
+
+def _slope(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """f'(gate), by what torch's autograd calls: inside an op of torch's there is no autograd."""
+    ones = torch.ones_like(gate)
+    slope: torch.Tensor
+    if activation == "silu":
+        slope = torch.ops.aten.silu_backward(ones, gate)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        slope = torch.ops.aten.gelu_backward(ones, gate, approximate=approximate)
+    return slope

@@ -6,6 +6,7 @@ the log that nobody reads.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,21 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from bitsandbytes.nn import Params4bit
 from fastlora_kernels import attach
+from fastlora_kernels.ops import registered
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+# Dynamo looks at the .grad of what it finds.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = DEVICE == "cpu"
 DTYPE = torch.float32 if FULL else torch.bfloat16
+OPS = torch.ops.fastlora
+TOLERANCE = 1e-5 if FULL else 2e-2
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +59,33 @@ def tiny(folder: Path, nf4: bool, **lora: Any) -> PeftModel:
     return model
 
 
-def step(model: PeftModel) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss, and every gradient."""
-    ids = torch.randint(100, (2, 40), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+def step(
+    model: PeftModel, length: int = 40, half: bool = not FULL
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss, and every gradient; `half`: in bfloat16, by autocast."""
+    ids = torch.randint(100, (2, length), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     model.zero_grad()
-    with torch.autocast(DEVICE, DTYPE, enabled=not FULL):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.item(), found
+
+
+def compile_layers(monkeypatch: pytest.MonkeyPatch, backend: str = "aot_eager") -> None:
+    compiled = torch.compile(LlamaDecoderLayer.forward, fullgraph=False, backend=backend)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", compiled)
+
+
+def assert_same(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = TOLERANCE
+) -> None:
+    assert found.keys() == expected.keys()
+    for name, exact in expected.items():
+        assert found[name].dtype == exact.dtype, name
+        assert float(exact.norm()) > 0, name
+        error = float((found[name] - exact).norm())
+        assert error <= tolerance * float(exact.norm()), name
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -73,16 +98,159 @@ def test_one_graph_for_all_layers(
     model.enable_input_require_grads()
     assert attach(model).left == {}
     loss, gradients = step(model)
-    compiled = torch.compile(LlamaDecoderLayer.forward, fullgraph=False, backend="aot_eager")
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", compiled)
+    compile_layers(monkeypatch)
     for _ in range(2):
         again, found = step(model)
     assert dict(counters["graph_break"]) == {}
     # Without gradients and, when a layer is run again, with; each for all four layers.
     assert counters["stats"]["unique_graphs"] == 2
-    tolerance = 1e-5 if FULL else 2e-2
-    assert again == pytest.approx(loss, rel=tolerance)
-    assert found.keys() == gradients.keys()
-    for name, exact in gradients.items():
-        error = float((found[name] - exact).norm())
-        assert error <= tolerance * float(exact.norm()), name
+    assert again == pytest.approx(loss, rel=TOLERANCE)
+    assert_same(found, gradients)
+
+
+def test_other_lengths_and_autocast(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that torch.compile then takes as symbols; a base and adapters that autocast casts, gradients not."""
+    model = tiny(tiny_model, nf4=False)
+    model.enable_input_require_grads()
+    attach(model)
+    lengths = (40, 24, 33)
+    expected = [step(model, length, half=True) for length in lengths]
+    compile_layers(monkeypatch)
+    for length, (loss, gradients) in zip(lengths, expected, strict=True):
+        again, found = step(model, length, half=True)
+        assert again == pytest.approx(loss, rel=2e-2)
+        assert_same(found, gradients, 2e-2)
+    assert dict(counters["graph_break"]) == {}
+    assert counters["stats"]["unique_graphs"] == 2  # for the first length, and for any
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_nothing_dense_is_saved(
+    tiny_model: Path, dora: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The codes of a 4-bit weight are, at no cost; the matrix that they stand for would be a whole layer in 16 bits."""
+    if backend == "inductor" and (dora or (FULL and shutil.which("g++") is None)):
+        pytest.skip("one is enough, and that needs a C++ compiler")
+    model = tiny(tiny_model, nf4=True, use_dora=dora)
+    attach(model)
+    loss, gradients = step(model, 37)
+    compile_layers(monkeypatch, backend)
+    bases = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
+    sizes = {base.in_features * base.out_features for base in bases}
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        again, found = step(model, 37)
+    assert dict(counters["graph_break"]) == {}
+    wide = [tensor for tensor in saved if tensor.is_floating_point()]
+    assert not [tuple(tensor.shape) for tensor in wide if tensor.numel() in sizes]
+    codes = {tensor.numel() * 2 for tensor in saved if tensor.dtype == torch.uint8}
+    assert sizes <= codes
+    assert again == pytest.approx(loss, rel=TOLERANCE)
+    assert_same(found, gradients)
+
+
+def test_dropout_stands_outside_the_graph(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(tiny_model, nf4=False, lora_dropout=0.5)
+    attach(model)
+    compile_layers(monkeypatch)
+    _, first = step(model)
+    _, second = step(model)
+    assert counters["graph_break"]
+    name = next(name for name in first if "down_proj.lora_A" in name)
+    assert float(first[name].norm()) > 0
+    assert not torch.equal(first[name], second[name])  # another mask
+
+
+WEIGHTS = ["dense", "4bit", "nested"]
+
+
+def frozen(kind: str) -> tuple[list[torch.Tensor], list[int]]:
+    """A weight (16, 64) as the ops take it."""
+    dense = torch.randn(16, 64, device=DEVICE)
+    if kind == "dense":
+        return registered.taken_apart(dense)
+    weight = Params4bit(
+        dense, requires_grad=False, quant_type="nf4", compress_statistics=kind == "nested"
+    )
+    return registered.taken_apart(weight.to(DEVICE) if FULL else weight.cuda())
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+
+def checked(op: Any, *args: Any) -> list[torch.Tensor]:
+    """What torch finds wrong with an op is raised: its schema, its fake, its gradient, other sizes."""
+    torch.library.opcheck(op.default, args)
+    found = op(*args)
+    return [one.detach() for one in (found if isinstance(found, tuple) else (found,))]
+
+
+def without_gradient(*args: Any) -> tuple[Any, ...]:
+    return tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in args)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_lora_linear_is_an_op(kind: str, biased: bool) -> None:
+    x, a, b = random(2, 5, 64), random(4, 64), random(16, 4)
+    bias, beta = (torch.randn(16, device=DEVICE), random(16)) if biased else (None, None)
+    weight = frozen(kind)
+    y, down = checked(OPS.lora_linear, x, *weight, bias, a, b, beta, 2.0)
+    given = without_gradient(x, *weight, a, b, beta)
+    for wants in ([True, True, True, biased], [False, False, True, False]):
+        torch.library.opcheck(
+            OPS.lora_linear_backward.default, (torch.randn_like(y), *given, down, 2.0, wants)
+        )
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_dora_linear_is_an_op(kind: str, biased: bool) -> None:
+    x, a, b, m = random(2, 5, 64), random(4, 64), random(16, 4), random(16)
+    weight, bias = frozen(kind), torch.randn(16, device=DEVICE) if biased else None
+    y, *kept = checked(OPS.dora_linear, x, *weight, bias, a, b, m, 2.0)
+    given = without_gradient(x, *weight, bias, a, b, m)
+    wants = [True] * 4
+    torch.library.opcheck(
+        OPS.dora_linear_backward.default, (torch.randn_like(y), *given, *kept, 2.0, wants)
+    )
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_glu_is_an_op(halves: bool) -> None:
+    gate, up = (random(2, 5, 64), None) if halves else (random(2, 5, 32), random(2, 5, 32))
+    (h,) = checked(OPS.glu, gate, up, "silu")
+    given = without_gradient(gate, up)
+    torch.library.opcheck(OPS.glu_backward.default, (torch.randn_like(h), *given, "silu"))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("halves", [False, True])
+def test_glu_lora_linear_is_an_op(kind: str, halves: bool) -> None:
+    gate, up = (random(2, 5, 128), None) if halves else (random(2, 5, 64), random(2, 5, 64))
+    a, b, weight = random(4, 64), random(16, 4), frozen(kind)
+    y, down = checked(
+        OPS.glu_lora_linear, gate, up, "gelu", torch.float32, *weight, None, a, b, None, 2.0
+    )
+    given = without_gradient(gate, up, "gelu", *weight, a, b, None)
+    for wants in ([True, not halves, True, True, False], [False, False, True, True, False]):
+        torch.library.opcheck(
+            OPS.glu_lora_linear_backward.default, (torch.randn_like(y), *given, down, 2.0, wants)
+        )
+
+
+def test_a_second_derivative_raises() -> None:
+    x, a, b = random(3, 64), random(4, 64), random(16, 4)
+    y, _ = OPS.lora_linear(x, *frozen("dense"), None, a, b, None, 2.0)
+    (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dx.sum().backward()

@@ -6,7 +6,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from fastlora_kernels import reference
-from fastlora_kernels.ops.dequantize import FourBit, dequantize
+from fastlora_kernels.ops.dequantize import dequantize
+from fastlora_kernels.ops.four_bit import FourBit
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

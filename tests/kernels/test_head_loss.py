@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastlora_kernels import reference
 from fastlora_kernels.ops import head_loss
-from fastlora_kernels.ops.dequantize import FourBit
+from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.head_loss import Shape, cross_entropy_, lora_head_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -9,7 +9,7 @@ from fastlora_kernels import reference
 from fastlora_kernels.dispatch import choose_backend
 from fastlora_kernels.ops import lora_linear as module
 from fastlora_kernels.ops import skinny
-from fastlora_kernels.ops.dequantize import FourBit
+from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.lora_linear import Projection, lora_linear, lora_linears
 
 

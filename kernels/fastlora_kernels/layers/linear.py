@@ -22,9 +22,10 @@ from fastlora_kernels.bnb_or_not import (
     Linear8bit,
     Params4bit,
 )
-from fastlora_kernels.ops.dequantize import FourBit
+from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.dora_linear import dora_linear
 from fastlora_kernels.ops.eight_bit import EightBit
+from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.lora_linear import Projection, Weight, lora_linear
 
 MAX_RANK = 256
@@ -90,24 +91,39 @@ BASES = {Linear: nn.Linear, Linear4bit: BaseLinear4bit, Linear8bit: BaseLinear8b
 WEIGHTS = {nn.Linear: nn.Parameter, BaseLinear4bit: Params4bit, BaseLinear8bit: Int8Params}
 
 
-@torch.compiler.disable  # a group's state is no part of a graph; what stands around it may be compiled
 def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """The layer's output by our op, in the dtype computed in; None if PEFT must serve this call."""
+    """The layer's output by our op, in the dtype computed in; None if PEFT must serve this call.
+
+    Where torch.compile traces it, by the op of ops/registered.py; with dropout or an 8-bit weight it stands outside
+    the graph.
+    """
     parts = parts_of(layer)
     if isinstance(parts, str):
         return None
     dtype = compute_dtype(parts, x)
     if dtype is None:
         return None
+    compiling = torch.compiler.is_compiling()
     if parts.magnitude is not None:
-        return dora_linear(
+        op = registered.dora_linear if compiling else dora_linear
+        return op(
             x.to(dtype), parts.weight, parts.base.bias, parts.down.weight, parts.up.weight,
             parts.magnitude, parts.scaling,
         )  # fmt: skip
+    if compiling:  # a group's state is no part of a graph
+        projection = parts.projection()
+        if registered.serves(projection):
+            return registered.lora_linear(x.to(dtype), projection)
+        return _uncompiled(layer, x)  # type: ignore[no-any-return]
     group = vars(layer).get(GROUP)
     y: torch.Tensor | None = None if group is None else group.output(layer, x, parts, dtype)
     # What autocast does. The op casts W, b, A and B itself and returns gradients in their own dtype.
     return lora_linear(x.to(dtype), *parts.projection()) if y is None else y  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def _uncompiled(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    return served(layer, x)
 
 
 def never(layer: Any) -> str | None:

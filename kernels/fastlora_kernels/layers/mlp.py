@@ -21,6 +21,7 @@ from fastlora_kernels.layers.linear import (
     compute_dtype,
     parts_of,
 )
+from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.glu import Activation, glu, glu_lora_linear
 
 GATED = """
@@ -152,9 +153,12 @@ ACTIVATIONS: dict[tuple[str, str], Activation] = {
 }
 
 
-@torch.compiler.disable
 def _down(mlp: Any, act: Any, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
-    """down_proj(act(gate) up), or with up None, of the halves of gate."""
+    """down_proj(act(gate) up), or with up None, of the halves of gate.
+
+    Where torch.compile traces it, by the ops of ops/registered.py, as far as they go (see layers/linear.py).
+    """
+    compiling = torch.compiler.is_compiling()
     down, activation = mlp.down_proj, activation_of(act)
     if activation is None or not _ours(gate, up):
         if up is None:
@@ -164,10 +168,12 @@ def _down(mlp: Any, act: Any, gate: torch.Tensor, up: torch.Tensor | None) -> to
         parts = parts_of(down)
         if not isinstance(parts, str) and parts.magnitude is None:
             dtype = compute_dtype(parts, gate)
-            if dtype is not None:
-                y = glu_lora_linear(gate, up, activation, parts.projection(), dtype)
+            projection = parts.projection()
+            if dtype is not None and (not compiling or registered.serves(projection)):
+                op = registered.glu_lora_linear if compiling else glu_lora_linear
+                y = op(gate, up, activation, projection, dtype)
                 return y.to(gate.dtype) if type(down) is AttachedLinear4bit else y
-    return down(glu(gate, up, activation))  # type: ignore[no-any-return]
+    return down((registered.glu if compiling else glu)(gate, up, activation))  # type: ignore[no-any-return]
 
 
 def _ours(gate: torch.Tensor, up: torch.Tensor | None) -> bool:

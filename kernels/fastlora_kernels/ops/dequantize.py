@@ -2,9 +2,7 @@
 
 W'_nk = c_n (code[q_nk] absmax_{block(nk)} + scaling (B A)_nk), c_n = 1 without DoRA
 
-Scales that are themselves quantized are absmax_j = code8[p_j] absmax8_{block8(j)} + offset (double quantization).
-QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3; the layout is bitsandbytes': two codes a byte, the
-first in the high half, rows one behind the other.
+QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3; see ops/four_bit.py for the layout.
 
 The fold is right only here: code times absmax lies off the 16-bit grid, so that the rounding of the sum dithers
 and a small delta survives on average; on a 16-bit base it would be rounded away.
@@ -14,75 +12,23 @@ Shapes: N outputs, K inputs, R rank, H bytes of a row.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch._C import DisableTorchFunctionSubclass
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
 from fastlora_kernels.launch import launch
+from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
-BLOCK_N, BLOCK_K = (
-    32,
-    128,
-)  # with 64 rows a fold takes 151 registers, and three programs fill a processor
+BLOCK_N, BLOCK_K = 32, 128  # with 64 rows a fold takes 151 registers
 SCALES_ONCE = True  # each scale of a tile loaded once, where rows have whole blocks
 NORM_BLOCK_N = 16  # a program walks whole rows: 256 programs for 4,096 of them
 
 Fold = tuple[torch.Tensor, torch.Tensor, float]
 """A (R, K) and B (N, R), contiguous, and the scaling of their product."""
-
-
-class FourBit(NamedTuple):
-    """What bitsandbytes keeps of an (N, K) weight. Made anew for each direction: the tensors may be moved or
-    replaced in between (weights that are streamed in)."""
-
-    source: Any
-    """The Params4bit, for FourBit.of in backward."""
-    codes: torch.Tensor
-    """uint8, N K / 2 of them."""
-    absmax: torch.Tensor
-    """A scale for each block of `blocksize` weights: float32, or uint8 when `nested`."""
-    table: torch.Tensor
-    """float32, 16: the values of the codes."""
-    shape: tuple[int, int]
-    blocksize: int
-    nested_absmax: torch.Tensor | None = None
-    """float32, a scale for each block of `nested_blocksize` scales."""
-    nested_table: torch.Tensor | None = None
-    """float32, 256."""
-    nested_blocksize: int = 1
-    offset: torch.Tensor | None = None
-    """float32, added to each scale."""
-
-    @classmethod
-    def of(cls, weight: Any) -> FourBit | None:
-        """From a bitsandbytes Params4bit; None if it is not quantized yet, or in a layout of another kind
-        (codes not in bytes, packed for a CPU's kernel, an odd number of inputs)."""
-        state = getattr(weight, "quant_state", None)
-        if state is None:
-            return None
-        # A Params4bit answers each question about itself through Python, at several microseconds apiece.
-        with DisableTorchFunctionSubclass():
-            if weight.dtype != torch.uint8:
-                return None
-            codes = weight.data
-        n, *rest = state.shape
-        if (
-            len(rest) != 1
-            or rest[0] % 2
-            or not codes.is_contiguous()
-            or getattr(state, "packing_format_for_cpu", False)
-        ):
-            return None
-        given = (weight, codes, state.absmax, state.code, (n, rest[0]), state.blocksize)
-        if not state.nested:
-            return cls(*given)
-        nested = state.state2
-        return cls(*given, nested.absmax, nested.code, nested.blocksize, state.offset)
 
 
 @jit

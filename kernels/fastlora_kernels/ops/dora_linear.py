@@ -11,6 +11,7 @@ copy: what reads y may overwrite it). Shapes: T tokens, K inputs, N outputs, R r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from fastlora_kernels.dispatch import Backend, choose_backend
 from fastlora_kernels.launch import launch
-from fastlora_kernels.ops.dequantize import FourBit, row_norms
+from fastlora_kernels.ops.dequantize import row_norms
 from fastlora_kernels.ops.eight_bit import EightBit
+from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.lora_linear import (
     Weight,
     dense,
@@ -132,55 +134,83 @@ class DoraLinear(torch.autograd.Function):
         magnitude_N: torch.Tensor,
     ) -> torch.Tensor:
         weight, bias_N, scaling = fixed
-        dtype, x_TK = x.dtype, x.reshape(-1, x.shape[-1])
-        a, b = a_RK.to(dtype).contiguous(), b_NR.to(dtype).contiguous()
-        bias_N = None if bias_N is None else bias_N.to(dtype)
-        if isinstance(weight, torch.Tensor):
-            weight = weight.to(dtype).contiguous()
-        norm_N = row_norms(weight, (a, b, scaling), dtype)
-        c_N = magnitude_N / norm_N  # in float32, which the norm has
-        down_TR = torch.mm(x_TK, a.T)
-        ctx.fold = isinstance(weight, FourBit) and folds(x_TK.shape[0], *weight.shape)
-        if ctx.fold:
-            weight_NK = dense(weight, dtype, (a, b, scaling), c_N)
-            y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
-            # z = (y - b) / c, and dm = sum g z / norm = sum g (y - b) / m.
-            kept_TN = y_TN.clone()
-        else:
-            kept_TN = scaled_product(down_TR, b.T, scaling)
-            kept_TN.addmm_(x_TK, dense(weight, dtype).T)
-            y_TN = scale_columns(kept_TN, c_N, bias_N)
-        ctx.weight, ctx.scaling, ctx.dtypes = source(weight), scaling, (a_RK.dtype, b_NR.dtype)
-        ctx.save_for_backward(x, a, b, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N)
-        return shaped(y_TN, x.shape[:-1])
+        y, *saved = output(x, weight, bias_N, scaling, a_RK, b_NR, magnitude_N)
+        ctx.fixed = source(weight), scaling, (a_RK.dtype, b_NR.dtype)
+        ctx.save_for_backward(x, magnitude_N, *saved)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, magnitude_N, bias_N, down_TR, kept_TN, c_N, norm_N = ctx.saved_tensors
-        g_TN = gradients[0].reshape(-1, b.shape[0]).contiguous()
-        dtype, scaling, x_TK = x.dtype, ctx.scaling, x.reshape(-1, x.shape[-1])
-        wants_x, _, wants_a, wants_b, wants_m = ctx.needs_input_grad
-        scale_N1 = (scaling * c_N)[:, None]
-        up_TR = torch.mm(g_TN, (b * scale_N1).to(dtype))
-        dx_TK = da_RK = db_NR = dm_N = None
-        if wants_x and ctx.fold:
-            dx_TK = torch.mm(g_TN, dense(frozen(ctx.weight), dtype, (a, b, scaling), c_N))
-        elif wants_x:
-            dx_TK = torch.mm(up_TR, a)
-            dx_TK.addmm_(scale_columns(g_TN, c_N), dense(frozen(ctx.weight), dtype))
-        if wants_a:
-            da_RK = product(up_TR.T, x_TK).to(ctx.dtypes[0])
-        if wants_b:
-            db_NR = (product(g_TN.T, down_TR) * scale_N1).to(ctx.dtypes[1])
-        if wants_m:
-            dots_N = column_dots(g_TN, kept_TN)
-            if ctx.fold:
-                if bias_N is not None:
-                    dots_N -= g_TN.sum(dim=0, dtype=torch.float32) * bias_N.float()
-                dots_N /= magnitude_N.float()
-            else:
-                dots_N /= norm_N
-            dm_N = dots_N.to(magnitude_N.dtype)
-        dx = None if dx_TK is None else dx_TK.view(x.shape)
-        return dx, None, da_RK, db_NR, dm_N
+        wants_x, _, *wants = ctx.needs_input_grad
+        dx, *found = gradients_of(gradients[0], (wants_x, *wants), ctx.fixed, ctx.saved_tensors)
+        return dx, None, *found
+
+
+def output(
+    x: torch.Tensor,
+    weight: FourBit | torch.Tensor,
+    bias_N: torch.Tensor | None,
+    scaling: float,
+    a_RK: torch.Tensor,
+    b_NR: torch.Tensor,
+    magnitude_N: torch.Tensor,
+) -> tuple[Any, ...]:
+    """y, (..., N), and what else backward needs: A, B and the bias in x's dtype, S, what dm is made of, c, norm."""
+    dtype, x_TK = x.dtype, x.reshape(-1, x.shape[-1])
+    a, b = a_RK.to(dtype).contiguous(), b_NR.to(dtype).contiguous()
+    bias_N = None if bias_N is None else bias_N.to(dtype)
+    if isinstance(weight, torch.Tensor):
+        weight = weight.to(dtype).contiguous()
+    norm_N = row_norms(weight, (a, b, scaling), dtype)
+    c_N = magnitude_N / norm_N  # in float32, which the norm has
+    down_TR = torch.mm(x_TK, a.T)
+    if _folds(weight, x_TK):
+        weight_NK = dense(weight, dtype, (a, b, scaling), c_N)
+        y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
+        # z = (y - b) / c, and dm = sum g z / norm = sum g (y - b) / m.
+        kept_TN = y_TN.clone()
+    else:
+        kept_TN = scaled_product(down_TR, b.T, scaling)
+        kept_TN.addmm_(x_TK, dense(weight, dtype).T)
+        y_TN = scale_columns(kept_TN, c_N, bias_N)
+    return shaped(y_TN, x.shape[:-1]), a, b, bias_N, down_TR, kept_TN, c_N, norm_N
+
+
+def gradients_of(
+    g: torch.Tensor, wants: Sequence[bool], fixed: Any, saved: Sequence[Any]
+) -> tuple[torch.Tensor | None, ...]:
+    """dx, dA, dB and dm, where wanted. `fixed`: the weight, the scaling and the dtypes of dA and dB; `saved`: x, m
+    and what `output` gave."""
+    weight, scaling, (a_dtype, b_dtype) = fixed
+    x, magnitude_N, a, b, bias_N, down_TR, kept_TN, c_N, norm_N = saved
+    g_TN = g.reshape(-1, b.shape[0]).contiguous()
+    weight, dtype, x_TK = frozen(weight), x.dtype, x.reshape(-1, x.shape[-1])
+    wants_x, wants_a, wants_b, wants_m = wants
+    fold = _folds(weight, x_TK)
+    scale_N1 = (scaling * c_N)[:, None]
+    up_TR = torch.mm(g_TN, (b * scale_N1).to(dtype))
+    dx_TK = da_RK = db_NR = dm_N = None
+    if wants_x and fold:
+        dx_TK = torch.mm(g_TN, dense(weight, dtype, (a, b, scaling), c_N))
+    elif wants_x:
+        dx_TK = torch.mm(up_TR, a)
+        dx_TK.addmm_(scale_columns(g_TN, c_N), dense(weight, dtype))
+    if wants_a:
+        da_RK = product(up_TR.T, x_TK).to(a_dtype)
+    if wants_b:
+        db_NR = (product(g_TN.T, down_TR) * scale_N1).to(b_dtype)
+    if wants_m:
+        dots_N = column_dots(g_TN, kept_TN)
+        if fold:
+            if bias_N is not None:
+                dots_N -= g_TN.sum(dim=0, dtype=torch.float32) * bias_N.float()
+            dots_N /= magnitude_N.float()
+        else:
+            dots_N /= norm_N
+        dm_N = dots_N.to(magnitude_N.dtype)
+    return None if dx_TK is None else dx_TK.view(x.shape), da_RK, db_NR, dm_N
+
+
+def _folds(weight: Weight, x_TK: torch.Tensor) -> bool:
+    return isinstance(weight, FourBit) and folds(x_TK.shape[0], *weight.shape)

@@ -9,6 +9,7 @@ makes dgate and dup, so that of the MLP's width gate and up alone are saved. Sha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -135,7 +136,8 @@ def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, 
     return gate_TF.contiguous(), up.reshape(-1, up.shape[-1]).contiguous()
 
 
-def _fitting(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
+def both_fit(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
+    """Raises ValueError: shapes or dtypes that do not fit."""
     if (gate.shape[-1] % 2) if up is None else (gate.shape != up.shape or gate.dtype != up.dtype):
         shape = None if up is None else tuple(up.shape)
         raise ValueError(f"{op}: gate {tuple(gate.shape)} and up {shape} do not fit")
@@ -144,7 +146,7 @@ def _fitting(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
 def glu(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     """f(gate) up, (..., F), in gate's dtype; gate and up (..., F) of one dtype, or gate alone (..., 2 F), whose right
     half is up. Raises ValueError: shapes or dtypes that do not fit."""
-    _fitting("glu", gate, up)
+    both_fit("glu", gate, up)
     h: torch.Tensor = Glu.apply(gate, up, activation)
     return h
 
@@ -160,7 +162,7 @@ def glu_lora_linear(
 
     Raises ValueError: see glu and lora_linear.
     """
-    _fitting("glu_lora_linear", gate, up)
+    both_fit("glu_lora_linear", gate, up)
     weight, bias, a, b, scaling, beta, p = projection
     ready = frozen(weight)
     fitting(
@@ -178,16 +180,13 @@ class Glu(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        h_TF = _forward(*_halves(gate, up), activation, gate.dtype)
-        return shaped(h_TF, gate.shape[:-1])
+        return output(gate, up, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        dh_TF = gradients[0].reshape(-1, gradients[0].shape[-1])
-        # What comes in may be read by others, and h would overwrite it.
-        return *_input_gradients(dh_TF.clone(), gate, up, ctx.activation), None
+        return *gradients_of(gradients[0], gate, up, ctx.activation), None
 
 
 class GluLoraLinear(torch.autograd.Function):
@@ -196,9 +195,9 @@ class GluLoraLinear(torch.autograd.Function):
         ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, how: Any, *adapters: Any
     ) -> torch.Tensor:
         ctx.activation, dtype, fixed = how
-        h_TF = _forward(*_halves(gate, up), ctx.activation, dtype)
-        (y,), saved = outputs(ctx, h_TF, gate.shape[:-1], fixed, adapters)
+        y, saved = lora_output(ctx, gate, up, dtype, fixed, adapters)
         ctx.save_for_backward(gate, up, *saved)
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
@@ -207,15 +206,56 @@ class GluLoraLinear(torch.autograd.Function):
         gate, up, *saved = ctx.saved_tensors
         wants_gate, wants_up, _, *wants = ctx.needs_input_grad
         wants_h = wants_gate or wants_up
-        dh_TF, up_TR, found = gradients_of_x_and_b(ctx, saved, gs, wants_h, wants)
-        dgate = dup = None
-        if dh_TF is not None:
-            dgate, dup = _input_gradients(dh_TF, gate, up, ctx.activation)
-            h_TF = dh_TF
-        else:
-            h_TF = _forward(*_halves(gate, up), ctx.activation, up_TR.dtype)
-        gradients_of_a(ctx, saved, up_TR, h_TF, gs, wants, found)
+        dgate, dup, *found = lora_gradients(ctx, saved, gate, up, gs, wants_h, wants)
         return dgate, dup, None, *found
+
+
+def output(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+    """h, (..., F)."""
+    return shaped(_forward(*_halves(gate, up), activation, gate.dtype), gate.shape[:-1])
+
+
+def gradients_of(
+    dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dgate and dup."""
+    # What comes in may be read by others, and h would overwrite it.
+    return _input_gradients(dh.reshape(-1, dh.shape[-1]).clone(), gate, up, activation)
+
+
+def lora_output(
+    ctx: Any,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    dtype: torch.dtype,
+    fixed: Any,
+    adapters: Sequence[Any],
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """y, and what else backward needs saved (see lora_linear.outputs)."""
+    h_TF = _forward(*_halves(gate, up), ctx.activation, dtype)
+    (y,), saved = outputs(ctx, h_TF, gate.shape[:-1], fixed, adapters)
+    return y, saved
+
+
+def lora_gradients(
+    ctx: Any,
+    saved: Sequence[Any],
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    gs: Sequence[torch.Tensor | None],
+    wants_h: bool,
+    wants: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """dgate, dup, and those of `adapters`."""
+    dh_TF, up_TR, found = gradients_of_x_and_b(ctx, saved, gs, wants_h, wants)
+    dgate = dup = None
+    if dh_TF is not None:
+        dgate, dup = _input_gradients(dh_TF, gate, up, ctx.activation)
+        h_TF = dh_TF
+    else:
+        h_TF = _forward(*_halves(gate, up), ctx.activation, up_TR.dtype)
+    gradients_of_a(ctx, saved, up_TR, h_TF, gs, wants, found)
+    return dgate, dup, *found
 
 
 def _input_gradients(

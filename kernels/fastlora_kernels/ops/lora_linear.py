@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastlora_kernels.ops.dequantize import Fold, FourBit, dequantize
+from fastlora_kernels.ops.dequantize import Fold, dequantize
 from fastlora_kernels.ops.dropout import draw_seeds, dropout
 from fastlora_kernels.ops.eight_bit import EightBit
+from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.skinny import product, up_and_gradient
 
 Weight = torch.Tensor | FourBit | EightBit
@@ -96,8 +97,11 @@ def frozen(weight: Weight) -> Frozen:
 
 
 def source(weight: Frozen) -> Weight:
-    """What `frozen` is made of again in backward: no tensor that may be moved or replaced until then."""
-    return weight.source if isinstance(weight, FourBit) else weight  # type: ignore[no-any-return]
+    """What `frozen` is made of again in backward: no tensor that may be moved or replaced until then. A FourBit of
+    no source stays what it is."""
+    if isinstance(weight, FourBit) and weight.source is not None:
+        return weight.source  # type: ignore[no-any-return]
+    return weight
 
 
 def fitting(
@@ -154,6 +158,7 @@ class LoraLinears(torch.autograd.Function):
         x_TK = x.reshape(-1, x.shape[-1])
         ys, saved = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters)
         ctx.save_for_backward(x, *saved)
+        ctx.set_materialize_grads(False)
         return tuple(ys)
 
     # x A^T is saved as a number, not as a function of x and A: a second derivative through it would be wrong.
@@ -168,22 +173,14 @@ class LoraLinears(torch.autograd.Function):
 
 
 def outputs(
-    ctx: Any, x_TK: torch.Tensor, lead: torch.Size, fixed: Any, adapters: tuple[Any, ...]
+    ctx: Any, x_TK: torch.Tensor, lead: torch.Size, fixed: Any, adapters: Sequence[Any]
 ) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, ...]]:
     """Every y_i, (*lead, N), and what else backward needs saved. `adapters`: A, B and its bias of each in turn."""
-    dtype, weights = x_TK.dtype, [weight for weight, *_ in fixed]
-    a_RK = stacked(adapters[::3], dtype)
-    bs = [b_NR.to(dtype).contiguous() for b_NR in adapters[1::3]]
-    ctx.blocks, end = [], 0
-    for b_NR in bs:
-        ctx.blocks.append(slice(end, end + b_NR.shape[1]))
-        end += b_NR.shape[1]
-    ctx.ps, scalings = [p for *_, p in fixed], [scaling for _, _, scaling, _ in fixed]
+    dtype = x_TK.dtype
+    remember(ctx, x_TK.shape[0], fixed, adapters)
+    a_RK, bs = in_one_dtype(adapters, dtype)
     seeds = draw_seeds(ctx.ps, x_TK.device)
-    outputs_each = sum(weight.shape[0] for weight in weights)
-    ctx.fold = seeds is None and all(isinstance(weight, FourBit) for weight in weights)
-    ctx.fold = ctx.fold and folds(x_TK.shape[0], outputs_each, x_TK.shape[1])
-    down_TR = down(ctx, x_TK, a_RK, scalings, seeds)
+    down_TR = down(ctx, x_TK, a_RK, [scaling for _, _, scaling, _ in fixed], seeds)
     ys = []
     for (weight, bias_N, scaling, _), b_NR, beta_N, block in zip(
         fixed, bs, adapters[2::3], ctx.blocks, strict=True
@@ -193,11 +190,29 @@ def outputs(
         bias_N = None if bias_N is None else bias_N.to(dtype)
         fold = (a_RK[block], b_NR, scaling) if ctx.fold else None
         ys.append(output(lead, x_TK, weight, bias_N, beta_N, down_TR[:, block], b_NR, fold))
+    return ys, (a_RK, down_TR, seeds, *bs)
+
+
+def remember(ctx: Any, tokens: int, fixed: Any, adapters: Sequence[Any]) -> None:
+    """What backward must know that is no tensor."""
+    ctx.blocks, end = [], 0
+    for b_NR in adapters[1::3]:
+        ctx.blocks.append(slice(end, end + b_NR.shape[1]))
+        end += b_NR.shape[1]
+    weights, ctx.ps = [weight for weight, *_ in fixed], [p for *_, p in fixed]
+    outputs_each = sum(weight.shape[0] for weight in weights)
+    ctx.fold = not any(ctx.ps) and all(isinstance(weight, FourBit) for weight in weights)
+    ctx.fold = ctx.fold and folds(tokens, outputs_each, weights[0].shape[1])
     # The weights as they are, not their data: one that is streamed in is another tensor by backward.
     ctx.fixed = [(source(weight), scaling) for weight, _, scaling, _ in fixed]
     ctx.dtypes = [None if given is None else given.dtype for given in adapters]
-    ctx.set_materialize_grads(False)
-    return ys, (a_RK, down_TR, seeds, *bs)
+
+
+def in_one_dtype(
+    adapters: Sequence[Any], dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Every A, one below the other, and each B."""
+    return stacked(adapters[::3], dtype), [b_NR.to(dtype).contiguous() for b_NR in adapters[1::3]]
 
 
 def gradients_of_x_and_b(

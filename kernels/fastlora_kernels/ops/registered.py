@@ -1,0 +1,386 @@
+"""Our ops as ops of torch's own, for a model that torch.compile traces.
+
+A compiler that traced the autograd.Functions would find the same dequantized W in forward and backward, and save it: a
+whole layer in 16 bits. Here it sees one op each way, and backward's takes the gradient that arrives, so that nothing
+dense can be made before. What runs inside are the functions that the autograd.Functions run; x, A and B are saved as
+they were given. In eager those are faster: an op of this kind takes longer to call.
+
+A frozen weight is passed as its tensors and a layout of numbers (see `taken_apart`). One projection a call. Not served:
+dropout and 8-bit weights. A second derivative raises RuntimeError: backward's ops have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fastlora_kernels.ops import dora_linear as dora
+from fastlora_kernels.ops import glu as gated
+from fastlora_kernels.ops import lora_linear as lora
+from fastlora_kernels.ops.eight_bit import EightBit
+from fastlora_kernels.ops.four_bit import FourBit
+
+Tensors = list[torch.Tensor]
+FROZEN = "Tensor[] frozen, int[] layout, Tensor? bias"
+
+
+def serves(projection: lora.Projection) -> bool:
+    """Whether there is an op here for it."""
+    return not projection.dropout and not isinstance(projection.weight, EightBit)
+
+
+def lora_linear(x: torch.Tensor, projection: lora.Projection) -> torch.Tensor:
+    """See ops/lora_linear.py."""
+    weight, bias, a, b, scaling, beta, _ = projection
+    lora.fitting("lora_linear", x, lora.frozen(weight), a, b)
+    y, _ = torch.ops.fastlora.lora_linear(x, *taken_apart(weight), bias, a, b, beta, scaling)
+    return y  # type: ignore[no-any-return]
+
+
+def dora_linear(
+    x: torch.Tensor,
+    weight: lora.Weight,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """See ops/dora_linear.py."""
+    lora.fitting("dora_linear", x, lora.frozen(weight), lora_a, lora_b)
+    y, *_ = torch.ops.fastlora.dora_linear(
+        x, *taken_apart(weight), bias, lora_a, lora_b, magnitude, scaling
+    )
+    return y  # type: ignore[no-any-return]
+
+
+def glu(gate: torch.Tensor, up: torch.Tensor | None, activation: gated.Activation) -> torch.Tensor:
+    """See ops/glu.py."""
+    gated.both_fit("glu", gate, up)
+    return torch.ops.fastlora.glu(gate, up, activation)  # type: ignore[no-any-return]
+
+
+def glu_lora_linear(
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: gated.Activation,
+    projection: lora.Projection,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ops/glu.py."""
+    gated.both_fit("glu_lora_linear", gate, up)
+    weight, bias, a, b, scaling, beta, _ = projection
+    y, _ = torch.ops.fastlora.glu_lora_linear(
+        gate, up, activation, dtype, *taken_apart(weight), bias, a, b, beta, scaling
+    )
+    return y  # type: ignore[no-any-return]
+
+
+def taken_apart(weight: lora.Weight) -> tuple[Tensors, list[int]]:
+    """Tensors and numbers, of which `put_together` makes the weight again; of a dense one, itself and its shape."""
+    ready = lora.frozen(weight)
+    if not isinstance(ready, FourBit):
+        assert isinstance(ready, torch.Tensor)
+        return [ready], [*ready.shape]
+    tensors = [ready.codes, ready.absmax, ready.table]
+    for nested in (ready.nested_absmax, ready.nested_table, ready.offset):
+        if nested is not None:
+            tensors.append(nested)
+    return tensors, [*ready.shape, ready.blocksize, ready.nested_blocksize]
+
+
+def put_together(tensors: Tensors, layout: Sequence[int]) -> FourBit | torch.Tensor:
+    if len(layout) == 2:
+        return tensors[0]
+    codes, absmax, table, *nested = tensors
+    n, k, blocksize, nested_blocksize = layout
+    given = (None, codes, absmax, table, (n, k), blocksize)
+    if not nested:
+        return FourBit(*given)
+    nested_absmax, nested_table, offset = nested
+    return FourBit(*given, nested_absmax, nested_table, nested_blocksize, offset)
+
+
+def _register(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    op = torch.library.custom_op(f"fastlora::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+
+
+def _wanted(found: Sequence[torch.Tensor | None], wants: Sequence[bool]) -> Tensors:
+    """An op returns no None."""
+    return [one for one, wanted in zip(found, wants, strict=True) if wanted and one is not None]
+
+
+def _fake_gradients(of: Sequence[torch.Tensor | None], wants: Sequence[bool]) -> Tensors:
+    return [one.new_empty(one.shape) for one in _wanted(of, wants)]
+
+
+def _placed(gradients: Tensors, wants: Sequence[bool]) -> list[torch.Tensor | None]:
+    found = iter(gradients)
+    return [next(found) if wanted else None for wanted in wants]
+
+
+def _adapted(
+    tokens: int, weight: Any, down_TR: torch.Tensor, adapters: Any, scaling: float
+) -> tuple[Any, Any]:
+    """ctx and saved tensors, as ops/lora_linear.py has them in backward."""
+    ctx = SimpleNamespace()
+    lora.remember(ctx, tokens, ((weight, None, scaling, 0.0),), adapters)
+    a_RK, bs = lora.in_one_dtype(adapters, down_TR.dtype)
+    return ctx, (a_RK, down_TR, None, *bs)
+
+
+# lora_linear
+
+
+def _lora(x, frozen, layout, bias, a, b, beta, scaling):
+    fixed = ((put_together(frozen, layout), bias, scaling, 0.0),)
+    x_TK = x.reshape(-1, x.shape[-1])
+    (y,), saved = lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], fixed, (a, b, beta))
+    return y, saved[1]
+
+
+def _lora_fake(x, frozen, layout, bias, a, b, beta, scaling):
+    lead = x.shape[:-1]
+    return x.new_empty(*lead, b.shape[0]), x.new_empty(math.prod(lead), a.shape[0])
+
+
+def _lora_saved(ctx: Any, inputs: Any, output: Any) -> None:
+    x, frozen, ctx.layout, _, a, b, beta, ctx.scaling = inputs
+    ctx.save_for_backward(x, a, b, beta, output[1], *frozen)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _lora_gradients(ctx: Any, g: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    x, a, b, beta, down_TR, *frozen = ctx.saved_tensors
+    wants_x, *_, wants_a, wants_b, wants_beta, _ = ctx.needs_input_grad
+    wants = [wants_x, wants_a, wants_b, wants_beta]
+    dx = da = db = dbeta = None
+    if g is not None:
+        found = torch.ops.fastlora.lora_linear_backward(
+            g, x, frozen, ctx.layout, a, b, beta, down_TR, ctx.scaling, wants
+        )
+        dx, da, db, dbeta = _placed(found, wants)
+    return dx, [None] * len(frozen), None, None, da, db, dbeta, None
+
+
+def _lora_backward(g, x, frozen, layout, a, b, beta, down_TR, scaling, wants):
+    x_TK = x.reshape(-1, x.shape[-1])
+    ctx, saved = _adapted(
+        x_TK.shape[0], put_together(frozen, layout), down_TR, (a, b, beta), scaling
+    )
+    dx_TK, up_TR, found = lora.gradients_of_x_and_b(ctx, saved, (g,), wants[0], wants[1:])
+    lora.gradients_of_a(ctx, saved, up_TR, x_TK, (g,), wants[1:], found)
+    return _wanted([None if dx_TK is None else dx_TK.view(x.shape), *found], wants)
+
+
+def _lora_backward_fake(g, x, frozen, layout, a, b, beta, down_TR, scaling, wants):
+    return _fake_gradients((x, a, b, beta), wants)
+
+
+_register(
+    "lora_linear",
+    f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor? beta, float scaling) -> (Tensor, Tensor)",
+    _lora, _lora_fake, _lora_saved, _lora_gradients,
+)  # fmt: skip
+_register(
+    "lora_linear_backward",
+    "(Tensor g, Tensor x, Tensor[] frozen, int[] layout, Tensor a, Tensor b, Tensor? beta, Tensor down, "
+    "float scaling, bool[] wants) -> Tensor[]",
+    _lora_backward, _lora_backward_fake,
+)  # fmt: skip
+
+
+# dora_linear
+
+
+def _dora(x, frozen, layout, bias, a, b, magnitude, scaling):
+    weight = put_together(frozen, layout)
+    y, _, _, _, *saved = dora.output(x, weight, bias, scaling, a, b, magnitude)
+    return y, *saved
+
+
+def _dora_fake(x, frozen, layout, bias, a, b, magnitude, scaling):
+    lead, n = x.shape[:-1], b.shape[0]
+    tokens = math.prod(lead)
+    norm_N = x.new_empty(n, dtype=torch.float32)
+    c_N = x.new_empty(n, dtype=torch.promote_types(magnitude.dtype, torch.float32))
+    return (
+        x.new_empty(*lead, n), x.new_empty(tokens, a.shape[0]), x.new_empty(tokens, n), c_N, norm_N
+    )  # fmt: skip
+
+
+def _dora_saved(ctx: Any, inputs: Any, output: Any) -> None:
+    x, frozen, ctx.layout, bias, a, b, magnitude, ctx.scaling = inputs
+    ctx.save_for_backward(x, bias, a, b, magnitude, *output[1:], *frozen)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _dora_gradients(ctx: Any, g: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    x, bias, a, b, magnitude, down_TR, kept_TN, c_N, norm_N, *frozen = ctx.saved_tensors
+    wants_x, *_, wants_a, wants_b, wants_m, _ = ctx.needs_input_grad
+    wants = [wants_x, wants_a, wants_b, wants_m]
+    dx = da = db = dm = None
+    if g is not None:
+        found = torch.ops.fastlora.dora_linear_backward(
+            g, x, frozen, ctx.layout, bias, a, b, magnitude, down_TR, kept_TN, c_N, norm_N,
+            ctx.scaling, wants,
+        )  # fmt: skip
+        dx, da, db, dm = _placed(found, wants)
+    return dx, [None] * len(frozen), None, None, da, db, dm, None
+
+
+def _dora_backward(
+    g, x, frozen, layout, bias, a, b, magnitude, down_TR, kept_TN, c_N, norm_N, scaling, wants
+):
+    dtype = x.dtype
+    cast = (
+        a.to(dtype).contiguous(),
+        b.to(dtype).contiguous(),
+        None if bias is None else bias.to(dtype),
+    )
+    fixed = put_together(frozen, layout), scaling, (a.dtype, b.dtype)
+    saved = (x, magnitude, *cast, down_TR, kept_TN, c_N, norm_N)
+    return _wanted(dora.gradients_of(g, wants, fixed, saved), wants)
+
+
+def _dora_backward_fake(
+    g, x, frozen, layout, bias, a, b, magnitude, down_TR, kept_TN, c_N, norm_N, scaling, wants
+):
+    return _fake_gradients((x, a, b, magnitude), wants)
+
+
+_register(
+    "dora_linear",
+    f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, float scaling) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _dora, _dora_fake, _dora_saved, _dora_gradients,
+)  # fmt: skip
+_register(
+    "dora_linear_backward",
+    f"(Tensor g, Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, Tensor down, "
+    "Tensor kept, Tensor c, Tensor norm, float scaling, bool[] wants) -> Tensor[]",
+    _dora_backward, _dora_backward_fake,
+)  # fmt: skip
+
+
+# glu
+
+
+def _width(gate: torch.Tensor, up: torch.Tensor | None) -> int:
+    return gate.shape[-1] // (2 if up is None else 1)
+
+
+def _glu_fake(gate, up, activation):
+    return gate.new_empty(*gate.shape[:-1], _width(gate, up))
+
+
+def _glu_saved(ctx: Any, inputs: Any, output: Any) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _glu_gradients(ctx: Any, dh: torch.Tensor) -> tuple[Any, ...]:
+    gate, up = ctx.saved_tensors
+    found = torch.ops.fastlora.glu_backward(dh, gate, up, ctx.activation)
+    return found[0], None if up is None else found[1], None
+
+
+def _glu_backward(dh, gate, up, activation):
+    return [one for one in gated.gradients_of(dh, gate, up, activation) if one is not None]
+
+
+def _glu_backward_fake(dh, gate, up, activation):
+    return [one.new_empty(one.shape) for one in (gate, up) if one is not None]
+
+
+_register(
+    "glu", "(Tensor gate, Tensor? up, str activation) -> Tensor",
+    gated.output, _glu_fake, _glu_saved, _glu_gradients,
+)  # fmt: skip
+_register(
+    "glu_backward", "(Tensor dh, Tensor gate, Tensor? up, str activation) -> Tensor[]",
+    _glu_backward, _glu_backward_fake,
+)  # fmt: skip
+
+
+# glu_lora_linear
+
+
+def _glu_lora(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
+    fixed = ((put_together(frozen, layout), bias, scaling, 0.0),)
+    ctx = SimpleNamespace(activation=activation)
+    y, saved = gated.lora_output(ctx, gate, up, dtype, fixed, (a, b, beta))
+    return y, saved[1]
+
+
+def _glu_lora_fake(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
+    lead = gate.shape[:-1]
+    y = gate.new_empty(*lead, b.shape[0], dtype=dtype)
+    return y, gate.new_empty(math.prod(lead), a.shape[0], dtype=dtype)
+
+
+def _glu_lora_saved(ctx: Any, inputs: Any, output: Any) -> None:
+    gate, up, ctx.activation, _, frozen, ctx.layout, _, a, b, beta, ctx.scaling = inputs
+    ctx.save_for_backward(gate, up, a, b, beta, output[1], *frozen)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _glu_lora_gradients(ctx: Any, g: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    gate, up, a, b, beta, down_TR, *frozen = ctx.saved_tensors
+    wants_gate, wants_up, *_, wants_a, wants_b, wants_beta, _ = ctx.needs_input_grad
+    wants_h = wants_gate or wants_up
+    wants = [wants_h, wants_h and up is not None, wants_a, wants_b, wants_beta]
+    dgate = dup = da = db = dbeta = None
+    if g is not None:
+        found = torch.ops.fastlora.glu_lora_linear_backward(
+            g, gate, up, ctx.activation, frozen, ctx.layout, a, b, beta, down_TR, ctx.scaling, wants
+        )
+        dgate, dup, da, db, dbeta = _placed(found, wants)
+    return dgate, dup, None, None, [None] * len(frozen), None, None, da, db, dbeta, None
+
+
+def _glu_lora_backward(
+    g, gate, up, activation, frozen, layout, a, b, beta, down_TR, scaling, wants
+):
+    tokens = down_TR.shape[0]
+    ctx, saved = _adapted(tokens, put_together(frozen, layout), down_TR, (a, b, beta), scaling)
+    ctx.activation = activation
+    found = gated.lora_gradients(ctx, saved, gate, up, (g,), wants[0], wants[2:])
+    return _wanted(found, wants)
+
+
+def _glu_lora_backward_fake(
+    g, gate, up, activation, frozen, layout, a, b, beta, down_TR, scaling, wants
+):
+    return _fake_gradients((gate, up, a, b, beta), wants)
+
+
+_register(
+    "glu_lora_linear",
+    f"(Tensor gate, Tensor? up, str activation, ScalarType dtype, {FROZEN}, Tensor a, Tensor b, Tensor? beta, "
+    "float scaling) -> (Tensor, Tensor)",
+    _glu_lora, _glu_lora_fake, _glu_lora_saved, _glu_lora_gradients,
+)  # fmt: skip
+_register(
+    "glu_lora_linear_backward",
+    "(Tensor g, Tensor gate, Tensor? up, str activation, Tensor[] frozen, int[] layout, Tensor a, Tensor b, "
+    "Tensor? beta, Tensor down, float scaling, bool[] wants) -> Tensor[]",
+    _glu_lora_backward, _glu_lora_backward_fake,
+)  # fmt: skip
