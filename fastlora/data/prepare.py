@@ -360,12 +360,15 @@ def _announce_stats(stats: DataStats, recipe: Recipe, announce: Announce) -> Non
 
 def _cache_key(recipe: Recipe, encoder: Encoder, tables: Sequence[Table]) -> str:
     tokenizer = encoder.tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # left by whatever call came last; ours sets its own
+        content.pop(state, None)
     parts = {
         "version": CACHE_VERSION,
         "data": recipe.data.model_dump(),
         "tables": [table.fingerprint for table in tables],
         "template": encoder.template.source,
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "seq_len_tokens": recipe.model.seq_len_tokens,
         "split_seed": recipe.train.seed if recipe.data.eval_split else None,

@@ -233,6 +233,7 @@ def test_cache_is_used_until_anything_that_matters_changes(
     rows_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    tokenizer("left behind", truncation=True, max_length=9, padding="max_length")
     first, _ = run(recipe(rows_file, eval_split=2), tokenizer)
     again, said = run(recipe(rows_file, eval_split=2), tokenizer)
     assert any("from the cache" in line for line in said)
