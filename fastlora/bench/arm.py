@@ -21,7 +21,7 @@ from fastlora.bench.memory import cap_memory, memory, release
 from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
-from fastlora.engines.engaged import Plan, engage, lines
+from fastlora.engines.engaged import Plan, engage, lines, loss_line
 from fastlora.engines.unsloth import fused_layers
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
@@ -116,10 +116,7 @@ class Loaded:
         if plan.ours and arm.engine == "peft":  # the others have a loss of their own
             from fastlora_kernels import attach_head
 
-            reason = attach_head(self.model)
-            self.notes.append(
-                f"loss: {f'it holds all logits ({reason})' if reason else 'fastlora, without the logits'}"
-            )
+            self.notes.append(loss_line(attach_head(self.model)))
 
     def adapter(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name as PEFT saves it, parameter) of all that is trained."""

@@ -114,18 +114,34 @@ def engage(model: PeftModel, engine: str, plan: Plan) -> list[Engaged]:
 
 def lines(rows: Sequence[Engaged]) -> Iterator[str]:
     """For the user: a line for each kernel and reason, the fastest kernel first."""
-    for kernel, reason, total, kinds in _grouped(rows):
-        yield f"kernels: {kernel} {total} ({kinds}{'; ' if reason else ''}{reason})"
+    for kernel, reason, same in _grouped(rows):
+        yield f"kernels: {kernel} {_total(same)} ({_kinds(same)}{'; ' if reason else ''}{reason})"
 
 
-def _grouped(rows: Sequence[Engaged]) -> Iterator[tuple[Kernel, str, int, str]]:
-    """(kernel, reason, layers, the same by kind)."""
+def loss_line(reason: str | None, why: str = "") -> str:
+    """For the user: whose loss, by what `attach_head` said of it."""
+    return (
+        f"loss: it holds all logits{why} ({reason})"
+        if reason
+        else "loss: fastlora, without the logits"
+    )
+
+
+def _total(rows: Sequence[Engaged]) -> int:
+    return sum(row.count for row in rows)
+
+
+def _kinds(rows: Sequence[Engaged]) -> str:
+    return ", ".join(f"{row.kind} {row.count}" for row in rows)
+
+
+def _grouped(rows: Sequence[Engaged]) -> Iterator[tuple[Kernel, str, list[Engaged]]]:
+    """(kernel, reason, the rows of both)."""
     order: tuple[Kernel, ...] = ("unsloth fused", "fastlora", "PEFT")
     for kernel in order:
         for reason in dict.fromkeys(row.reason for row in rows if row.kernel == kernel):
             same = [row for row in rows if (row.kernel, row.reason) == (kernel, reason)]
-            kinds = ", ".join(f"{row.kind} {row.count}" for row in same)
-            yield kernel, reason, sum(row.count for row in same), kinds
+            yield kernel, reason, same
 
 
 def _other_backend() -> str:
@@ -151,13 +167,12 @@ _REMEDIES = {
 
 def _slow(rows: Sequence[Engaged]) -> Iterator[str]:
     """A line for each reason for which layers run in PEFT's plain form."""
-    for kernel, reason, total, kinds in _grouped(rows):
+    for kernel, reason, same in _grouped(rows):
         if kernel == "PEFT":
             remedies = [remedy for piece, remedy in _REMEDIES.items() if piece in reason]
-            names = ", ".join(
-                row.kind for row in rows if (row.kernel, row.reason) == ("PEFT", reason)
-            )
+            names = ", ".join(row.kind for row in same)
             remedy = remedies[0] if remedies else f"leave {names} out of lora.target_modules"
             yield (
-                f"kernels.require_fast: PEFT's plain layer runs {total} LoRA layers ({kinds}): {reason}; {remedy}"
+                f"kernels.require_fast: PEFT's plain layer runs {_total(same)} LoRA layers ({_kinds(same)}): "
+                f"{reason}; {remedy}"
             )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fastlora.engines.base import Announce, Engine
-from fastlora.engines.engaged import plan_kernels
+from fastlora.engines.engaged import loss_line, plan_kernels
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -32,11 +32,10 @@ def takes_own_loss(recipe: Recipe, model: PeftModel, engine: Engine, announce: A
 
     reason = attach_head(model, in_evaluation=True)
     if reason is None:
-        announce("loss: fastlora, without the logits")
+        announce(loss_line(None))
         return True
     if adapted or not asked:
-        why = ", because of an adapter" if adapted else ""
-        announce(f"loss: it holds all logits{why} ({reason})")
+        announce(loss_line(reason, ", because of an adapter" if adapted else ""))
         return True
     # TRL's needs Triton, and is slower than logits where they fit.
     trls = torch.cuda.is_available()

@@ -27,8 +27,7 @@ from fastlora_kernels.layers.group import group_siblings
 from fastlora_kernels.layers.mlp import fuse_mlps, unfuse
 
 Kinds = Mapping[str, int]
-ATTACHED: dict[type, type] = {**linear.ATTACHED, **embedding.ATTACHED}
-DETACHED = {ours: theirs for theirs, ours in ATTACHED.items()}
+DETACHED: dict[type, type] = {**linear.DETACHED, **embedding.DETACHED}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def attach(model: nn.Module) -> Attached:
         home: Any = embedding if isinstance(layer, Embedding) else linear
         found = home.never(layer)
         if found is None:
-            layer.__class__ = ATTACHED.get(type(layer), type(layer))
+            layer.__class__ = home.ATTACHED.get(type(layer), type(layer))
             found = home.parts_of(layer, training=True)
         by_layer[name] = found if isinstance(found, str) else ""
         if isinstance(found, str):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import choose_backend
-from fastlora_kernels.ops import lora_linear as module
 from fastlora_kernels.ops import skinny
 from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.lora_linear import Projection, lora_linear, lora_linears
@@ -124,19 +123,17 @@ def with_gradients(ys: Any, x: torch.Tensor, projections: list[Projection]) -> l
     return [*(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, gs)]
 
 
-@pytest.mark.parametrize("expand_first", [False, True])
 @pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "r"), [((1,), 8), ((3, 21), 16), ((257,), 40)])
 def test_several_err_no_more_than_torch(
-    tokens: tuple[int, ...], r: int, dtype: torch.dtype, four_bit: bool, one_pass: bool, expand_first: bool,
+    tokens: tuple[int, ...], r: int, dtype: torch.dtype, four_bit: bool, one_pass: bool,
     backend: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """err(ours, float64) <= 2 err(torch in the same dtype, float64) + eps: outputs and every gradient."""
     if dtype == torch.bfloat16 and backend == "interpret":
         pytest.skip("the interpreter has no bfloat16 products")
-    monkeypatch.setattr(module, "EXPAND_FIRST", expand_first)
     monkeypatch.setattr(skinny, "one_pass", lambda *sizes: one_pass)
     projections = three(128, r, four_bit, dtype)
     x = torch.randn(*tokens, 128, device=DEVICE).to(dtype).requires_grad_()
@@ -151,9 +148,7 @@ def test_several_err_no_more_than_torch(
         assert error <= 2 * allowed + 1e-6 * float(truth.norm()), (i, error, allowed)
 
 
-@pytest.mark.parametrize("expand_first", [False, True])
-def test_finite_differences_of_several(expand_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "EXPAND_FIRST", expand_first)
+def test_finite_differences_of_several() -> None:
     torch.manual_seed(0)
     x, a1, b1, beta, a2, b2 = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)

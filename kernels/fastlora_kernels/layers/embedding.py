@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora.layer import Embedding
 from torch import nn
 
-from fastlora_kernels.layers.hooks import hooked
+from fastlora_kernels.layers import common
 from fastlora_kernels.ops.embedding import lora_embedding
 
 Parts = tuple[nn.Embedding, nn.Parameter, nn.Parameter, float]
@@ -31,19 +31,13 @@ class AttachedEmbedding(Embedding):  # type: ignore[misc]  # peft is untyped
         return Embedding.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-ATTACHED = {Embedding: AttachedEmbedding}
+ATTACHED: dict[type, type] = {Embedding: AttachedEmbedding}
 DETACHED = {ours: theirs for theirs, ours in ATTACHED.items()}
 
 
 def never(layer: Any) -> str | None:
     """Why this layer cannot be served whatever its state; None if it can."""
-    if DETACHED.get(type(layer), type(layer)) not in ATTACHED:
-        return f"layer is a {type(layer).__name__}"
-    if "forward" in vars(layer):
-        return "its forward was replaced"
-    if type(layer.base_layer) is not nn.Embedding:  # Gemma's are scaled
-        return f"base layer is a {type(layer.base_layer).__name__}"
-    return None
+    return common.never(layer, DETACHED, {Embedding: nn.Embedding})  # Gemma's are scaled
 
 
 def parts_of(layer: Any, training: bool = False) -> Parts | str:
@@ -51,18 +45,14 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
 
     `training` is for the layers that look at dropout: PEFT has none here.
     """
-    if layer.disable_adapters:
-        return "adapter disabled"
-    if layer.merged:
-        return "adapter merged"
-    adapters = [name for name in layer.active_adapters if name in layer.lora_embedding_A]
-    if len(adapters) != 1:
-        return f"{len(adapters)} active adapters"
+    adapters = common.active_adapters(layer, layer.lora_embedding_A)
+    if isinstance(adapters, str):
+        return adapters
     (adapter,) = adapters
     if adapter in layer.lora_variant:
         return f"variant {type(layer.lora_variant[adapter]).__name__}"
     base = layer.base_layer
-    if hooked(base) or layer.tp_layer is not None or type(base.weight) is not nn.Parameter:
+    if common.hooked(base) or layer.tp_layer is not None or type(base.weight) is not nn.Parameter:
         return "hooks or special weights on its base"
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
         return "max_norm, scale_grad_by_freq or sparse"

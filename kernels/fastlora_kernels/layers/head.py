@@ -14,7 +14,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastlora_kernels.layers import linear
-from fastlora_kernels.layers.hooks import hooked
+from fastlora_kernels.layers.common import function_in, hooked
 from fastlora_kernels.ops.head_loss import Shape, lora_head_loss
 
 Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float]
@@ -149,18 +148,14 @@ def _attached(theirs: Any, in_evaluation: bool) -> type:
 def _shape_of(forward: Any) -> Callable[[Any], Shape] | None:
     """How it makes logits of lm_head's output; None if it is not of the form above."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+        function = function_in(inspect.getsource(forward))
     except (OSError, TypeError, SyntaxError):
         return None
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef):
+    if function is None:
         return None
     if not {ast.unparse(decorator) for decorator in function.decorator_list} <= DECORATORS:
         return None
-    body = function.body
-    if ast.get_docstring(function) is not None:
-        body = body[1:]
-    lines = [ast.unparse(_Bare().visit(statement)) for statement in body]
+    lines = [ast.unparse(_Bare().visit(statement)) for statement in function.body]
     before = _lines(BEFORE)
     if lines[: len(before)] != before:
         return None

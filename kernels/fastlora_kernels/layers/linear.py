@@ -22,6 +22,7 @@ from fastlora_kernels.bnb_or_not import (
     Linear8bit,
     Params4bit,
 )
+from fastlora_kernels.layers import common
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.dora_linear import dora_linear
 from fastlora_kernels.ops.eight_bit import EightBit
@@ -81,7 +82,7 @@ class AttachedLinear8bit(Linear8bit):  # type: ignore[misc]
         return Linear8bit.forward(self, x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
 
 
-ATTACHED = {
+ATTACHED: dict[type, type] = {
     Linear: AttachedLinear,
     Linear4bit: AttachedLinear4bit,
     Linear8bit: AttachedLinear8bit,
@@ -128,14 +129,7 @@ def _uncompiled(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
 
 def never(layer: Any) -> str | None:
     """Why this layer cannot be served whatever its state; None if it can."""
-    peft = DETACHED.get(type(layer), type(layer))
-    if peft not in ATTACHED:
-        return f"layer is a {type(layer).__name__}"
-    if "forward" in vars(layer):
-        return "its forward was replaced"
-    if type(layer.base_layer) is not BASES[peft]:
-        return f"base layer is a {type(layer.base_layer).__name__}"
-    return None
+    return common.never(layer, DETACHED, BASES)
 
 
 def parts_of(layer: Any, training: bool = False) -> Parts | str:
@@ -143,14 +137,10 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
 
     `training` counts dropout as active although the layer may be in eval mode.
     """
-    if layer.disable_adapters:
-        return "adapter disabled"
-    if layer.merged:
-        return "adapter merged"
     lora_a = layer.lora_A
-    adapters = [name for name in layer.active_adapters if name in lora_a]
-    if len(adapters) != 1:
-        return f"{len(adapters)} active adapters"
+    adapters = common.active_adapters(layer, lora_a)
+    if isinstance(adapters, str):
+        return adapters
     (adapter,) = adapters
     base, down, up = layer.base_layer, lora_a[adapter], layer.lora_B[adapter]
     if not (_plain(base) and _plain(down) and _plain(up)):
@@ -249,11 +239,5 @@ def _plain(linear: nn.Module) -> bool:
 
     Offloading, sharding and quantization come as hooks, a replaced forward, or tensors of another class.
     """
-    state = vars(linear)
-    return WEIGHTS.get(type(linear)) is type(state["_parameters"].get("weight")) and not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
+    weight = vars(linear)["_parameters"].get("weight")
+    return WEIGHTS.get(type(linear)) is type(weight) and not common.hooked(linear)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastlora_kernels.layers.common import function_in
 from fastlora_kernels.layers.linear import (
     DETACHED,
     AttachedLinear4bit,
@@ -72,16 +72,13 @@ class GateUpMlp(FusedMlp):
 
 def _form(source: str) -> str | None:
     """A function's statements and the names of its arguments; None if it is decorated."""
-    function = ast.parse(textwrap.dedent(source)).body[0]
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+    function = function_in(source)
+    if function is None or function.decorator_list:
         return None
     function.returns = None
     for node in ast.walk(function.args):
         if isinstance(node, ast.arg):
             node.annotation = None
-    first = function.body[0]
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):  # a docstring
-        function.body.pop(0)
     return ast.dump(function)
 
 

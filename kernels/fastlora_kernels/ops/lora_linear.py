@@ -33,10 +33,6 @@ Weight = torch.Tensor | FourBit | EightBit
 Frozen = torch.Tensor | FourBit | EightBit
 """The same, made ready for one direction (see `frozen`)."""
 
-EXPAND_FIRST = True
-"""Whether S B^T is written first, and read by the large product as what it adds to; else it is added afterwards, which
-reads and writes y once more. The same for dx."""
-
 
 class Projection(NamedTuple):
     """One linear layer and its adapter; see lora_linear for shapes and dtypes."""
@@ -246,10 +242,8 @@ def gradients_of_x_and_b(
         return None, up_TR, found
     if ctx.fold:
         return gradient_of_x(parts, None, a_RK.dtype), up_TR, found
-    if EXPAND_FIRST or seeds is not None:
-        dx_TK = expanded(ctx, up_TR, a_RK, seeds)
-        return gradient_of_x(parts, dx_TK, a_RK.dtype), up_TR, found
-    return gradient_of_x(parts, None, a_RK.dtype).addmm_(up_TR, a_RK), up_TR, found
+    dx_TK = expanded(ctx, up_TR, a_RK, seeds)
+    return gradient_of_x(parts, dx_TK, a_RK.dtype), up_TR, found
 
 
 def gradients_of_a(
@@ -325,9 +319,8 @@ def output(
     weight_KN = dense(weight, x_TK.dtype, fold).T
     y = x_TK.new_empty(*lead, weight_KN.shape[1])
     y_TN = y.view(-1, weight_KN.shape[1])
+    # S B^T first: the large product adds to it as it writes. Afterwards it would read and write y once more.
     first, *then = ((x_TK, weight_KN),) if fold else ((down_TR, b_NR.T), (x_TK, weight_KN))
-    if not EXPAND_FIRST:
-        first, *then = (first, *then)[::-1]
     if bias_N is None:
         torch.mm(*first, out=y_TN)
     else:
