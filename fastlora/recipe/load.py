@@ -104,7 +104,7 @@ def _is_text(parts: Sequence[str]) -> bool:
     return annotation in (str, str | None)
 
 
-_PATHS = ("model.name", "data.template", "data.sources", "data.eval_sources")
+_PATHS = ("model.name", "data.template", "data.sources", "data.eval_sources", "eval.prompts")
 _FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 _TEMPLATE_TYPES = (".jinja", ".j2")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -129,6 +129,8 @@ def _anchor_paths(table: TomlTable, folder: Path, keys: Sequence[str]) -> None:
         holder = table.get(section)
         if not isinstance(holder, dict) or not holder.get(name):
             continue
+        if name == "prompts" and isinstance(holder[name], list):
+            continue  # of texts
         if name != "template" or str(holder[name]).endswith(_TEMPLATE_TYPES):
             holder[name] = anchored(holder[name])
 
@@ -214,6 +216,7 @@ _ALIASES = {
     "val_set_size": "data.eval_split",
     "datasets": "data.sources",
     "output_dir": "output.dir",
+    "exact_match_rows": "eval.rows",
 }
 
 

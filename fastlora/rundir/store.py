@@ -13,6 +13,7 @@ A second run never writes into a first: runs are numbered, and the number is tak
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
@@ -183,6 +184,24 @@ class RunDir:
         run._read_manifest()
         run._take_lock()
         return run
+
+    @classmethod
+    def look(cls, path: Path) -> RunDir:
+        """The run in `path`, to be read only, also while a process trains there. Raises RunDirError: not a run's
+        folder."""
+        run = cls(path)
+        run._read_manifest()
+        return run
+
+    @classmethod
+    def newest_finished(cls, parent: Path) -> RunDir:
+        """To be read only. Raises RunDirError: no run under `parent` has finished."""
+        for path in sorted(_runs(parent), key=lambda path: -int(path.name)):
+            with contextlib.suppress(RunDirError):
+                run = cls.look(path)
+                if run.manifest.get("status") == "finished":
+                    return run
+        raise RunDirError(f"{parent}: no finished run")
 
     @classmethod
     def open_unfinished(

@@ -16,6 +16,7 @@ from fastlora.engines.base import (
     target_problems,
 )
 from fastlora.errors import EngineError
+from fastlora.export.score import PACKAGES
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
         if found is None or found.origin is None:
             yield (
                 f"output.report_to: {reporter} is not installed; pip install {reporter}, or leave it out"
+            )
+    for metric in recipe.eval.metrics:
+        if metric in PACKAGES and find_spec(PACKAGES[metric][0]) is None:
+            yield (
+                f"eval.metrics: {metric} needs {PACKAGES[metric][1]}; pip install 'fastlora[metrics]', or leave it out"
             )
 
 
