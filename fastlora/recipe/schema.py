@@ -214,6 +214,8 @@ class Recipe(Section):
                 for key, wanted in wants.items()
                 if wanted
             ]
+        if self.eval.metrics and self.eval.rows == 0 and not self.eval.prompts:
+            problems.append("eval.metrics: no prompt is answered; set eval.rows or eval.prompts")
         if self.kernels.require_fast and self.kernels.mode == "off" and self.engine == "peft":
             problems.append(
                 'kernels.require_fast: with engine = "peft" and kernels.mode = "off" no layer is fast; '
