@@ -4,6 +4,7 @@
       manifest.json   recipe as resolved, versions, data, GPU, seed, commit, fallbacks, result
       metrics.jsonl   one line per logged step
       loss.png
+      answers.json, comparison.json   prompts answered before and after: see fastlora.export.answers
       checkpoints/checkpoint-N/   with the file COMPLETE, written last
       adapter/        PEFT format
       merged/         the merged model, if asked for
