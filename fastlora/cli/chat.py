@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastlora.errors import DataError, UsageError
+from fastlora.errors import FastloraError, UsageError
 
 if TYPE_CHECKING:
     from fastlora.export.chat import Conversation
@@ -101,7 +101,7 @@ def _talk(conversation: Conversation, terminal: bool) -> None:
                 who = _command(conversation, line, who)
             else:
                 _ask(conversation, line, who, terminal)
-        except (DataError, UsageError) as error:
+        except FastloraError as error:
             if not terminal:
                 raise
             click.echo(f"{error}", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastlora.cli.chat import check_sampling, sampling_options
-from fastlora.errors import UsageError
+from fastlora.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from fastlora.export.load import Who
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 @click.option("--base", "base", is_flag=True, help="Answers of the model without its adapter.")
 @click.option("--tuned", "tuned", is_flag=True, help="Answers with it; so too if neither is given.")
 @click.option("--out", type=click.Path(path_type=Path), help="A new file; without it, stdout.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Prompts at a time; of long ones, fewer.",
+)
 @sampling_options
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
 def command(
@@ -132,6 +138,7 @@ def _answers(
         if question.expected_ids is not None:
             row["expected"] = in_words(tuned.tokenizer, question.expected_ids)
     cut = 0
+    import torch
     from transformers import set_seed
 
     set_seed(seed)
@@ -139,11 +146,17 @@ def _answers(
         for one in who:
             bar = progress.add_task(one, total=len(asked))
             with tuned.speaking(one) as model:
-                for batch in answered(model, [question for _, question in asked], **settings):
-                    for place, ids in batch:
-                        rows[place][one] = in_words(tuned.tokenizer, ids)
-                        cut += len(ids) >= sampling["max_new_tokens"]
-                    progress.advance(bar, len(batch))
+                try:
+                    for batch in answered(model, [question for _, question in asked], **settings):
+                        for place, ids in batch:
+                            rows[place][one] = in_words(tuned.tokenizer, ids)
+                            cut += len(ids) >= sampling["max_new_tokens"]
+                        progress.advance(bar, len(batch))
+                except torch.OutOfMemoryError:
+                    raise EngineError(
+                        f"the GPU is out of memory with --batch-size {batch_size} and --max-new-tokens "
+                        f"{sampling['max_new_tokens']}; lower one of them"
+                    ) from None
     if cut:
         click.echo(
             f"note: {cut} of {len(asked) * len(who)} answers end at --max-new-tokens ({sampling['max_new_tokens']:,})",

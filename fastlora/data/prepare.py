@@ -21,7 +21,7 @@ from fastlora.data.format import FIELDS, BadRow, Chat, Plain, detect_format, to_
 from fastlora.data.load import Table, load_table
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
 from fastlora.data.pack import pack_rows
-from fastlora.data.prompts import Question, read_prompts
+from fastlora.data.prompts import Question, prompt_encoder, read_prompts
 from fastlora.errors import DataError
 from fastlora.recipe.schema import DataFormat, Recipe, SourceSection
 
@@ -112,7 +112,7 @@ def prepare_data(
 def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Question, ...]:
     if not recipe.eval.prompts:
         return ()
-    encoder = Encoder(tokenizer, template=recipe.data.template, supervise="completion")
+    encoder = prompt_encoder(tokenizer, recipe.data.template)
     limit = recipe.model.seq_len_tokens
     read = read_prompts(recipe.eval.prompts, encoder, name="eval.prompts", limit_tokens=limit)
     return tuple(question for _, question in read)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlora.data.format import BadRow, to_prompt
 from fastlora.data.load import FILE_TYPES, Row, load_table
 from fastlora.data.mask import IGNORED, Encoder
 from fastlora.errors import DataError
 from fastlora.recipe.schema import SourceSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SHOWN_BAD_ROWS = 10
 
@@ -38,12 +41,20 @@ def last_question(
     return Question(list(ids[:start]), expected)
 
 
+def prompt_encoder(tokenizer: PreTrainedTokenizerBase, template: str) -> Encoder:
+    """Lays prompts out as data.template says; as they stand where there is no template, as for training on text."""
+    encoder = Encoder(tokenizer, template=template, supervise="completion")
+    if encoder.template.source is None:
+        return Encoder(tokenizer, template="none", supervise="completion")
+    return encoder
+
+
 def read_prompts(
     source: str | Sequence[str], encoder: Encoder, *, name: str, limit_tokens: int | None = None
 ) -> list[tuple[int, Question]]:
     """(row number, question) of each row of a data file, or of each string of a list (`name` says whose).
 
-    `encoder` supervises completions. Raises DataError, with all that is wrong: the file cannot be read, rows that
+    `encoder` is of `prompt_encoder`. Raises DataError, with all that is wrong: the file cannot be read, rows that
     cannot be asked, prompts of more than `limit_tokens`.
     """
     if isinstance(source, str):

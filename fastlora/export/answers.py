@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_ROWS = 32
-_BATCH_TOKENS = (
-    16_384  # of prompts and answers: 2 GiB of keys and values in an 8B model with 16 bits
-)
+BATCH_TOKENS = 16_384
+"""Of prompts and answers: 2 GiB of keys and values in an 8B model with 16 bits."""
 
 
 def questions(rows: Dataset, limit: int, stop_token_ids: Sequence[int]) -> list[Question]:
@@ -66,16 +65,19 @@ def answered(
     asked: Sequence[Question],
     *,
     batch_rows: int = BATCH_ROWS,
+    batch_tokens: int = BATCH_TOKENS,
     **settings: Any,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Batch by batch, prompts of like length together: (place in `asked`, continuation without the token that
-    ended it). `settings` are those of `generation_config`. `model` must be in evaluation mode."""
+    ended it). A batch has at most `batch_rows`, and `batch_tokens` of prompts and answers, or is a single row.
+    `settings` are those of `generation_config`. `model` must be in evaluation mode."""
     import torch
 
     config = generation_config(**settings)
     pad, stops = settings["pad_token_id"], set(settings["stop_token_ids"])
     lengths = [len(question.prompt_ids) for question in asked]
-    for places in _batches(lengths, settings["max_new_tokens"], batch_rows):
+    new = settings["max_new_tokens"]
+    for places in _batches([length + new for length in lengths], batch_rows, batch_tokens):
         width = max(lengths[place] for place in places)
         prompts = [asked[place].prompt_ids for place in places]
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -102,12 +104,12 @@ def answer(model: PreTrainedModel, asked: Sequence[Question], **settings: Any) -
     return answers
 
 
-def _batches(lengths: Sequence[int], new_tokens: int, most_rows: int) -> Iterator[list[int]]:
+def _batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> Iterator[list[int]]:
     """Places by length, in groups that fit into the memory."""
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        tokens = (len(batch) + 1) * (lengths[place] + new_tokens)
-        if batch and (len(batch) == most_rows or tokens > _BATCH_TOKENS):
+        full = len(batch) == most_rows or (len(batch) + 1) * lengths[place] > most_tokens
+        if batch and full:
             yield batch
             batch = []
         batch.append(place)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from fastlora.data.format import BadRow, Chat, Message, Plain
-from fastlora.errors import DataError
+from fastlora.errors import DataError, EngineError
 from fastlora.export.answers import generation_config
 from fastlora.export.load import Tuned, Who
 
@@ -41,7 +41,8 @@ class Conversation:
         conversation, unless it is empty. KeyboardInterrupt ends the answer where it is, and those of the others.
         Returns the last answer, and whether nobody stopped it.
 
-        Raises DataError: the template refuses the conversation, or it is too long; it then stays as it was.
+        Raises DataError: the template refuses the conversation, or it is too long; EngineError: the
+        GPU is out of memory. The conversation then stays as it was.
         """
         turns: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self._ids(turns)
@@ -105,6 +106,10 @@ class Conversation:
             except KeyboardInterrupt:
                 whole = False
                 streamer.end()
+            except torch.OutOfMemoryError:
+                raise EngineError(
+                    f"the GPU is out of memory at {len(ids):,} tokens of conversation; /reset begins anew"
+                ) from None
         return "".join(said), whole
 
 

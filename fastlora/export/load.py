@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fastlora.data.mask import Encoder
+from fastlora.data.prompts import prompt_encoder
 from fastlora.engines.base import not_loadable
 from fastlora.engines.peft import PeftEngine
 from fastlora.errors import EngineError, RunDirError
@@ -70,8 +71,9 @@ def load_encoder(run: RunDir) -> Encoder:
         str(run.adapter), trust_remote_code=recipe["model"]["trust_remote_code"]
     )
     # A .jinja file of the recipe is in the adapter's tokenizer.
-    template = "none" if recipe["data"]["template"] == "none" else "tokenizer"
-    return Encoder(tokenizer, template=template, supervise="completion")
+    return prompt_encoder(
+        tokenizer, "none" if recipe["data"]["template"] == "none" else "tokenizer"
+    )
 
 
 def context_tokens(run: RunDir) -> int | None:

@@ -68,6 +68,8 @@ def ask_after(job: Job, model: PeftModel) -> None:
 
 def _ask(job: Job, model: PeftModel, asked: Sequence[Question]) -> dict[int, list[int]]:
     """Answers by their place, of as many as there is time for."""
+    import torch
+
     minutes = job.recipe.eval.max_minutes
     ends = time.monotonic() + 60 * minutes
     answers: dict[int, list[int]] = {}
@@ -80,6 +82,8 @@ def _ask(job: Job, model: PeftModel, asked: Sequence[Question]) -> dict[int, lis
                     "the shortest ones; the others are left out"
                 )
                 break
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # keys and values: the training's peak is not to count them
     return answers
 
 
@@ -88,6 +92,8 @@ def _settings(job: Job) -> dict[str, Any]:
         "stop_token_ids": job.run.manifest["stop_token_ids"],
         "pad_token_id": int(job.tokenizer.pad_token_id),
         "max_new_tokens": job.recipe.eval.max_new_tokens,
+        # What fits in training fits here.
+        "batch_tokens": job.recipe.train.micro_batch * job.recipe.model.seq_len_tokens,
     }
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from fastlora.cli.main import cli
 from fastlora.cli.run import _print_result
 from fastlora.errors import DataError
-from fastlora.export.answers import answer, read_rows
+from fastlora.export.answers import _batches, answer, read_rows
 from fastlora.export.chat import Conversation
 from fastlora.export.load import Tuned, load_run
 from fastlora.export.merge import refuse_unfinished
@@ -304,3 +304,30 @@ def test_runs_that_cannot_be_asked(
     code, output = said(tmp_path)
     assert code == 1
     assert "has not finished; go on with:\n  fastlora run x --resume" in output
+
+
+def test_batches_hold_prompts_of_like_length_that_fit_together() -> None:
+    assert list(_batches([9, 2, 30, 3, 8], most_rows=2, most_tokens=20)) == [[1, 3], [4, 0], [2]]
+    assert list(_batches([9, 2, 8], most_rows=9, most_tokens=17)) == [[1, 2], [0]]
+    assert list(_batches([], most_rows=2, most_tokens=20)) == []
+
+
+def test_a_run_on_texts_of_a_model_without_a_template(workplace: Any) -> None:
+    """Nothing was laid out in training, and nothing is in a chat: each line is begun text."""
+    import shutil
+
+    model = workplace.folder / "model"
+    shutil.copytree(workplace.root / "recipes/tiny/model", model)
+    (model / "chat_template.jinja").unlink()
+    (workplace.folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"{letter} and so on"}) + "\n" for letter in "abcdefgh" * 3)
+    )
+    settings = ("train.steps=1", f"model.name={model}", "eval.max_new_tokens=3", "eval.rows=0")
+    manifest = trained(workplace, *settings, 'eval.prompts=["a and"]')
+    assert manifest["answers"]["rows"] == 1
+    talk, said = Conversation(load_run(RunDir.look(workplace.path())), max_new_tokens=3), []
+    talk.ask("a and", ["tuned"], written(said))
+    (row,) = compared(workplace.path())
+    assert (row["prompt"], row["after"]) == ("a and", "".join(said))
+    with pytest.raises(DataError, match="nothing lays out a system turn"):
+        talk.reset("Be brief")

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastlora.data.mask import Encoder
-from fastlora.data.prompts import Question, last_question, read_prompts
+from fastlora.data.prompts import Question, last_question, prompt_encoder, read_prompts
 from fastlora.errors import DataError
 
 # The form of Qwen2.5's: tools first, calls in the assistant's turn, what tools say in a turn of their own.
@@ -34,7 +34,7 @@ def tokenizer() -> Any:
 
 
 def encoder(tokenizer: Any, template: str = "tokenizer") -> Encoder:
-    return Encoder(tokenizer, template=template, supervise="completion")
+    return prompt_encoder(tokenizer, template)
 
 
 def read(
