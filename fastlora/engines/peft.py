@@ -35,6 +35,10 @@ class PeftEngine:
         logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
             lambda record: "gemm_4bit_forward" not in str(record.msg)
         )
+        # And of every int8 product in another type than float16: a line for each layer and token.
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+            lambda record: "inputs will be cast" not in str(record.msg)
+        )
         prefer_expandable_segments()
         import peft  # noqa: F401  (nothing is patched: this only moves the cost of the import here)
         from transformers.utils import logging as transformers_logging
