@@ -61,8 +61,9 @@ def blend(pools: Sequence[Pool], data: DataSection, seed: int) -> Blend:
     picked = _mix(pools, units, data, seed)
     train = [[rest[n] for n in places] for rest, places in zip(left, picked, strict=True)]
     if not any(places for pool, places in zip(pools, train, strict=True) if pool.role == "train"):
+        held = max(sum(counts), int(data.eval_split))
         raise DataError(
-            f"data.eval_split holds out {sum(counts)} of {sum(mixed)} rows, which leaves none to train on"
+            f"data.eval_split holds out {held} of {sum(mixed)} rows, which leaves none to train on"
         )
     return Blend(train, held_out)
 
@@ -168,8 +169,8 @@ def describe(sources: Sequence[dict[str, Any]], data: DataSection) -> Iterator[s
         kept_out = source["rows"] - source["train"]["rows"] - source["held_out"] - source["dropped"]
         if source["role"] == "train" and kept_out > 0:
             yield (
-                f"data: mix: {kept_out:,} rows of {source['label']} are left out, because the other sources have no "
-                "more rows for their weights and none is repeated; change the weights, or leave them out to train on all"
+                f"data: mix: {kept_out:,} rows of {source['label']} are left out: the others have no more rows for "
+                "their weights, and none is repeated; change the weights, or leave them out to train on all"
             )
     if data.rehearsal:
         rehearsed = [source for source in mixed if source["role"] == "rehearsal"]

@@ -86,7 +86,9 @@ class RehearsalSection(Section):
 def _weights_problem(key: str, sources: Sequence[SourceSection]) -> str | None:
     without = [place for place, source in enumerate(sources) if source.weight is None]
     if without and len(without) < len(sources):
-        return f"{key}[{without[0]}]: has no weight, while another has; give all of them one, or none"
+        return (
+            f"{key}[{without[0]}]: has no weight, while another has; give all of them one, or none"
+        )
     return None
 
 
@@ -220,8 +222,14 @@ class OutputSection(Section):
     report_to: list[Literal["tensorboard", "wandb"]] = []
 
 
+AdvisedKey = Literal[
+    "all", "data.sources", "data.eval_split", "data.rehearsal", "train.lr", "train.epochs", "train.effective_batch",
+    "lora.rank", "lora.alpha", "lora.dropout", "model.seq_len_tokens",
+]  # fmt: skip
+
+
 class AdviceSection(Section):
-    ignore: list[str] = []
+    ignore: list[AdvisedKey] = []
     """Keys about which no advice is wanted, e.g. ["train.lr"]; ["all"] for none at all."""
 
 
