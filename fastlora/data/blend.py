@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastlora.data.load import FILE_TYPES
 from fastlora.errors import DataError
 from fastlora.recipe.schema import DataSection, MixUnit
 
@@ -138,7 +139,8 @@ def _take(units: Sequence[int], target: float, seed: str) -> list[int]:
 
 def labels(paths: Sequence[str]) -> list[str]:
     """A short name for each source: the file's own, as long as no two are the same."""
-    short = [Path(path).stem if Path(path).suffix else Path(path).name for path in paths]
+    files = [Path(path) for path in paths]
+    short = [file.stem if file.suffix.lower() in FILE_TYPES else file.name for file in files]
     named: list[str] = []
     for path, name in zip(paths, short, strict=True):
         label = name if short.count(name) == 1 else path
@@ -161,9 +163,7 @@ def describe(sources: Sequence[dict[str, Any]], data: DataSection) -> Iterator[s
     parts = []
     for source in mixed:
         train, role = source["train"], " (rehearsal)" if source["role"] == "rehearsal" else ""
-        parts.append(
-            f"{source['label']}{role} {train[key] / total:.2%}, {train['rows']:,} of {source['rows']:,} rows"
-        )
+        parts.append(f"{source['label']}{role} {train[key] / total:.2%} ({train['rows']:,} rows)")
     yield f"data: mix by {UNIT_NAMES[data.mix_unit]}: {'; '.join(parts)}"
     for source in mixed:
         kept_out = source["rows"] - source["train"]["rows"] - source["held_out"] - source["dropped"]
