@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora_kernels.layers.head import detach_head
 
 from fastlora.engines.engaged import load_model
-from fastlora.rundir.report import plot_loss
+from fastlora.rundir.curves import plot_loss
 from fastlora.rundir.store import whole_folder
 from fastlora.train.callbacks import Metrics, TokenCounter
 from fastlora.train.checkpoints import Checkpoints
