@@ -94,7 +94,7 @@ class Metrics(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        logs = logs or {}
+        logs = {} if logs is None else logs
         entry: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         if "loss" in logs:
             tokens, supervised = self.counter.read()
@@ -117,6 +117,8 @@ class Metrics(TrainerCallback):
             entry["eval_loss"] = logs["eval_loss"]
         else:
             return  # the trainer's closing summary
+        # The trackers come after this one, and show what it measured as well.
+        logs |= {key: value for key, value in entry.items() if key not in (*logs, "step", "lr")}
         self.run.append_metrics(entry)
         self._show(entry, state)
 

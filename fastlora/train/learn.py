@@ -17,6 +17,7 @@ from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.exact import ask, pick_questions
 from fastlora.train.job import Job
 from fastlora.train.steps import count_steps
+from fastlora.train.trackers import Trackers
 from fastlora.train.trainer import build_trainer
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     counter = TokenCounter()
     checkpoints = Checkpoints(run, recipe.train, counter, signals)
     metrics = Metrics(run, counter, notes.console)
+    trackers = Trackers(recipe, run)
     _, epochs = count_steps(recipe, job.data)
     trainer = build_trainer(
-        recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, [metrics],
-        epochs, notes,
+        recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints,
+        [metrics, *trackers.callbacks], epochs, notes,
     )  # fmt: skip
     newest = checkpoints.newest()
     started = time.perf_counter()
@@ -64,6 +66,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
             metrics.close()
+            trackers.close(notes)
 
     # The trainer may have wrapped the model; from here on it is the plain PEFT model again.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
