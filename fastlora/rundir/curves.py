@@ -69,23 +69,28 @@ def plot_loss(entries: Entries, target: Path) -> None:
 def plots(entries: Entries) -> list[Plot]:
     """Every plot that the entries of a metrics.jsonl have points for."""
     loss = "(nats per supervised token)"
-    wanted = [
-        (f"Loss {loss}", {"loss": "training", "eval_loss": "held out"}),
-        (f"Held-out loss by source {loss}", _sources(entries)),
-        ("Learning rate", {"lr": "learning rate"}),
-        ("Speed (tokens/s)", {"tokens_per_s": "speed"}),
-        ("Peak GPU memory (GiB)", {"peak_reserved_gib": "reserved", "peak_allocated_gib": "allocated"}),
-        ("Gradient norm before clipping", {"grad_norm": "gradient norm"}),
+    by_source, sources = _by_source(entries)
+    wanted: list[tuple[str, Entries, dict[str, str]]] = [
+        (f"Loss {loss}", entries, {"loss": "training", "eval_loss": "held out"}),
+        (f"Held-out loss by source {loss}", by_source, sources),
+        ("Learning rate", entries, {"lr": "learning rate"}),
+        ("Speed (tokens/s)", entries, {"tokens_per_s": "speed"}),
+        ("Peak GPU memory (GiB)", entries,
+         {"peak_reserved_gib": "reserved", "peak_allocated_gib": "allocated"}),
+        ("Gradient norm before clipping", entries, {"grad_norm": "gradient norm"}),
     ]  # fmt: skip
-    drawn = [(title, curves) for title, keys in wanted if (curves := _curves(entries, keys))]
+    drawn = [(title, curves) for title, rows, keys in wanted if (curves := _curves(rows, keys))]
     return [Plot(title, _svg(title, curves), _words(curves)) for title, curves in drawn]
 
 
-def _sources(entries: Entries) -> dict[str, str]:
-    """The loss of each source of held-out rows: key -> its name."""
-    keys = dict.fromkeys(key for entry in entries for key in entry)
-    found = (re.fullmatch(r"eval_(.+)_loss", key) for key in keys)
-    return {match[0]: match[1] for match in found if match}
+def _by_source(entries: Entries) -> tuple[Entries, dict[str, str]]:
+    """The held-out losses of each source, as entries of their own, and how each is called."""
+    found = [
+        {**losses, "step": entry.get("step")}
+        for entry in entries
+        if isinstance(losses := entry.get("eval_loss_by_source"), dict)
+    ]
+    return found, {key: str(key) for entry in found for key in entry if key != "step"}
 
 
 def _curves(entries: Entries, keys: dict[str, str]) -> list[Curve]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora import page
+from fastlora.rundir import sections
 from fastlora.rundir.curves import plots
 from fastlora.rundir.store import RunDir, write_atomic
 
@@ -25,6 +26,7 @@ def write_report(run: RunDir) -> Path:
     manifest, entries = run.manifest, [e for e in run.read_metrics() if isinstance(e, dict)]
     # A resumed run may be on another machine, with other versions and kernels.
     latest: dict[str, Any] = (manifest.get("resumed") or [manifest])[-1]
+    data, check = manifest.get("data") or {}, latest.get("check") or manifest.get("check") or {}
     content = page.render(
         "rundir/report.html.j2",
         name="/".join(run.path.absolute().parts[-2:]),
@@ -32,14 +34,21 @@ def write_report(run: RunDir) -> Path:
         status=manifest.get("status", "unknown"),
         headline=_headline(manifest, entries),
         figures=list(_figures(manifest, entries)),
-        plots=[(plot.title, Markup(plot.svg), plot.words) for plot in plots(entries)],
-        comparison=_comparison(run.path / COMPARISON),
-        splits=_splits(manifest.get("data") or {}),
-        sources=_sources((manifest.get("data") or {}).get("sources") or []),
-        kernels=_kernels(latest.get("kernels") or []),
+        plots=[
+            (plot.title, Markup(plot.svg), plot.words)
+            for plot in plots([*_before(manifest), *entries])
+        ],
+        comparison=sections.comparison(run.path / COMPARISON),
+        scores=sections.scores(manifest.get("answers") or {}),
+        findings=sections.findings(check),
+        check={key: value for key, value in check.items() if key != "findings"},
+        splits=sections.splits(data),
+        sources=sections.sources(data.get("sources") or []),
+        kernels=sections.kernels(latest.get("kernels") or []),
+        exports={key: manifest[key] for key in ("merge", "export", "exports") if manifest.get(key)},
         notes=latest.get("notes") or [],
-        facts=list(_facts(manifest, latest)),
-        settings=_settings(manifest.get("recipe") or {}),
+        facts=list(sections.facts(manifest, latest)),
+        settings=sections.settings(manifest.get("recipe") or {}),
         raw=json.dumps(
             {key: value for key, value in manifest.items() if key not in _NOT_IN_MANIFEST},
             indent=2,
@@ -99,116 +108,11 @@ def _figures(
             yield name, form.format(value)
 
 
-def _comparison(path: Path) -> list[dict[str, Any]]:
-    """Each prompt with its answers; none where there is no such file, or a damaged one."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [
-        {
-            "prompt": _text(row.get("prompt")),
-            "answers": [
-                (label, _text(row[label]))
-                for label in ("before", "after", "expected")
-                if row.get(label) is not None
-            ],
+def _before(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The held-out loss before the first step, as an entry of the metrics."""
+    if before := manifest.get("eval_before"):
+        yield {
+            "step": 0,
+            "eval_loss": before.get("loss"),
+            "eval_loss_by_source": before.get("by_source") or {},
         }
-        for row in (rows if isinstance(rows, list) else [])
-        if isinstance(row, dict)
-    ]
-
-
-def _text(value: Any) -> str:
-    """A prompt may be a list of messages."""
-    return value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
-
-
-def _splits(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for each count, a column for each split: narrow enough for a phone."""
-    splits = {name: data[name] for name in ("train", "eval") if isinstance(data.get(name), dict)}
-    counts = dict.fromkeys(count for split in splits.values() for count in split)
-    rows = [
-        [count.replace("_", " "), *(_cell(split.get(count)) for split in splits.values())]
-        for count in counts
-    ]
-    return _aligned(["", *splits], rows)
-
-
-def _sources(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rows = [
-        [
-            str(source.get("name", "")),
-            str(source.get("format", "")),
-            _cell(source.get("rows")),
-            _cell(len(source.get("bad_rows") or [])),
-        ]
-        for source in sources
-    ]
-    return _aligned(["source", "format", "rows", "bad rows"], rows)
-
-
-def _kernels(engaged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One for each kernel and reason."""
-    kinds = defaultdict(list)
-    for row in engaged:
-        kinds[row["kernel"], row["reason"]].append((row["kind"], row["count"]))
-    return [
-        {
-            "kernel": kernel,
-            "layers": sum(count for _, count in same),
-            "of": ", ".join(f"{kind} {count}" for kind, count in same),
-        }
-        | ({"why no faster one": reason} if reason else {})
-        for (kernel, reason), same in kinds.items()
-    ]
-
-
-def _aligned(columns: list[str], rows: list[list[str]]) -> dict[str, Any]:
-    """As the page draws it: columns of nothing but figures go to the right."""
-    right = [
-        all(not cells[i] or cells[i][0].isdigit() for cells in rows) for i in range(len(columns))
-    ]
-    return {"columns": columns, "rows": rows, "right": right}
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _facts(manifest: Mapping[str, Any], latest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, value) of what the figures need to be believed; what is not known is left out."""
-    machine = latest.get("machine") or {}
-    versions = latest.get("versions") or {}
-    gpu = machine.get("gpu") or ("none" if machine else None)
-    known = {
-        "engine": manifest.get("engine"),
-        "computes in": manifest.get("dtype"),
-        "seed": manifest.get("seed"),
-        "GPU": gpu,
-        "GPU memory": machine.get("gpu_gib") and f"{machine['gpu_gib']:g} GiB",
-        "compute capability": machine.get("compute_capability"),
-        "CUDA": machine.get("cuda"),
-        "platform": machine.get("platform"),
-        "commit": latest.get("commit"),
-        "started": manifest.get("started"),
-        "ended": manifest.get("ended"),
-        "resumed": ", ".join(str(r.get("at")) for r in manifest.get("resumed") or []),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
-    return ((name, str(value)) for name, value in known.items() if value not in (None, ""))
-
-
-def _settings(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key, value) as --set takes them, defaults included."""
-    flat: list[tuple[str, str]] = []
-    for section, values in recipe.items():
-        if isinstance(values, dict):
-            flat += [(f"{section}.{key}", json.dumps(value)) for key, value in values.items()]
-        else:
-            flat.append((section, json.dumps(values)))
-    return [(key, value) for key, value in flat if value != "null"]

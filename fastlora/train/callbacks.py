@@ -118,7 +118,14 @@ class Metrics(TrainerCallback):
         else:
             return  # the trainer's closing summary
         # The trackers come after this one, and show what it measured as well.
-        logs |= {key: value for key, value in entry.items() if key not in (*logs, "step", "lr")}
+        measured = (
+            "tokens",
+            "supervised_tokens",
+            "tokens_per_s",
+            "peak_allocated_gib",
+            "peak_reserved_gib",
+        )
+        logs |= {key: entry[key] for key in measured if key in entry}
         self.run.append_metrics(entry)
         self._show(entry, state)
 

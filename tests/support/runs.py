@@ -44,10 +44,22 @@ MANIFEST: dict[str, Any] = {
         {"kind": "o_proj", "count": 27, "kernel": "PEFT", "reason": "dropout"},
     ],
     "exact_match": {"rows": 200, "before": 10, "after": 150},
-    "check": {"findings": [{"name": "near duplicates", "rows": [3, 77], "example": HOSTILE}]},
-    "advice": [{"key": "train.lr", "reason": "outside 1e-4..3e-4"}],
+    "answers": {"rows": 20, "expected": 20, "before": {"chrf": 12.25}, "after": {"chrf": 88.5}},
+    "eval_before": {"loss": 2.25, "by_source": {"cipher": 1.5}},
+    "check": {
+        "rows": {"all": 1200, "looked_at_closely": 1000},
+        "findings": [{
+            "kind": "near_duplicate", "severity": "warn", "says": "nearly the same as another row", "detail": "",
+            "count": 2, "rows": [{"source": "rows.jsonl", "line": 77, "split": "train"}], "example": HOSTILE,
+        }],
+        "passed": True,
+    },
+    "advice": [{
+        "key": "train.lr", "what": "a rate of 4e-3", "why": "it is outside 1e-4..3e-4", "set": "Set 2e-4",
+        "when": "before",
+    }],
     "merge": {"dtype": "bfloat16", "logit_error": 0.00199},
-    "exports": [{"format": "gguf", "path": "model-q8_0.gguf", "top1_agreement": 0.998}],
+    "export": {"q8_0": {"file": "model-q8_0.gguf", "top1_agreement": 0.998}},
     "result": {"steps": 40, "seconds": 600.2, "tokens": 120130, "tokens_per_s_median": 9123.4,
                "peak_reserved_gib": 7.06, "best_step": 40},
 }  # fmt: skip
@@ -62,8 +74,8 @@ def entries(steps: int = 40) -> list[dict[str, Any]]:
         })  # fmt: skip
         if step % 10 == 0:
             found.append({
-                "step": step, "eval_loss": 2.0 - step / 100, "eval_cipher_loss": 1.0,
-                "eval_$general$_loss": 0.5,
+                "step": step, "eval_loss": 2.0 - step / 100,
+                "eval_loss_by_source": {"cipher": 1.0, "_$general$": 0.5},
             })  # fmt: skip
     return found
 

@@ -56,8 +56,9 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
         "Loss (nats", "held out", "Held-out loss by source", "cipher", "$general$", "Learning rate",
         "Speed (tokens/s)", "Peak GPU memory (GiB)", "allocated",
         "Say it.", "before " + HOSTILE, "after It.", "expected It.", "As messages",
-        "near duplicates", "3, 77", "outside 1e-4..3e-4",
-        "supervised tokens 6,513 301", "rows.jsonl messages 1,200 1", "It is taught.",
+        "chrf 12.25 88.5", "near_duplicate warn 2 rows: nearly the same as another row", "rows.jsonl 77 train",
+        "train.lr a rate of 4e-3: it is outside 1e-4..3e-4. Set 2e-4",
+        "supervised tokens 6,513 301", "name rows.jsonl format messages rows 1,200 bad rows 1", "It is taught.",
         "kernel fastlora layers 56 of q_proj 28, v_proj 28 kernel PEFT", "why no faster one dropout",
         "logit error 0.00199", "model-q8_0.gguf", "NVIDIA H100", "79.2 GiB", "torch 2.11.0", "abc1234def",
     ):  # fmt: skip
@@ -82,6 +83,8 @@ def test_plots_are_readable_without_seeing_them_and_do_not_share_ids(tmp_path: P
     assert named[0].startswith(
         "Loss (nats per supervised token). training: 3 at step 1, 0.075 at step 40"
     )
+    assert "held out: 2.25 at step 0, 1.6 at step 40" in named[0]
+    assert "cipher: 1.5 at step 0" in named[1]
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 0
     used = re.findall(r'(?:url\(|href=")#([\w-]+)', page)
