@@ -26,38 +26,29 @@ def examine() -> list[Check]:
 
     answers = ask([*NEEDED, "triton", "xformers", "models"])
     gpu = bool(answers["torch"].get("available"))
-    if gpu:
-        # It patches the others and wants to be there first.
-        answers |= ask([name for name in FOR_GPU if name.startswith("unsloth")])
+    if gpu:  # without one it refuses to be imported
+        answers |= ask(["unsloth"])  # it patches the others, and wants to come before them
     answers |= ask(["kernels"], environment=libraries.kernel_environment(answers))
-    asked: list[Callable[[], Iterable[Check]]] = [
-        libraries.python,
-        lambda: libraries.packages(answers, ["torch"]),
-        lambda: libraries.gpu(answers["torch"]),
-        lambda: libraries.packages(
-            answers, [*FOR_GPU, *(name for name in NEEDED if name != "torch")]
-        ),
-        lambda: libraries.kernels(answers),
-        lambda: places.variables(gpu),
-        places.folders,
-        lambda: places.models(answers["models"]),
-    ]
-    return [check for one in asked for check in _guarded(one)]
+    rest = [*FOR_GPU, *(name for name in NEEDED if name != "torch")]
+    asked: dict[str, Callable[[], Iterable[Check]]] = {
+        "python": libraries.python,
+        "torch": lambda: libraries.packages(answers, ["torch"]),
+        "gpu": lambda: libraries.gpu(answers["torch"]),
+        "packages": lambda: libraries.packages(answers, rest),
+        "kernels": lambda: libraries.kernels(answers),
+        "variables": lambda: places.variables(gpu),
+        "folders": places.folders,
+        "base models": lambda: places.models(answers["models"]),
+    }
+    return [check for name, one in asked.items() for check in _guarded(name, one)]
 
 
-def _guarded(ask_one: Callable[[], Iterable[Check]]) -> list[Check]:
+def _guarded(name: str, look: Callable[[], Iterable[Check]]) -> list[Check]:
     try:
-        return list(ask_one())
+        return list(look())
     except Exception as error:  # the doctor does not fall ill
-        name = getattr(ask_one, "__name__", "doctor")
-        return [
-            Check(
-                name,
-                "wrong",
-                f"could not be looked at ({type(error).__name__}: {error})",
-                "report this",
-            )
-        ]
+        found = f"could not be looked at ({type(error).__name__}: {error})"
+        return [Check(name, "wrong", found, "report it, with what `fastlora doctor --json` prints")]
 
 
 def first_to_mend(checks: Iterable[Check]) -> Check | None:

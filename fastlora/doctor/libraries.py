@@ -87,7 +87,7 @@ def packages(answers: Answers, names: Iterable[str]) -> Iterator[Check]:
 
 
 def _package(name: str, answer: Mapping[str, Any] | None, has_gpu: bool) -> Check:
-    """`answer` is None where it was not imported: unsloth without a GPU."""
+    """`answer` is None where it was not imported: unsloth without a GPU, and unsloth_zoo, which unsloth imports."""
     needed, version = name in NEEDED, _version(name)
     wanted = f"{name}{TESTED[name]}"
     found = f"{version or 'of unknown version'}, tested {TESTED[name]}"
@@ -138,18 +138,18 @@ def _mend(name: str, wanted: str) -> str:
 
 
 def kernel_environment(answers: Answers) -> dict[str, str]:
-    """Where there is no GPU, Triton's interpreter runs the kernels, if there is Triton."""
-    if answers["torch"].get("available"):
-        return {"FASTLORA_KERNELS": "triton"}
+    """Where there is no GPU, Triton's interpreter runs the kernels; without Triton their reference does."""
     if "error" in answers["triton"]:
         return {"FASTLORA_KERNELS": "reference"}
+    if answers["torch"].get("available"):
+        return {"FASTLORA_KERNELS": "triton", "TRITON_INTERPRET": "0"}
     return {"FASTLORA_KERNELS": "interpret", "TRITON_INTERPRET": "1"}
 
 
 _WHERE = {
     "triton": "on the GPU",
     "interpret": "in Triton's interpreter, on the CPU",
-    "reference": "by its reference in PyTorch, on the CPU: Triton is not there",
+    "reference": "by its reference in PyTorch, for want of Triton",
 }
 
 

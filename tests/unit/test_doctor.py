@@ -246,13 +246,14 @@ def test_kernels_that_are_off_or_fail_are_wrong() -> None:
     assert untried.status == "warn"
 
 
-def test_the_reference_runs_where_triton_is_broken(plant: Plant) -> None:
-    plant(triton="raise OSError('broken')")
-    answers = {"torch": NO_GPU, "triton": {"error": "OSError: broken"}}
-    assert libraries.kernel_environment(answers) == {"FASTLORA_KERNELS": "reference"}
-    assert libraries.kernel_environment({"torch": GPU, "triton": {}}) == {
-        "FASTLORA_KERNELS": "triton"
-    }
+def test_where_the_kernels_run() -> None:
+    broken = {"error": "OSError: broken"}
+    for torch, triton, backend in (
+        (GPU, {}, "triton"), (NO_GPU, {}, "interpret"), (GPU, broken, "reference"), (NO_GPU, broken, "reference"),
+        ({"error": "x"}, {}, "interpret"),
+    ):  # fmt: skip
+        found = libraries.kernel_environment({"torch": torch, "triton": triton})
+        assert found["FASTLORA_KERNELS"] == backend
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
