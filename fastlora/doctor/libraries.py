@@ -106,7 +106,7 @@ def _package(name: str, answer: Mapping[str, Any] | None, has_gpu: bool) -> Chec
             name,
             "warn" if name == "xformers" else "wrong",
             f"{found}; it cannot be imported: {answer['error']}",
-            _mend(name, wanted),
+            _mend(name, version),
         )
     if why := (answer or {}).get("not_loaded"):
         # Without its compiled part unsloth takes PyTorch's attention instead of xformers.
@@ -115,26 +115,29 @@ def _package(name: str, answer: Mapping[str, Any] | None, has_gpu: bool) -> Chec
             name,
             "wrong" if wrong else "warn",
             f"{found}; its compiled part does not load: {why}",
-            _mend(name, wanted),
+            _mend(name, version),
         )
     if name == "bitsandbytes" and has_gpu and answer and not answer.get("cuda"):
         return Check(
-            name, "wrong", f"{found}; it has no CUDA, so no nf4 and no int8", _mend(name, wanted)
+            name, "wrong", f"{found}; it has no CUDA, so no nf4 and no int8", _mend(name, version)
         )
     if version is not None and not _within(version, TESTED[name]):
         return Check(name, "wrong" if needed else "warn", found, f"pip install '{wanted}'")
     return Check(name, "ok", found)
 
 
-def _mend(name: str, wanted: str) -> str:
+def _mend(name: str, version: str | None) -> str:
+    """The installed version again if it is a tested one: torch, for one, wants one version of triton alone."""
     if name == "torch":
         return _REINSTALL_TORCH
     if name == "xformers":
         return "pip uninstall -y xformers"
-    if name.startswith("unsloth"):
+    if name == "unsloth":
         both = " ".join(f"'{one}{FOR_GPU[one]}'" for one in ("unsloth", "unsloth_zoo"))
         return f"pip install --force-reinstall --no-deps {both}"
-    return f"pip install --force-reinstall --no-deps '{wanted}'"
+    tested = version is not None and _within(version, TESTED[name])
+    wanted = f"=={version}" if tested else TESTED[name]
+    return f"pip install --force-reinstall --no-deps '{name}{wanted}'"
 
 
 def kernel_environment(answers: Answers) -> dict[str, str]:
@@ -155,7 +158,7 @@ _WHERE = {
 
 def kernels(answers: Answers) -> Iterator[Check]:
     answer = answers["kernels"]
-    remedy = "pip install --force-reinstall 'triton" + FOR_GPU["triton"] + "'"
+    remedy = _mend("triton", _version("triton"))
     if "error" in answers["torch"]:
         yield Check("kernels", "warn", "not run: torch cannot be imported", _REINSTALL_TORCH)
     elif "error" in answer:

@@ -195,14 +195,16 @@ ABSENT = {"error": "ModuleNotFoundError: No module named 'x'", "absent": True}
         ("unsloth", "2026.11.2", {}, "warn", "pip install 'unsloth==2026.10.9'"),
         ("unsloth", None, ABSENT, "warn", "pip install 'fastlora[cuda]'"),
         ("xformers", None, ABSENT, "ok", ""),
+        ("datasets", "6.0", {"error": "ImportError: x", "absent": False}, "wrong",
+         "pip install --force-reinstall --no-deps 'datasets>=4.8,<5'"),
         ("triton", None, ABSENT, "warn", "pip install 'triton>=3.6'"),
         ("xformers", "0.0.35", {"not_loaded": "built for torch 2.10"}, "warn", "pip uninstall -y xformers"),
         ("unsloth", "2026.10.9", {"error": "ImportError: x", "absent": False}, "wrong",
          "pip install --force-reinstall --no-deps 'unsloth==2026.10.9' 'unsloth_zoo==2026.10.9'"),
         ("bitsandbytes", "0.50.2", {"cuda": False}, "wrong",
-         "pip install --force-reinstall --no-deps 'bitsandbytes>=0.50'"),
+         "pip install --force-reinstall --no-deps 'bitsandbytes==0.50.2'"),
         ("bitsandbytes", "0.50.2", {"not_loaded": "libcudart", "cuda": False}, "wrong",
-         "pip install --force-reinstall --no-deps 'bitsandbytes>=0.50'"),
+         "pip install --force-reinstall --no-deps 'bitsandbytes==0.50.2'"),
     ],
 )  # fmt: skip
 def test_each_kind_of_broken_package(
@@ -228,7 +230,8 @@ def test_what_is_wrong_comes_before_what_is_a_warning() -> None:
     assert first_to_mend(checks[:2]) == checks[1]
 
 
-def test_kernels_that_are_off_or_fail_are_wrong() -> None:
+def test_kernels_that_are_off_or_fail_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "_version", VERSIONS.get)
     ran = {
         "backend": "triton",
         "dtype": "bfloat16",
@@ -241,7 +244,8 @@ def test_kernels_that_are_off_or_fail_are_wrong() -> None:
     assert "on the GPU: off by 1.7e-03 of float64, 0.8 s" in good.found
     for answer in (ran | {"off_by": float("nan"), "right": False}, {"error": "no kernel image"}):
         (bad,) = libraries.kernels({"torch": GPU, "kernels": answer})
-        assert (bad.status, bad.remedy) == ("wrong", "pip install --force-reinstall 'triton>=3.6'")
+        assert bad.status == "wrong"
+        assert bad.remedy == "pip install --force-reinstall --no-deps 'triton==3.6.0'"
     (untried,) = libraries.kernels({"torch": {"error": "x"}, "kernels": {"error": "x"}})
     assert untried.status == "warn"
 
