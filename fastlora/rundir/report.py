@@ -78,6 +78,12 @@ def _headline(manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
         said.append(
             f"exact match {exact['before'] / rows:.1%} to {exact['after'] / rows:.1%} of {rows:,} rows"
         )
+    answers = manifest.get("answers") or {}
+    for metric, *values in sections.scores(answers)["rows"]:
+        if len(values) == 2 and all(values):
+            said.append(
+                f"{metric} {values[0]} to {values[1]} of {answers.get('rows', 0):,} answers"
+            )
     sentence = "; ".join(said) or "no step was logged"
     return sentence[0].upper() + sentence[1:]
 

@@ -41,10 +41,17 @@ def scores(answers: Mapping[str, Any]) -> dict[str, Any]:
     times = [when for when in ("before", "after") if isinstance(answers.get(when), dict)]
     metrics = dict.fromkeys(metric for when in times for metric in answers[when])
     rows = [
-        [metric.replace("_", " "), *(_cell(answers[when].get(metric)) for when in times)]
+        [metric.replace("_", " "), *(_score(metric, answers[when].get(metric)) for when in times)]
         for metric in metrics
     ]
     return _aligned(["metric", *times], rows)
+
+
+def _score(metric: str, value: float | None) -> str:
+    """chrF goes to 100; the others are shares."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if metric == "chrf" else f"{value:.1%}"
 
 
 def findings(check: Mapping[str, Any]) -> list[dict[str, Any]]:
