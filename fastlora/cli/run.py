@@ -102,6 +102,7 @@ def _print_result(manifest: dict[str, Any]) -> None:
             f"exact     {exact['before'] / rows:.1%} -> {exact['after'] / rows:.1%} of {rows} held-out rows"
         )
     click.echo(f"adapter   {manifest['path']}/adapter")
+    click.echo(f"report    {manifest['path']}/report.html")
     if merge:
         same = (
             f"; {merge['answers_same']} of {merge['answers']} answers as the adapter's"

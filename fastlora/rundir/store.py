@@ -4,6 +4,7 @@
       manifest.json   recipe as resolved, versions, data, GPU, seed, commit, fallbacks, result
       metrics.jsonl   one line per logged step
       loss.png
+      report.html     all of it in one page
       checkpoints/checkpoint-N/   with the file COMPLETE, written last
       adapter/        PEFT format
       merged/         the merged model, if asked for
@@ -185,6 +186,14 @@ class RunDir:
         return run
 
     @classmethod
+    def look(cls, path: Path) -> RunDir:
+        """The run in `path`, to be read only, also while a process trains there. Raises RunDirError: not a run's
+        folder."""
+        run = cls(path)
+        run._read_manifest()
+        return run
+
+    @classmethod
     def open_unfinished(
         cls, parent: Path, unlike: Callable[[dict[str, Any]], list[str]] = lambda _: []
     ) -> RunDir:
@@ -244,8 +253,8 @@ class RunDir:
 
     def _read_manifest(self) -> None:
         try:
-            self.manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            self.manifest = dict(json.loads(self.manifest_path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
             raise RunDirError(f"{self.path}: not a run's folder ({error})") from None
 
     def _take_lock(self) -> None:

@@ -95,7 +95,7 @@ class Metrics(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        logs = logs or {}
+        logs = {} if logs is None else logs
         entry: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         if "loss" in logs:
             tokens, supervised = self.counter.read()
@@ -120,6 +120,15 @@ class Metrics(TrainerCallback):
                 entry["eval_loss_by_source"] = losses
         else:
             return  # the trainer's closing summary
+        # The trackers come after this one, and show what it measured as well.
+        measured = (
+            "tokens",
+            "supervised_tokens",
+            "tokens_per_s",
+            "peak_allocated_gib",
+            "peak_reserved_gib",
+        )
+        logs |= {key: entry[key] for key in measured if key in entry}
         self.run.append_metrics(entry)
         self._show(entry, state)
 

@@ -4,7 +4,6 @@ before a weight is read, and before a run has a folder."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fastlora.engines.base import (
@@ -17,6 +16,7 @@ from fastlora.engines.base import (
 )
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
+from fastlora.train.trackers import tracker_problems
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -65,13 +65,7 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
             resolve_checkpointing(recipe, engine)
     except EngineError as error:
         yield str(error)
-    for reporter in recipe.output.report_to:
-        # Without an origin it is no module: wandb leaves a folder of its name where it ran.
-        found = find_spec(reporter)
-        if found is None or found.origin is None:
-            yield (
-                f"output.report_to: {reporter} is not installed; pip install {reporter}, or leave it out"
-            )
+    yield from tracker_problems(recipe)
 
 
 def _token_problems(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora_kernels.layers.head import detach_head
 
 from fastlora.engines.engaged import load_model
-from fastlora.rundir.report import plot_loss
+from fastlora.rundir.curves import plot_loss
 from fastlora.rundir.store import whole_folder
 from fastlora.train.advising import advise_on_curves
 from fastlora.train.callbacks import Metrics, TokenCounter
@@ -19,6 +19,7 @@ from fastlora.train.exact import ask, pick_questions
 from fastlora.train.held_out import BaseLosses, CurveWatch
 from fastlora.train.job import Job
 from fastlora.train.steps import count_steps
+from fastlora.train.trackers import Trackers
 from fastlora.train.trainer import build_trainer
 
 if TYPE_CHECKING:
@@ -55,10 +56,11 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     checkpoints = Checkpoints(run, recipe.train, counter, signals)
     base_losses = BaseLosses(run, notes.say)
     metrics = Metrics(run, counter, notes.console)
+    trackers = Trackers(recipe, run)
     _, epochs = count_steps(recipe, job.data)
     trainer = build_trainer(
         recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, base_losses,
-        [metrics, CurveWatch(run, recipe, notes)], epochs, notes,
+        [metrics, CurveWatch(run, recipe, notes), *trackers.callbacks], epochs, notes,
     )  # fmt: skip
     newest = checkpoints.newest()
     started = time.perf_counter()
@@ -67,6 +69,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
             metrics.close()
+            trackers.close(notes)
 
     # The trainer may have wrapped the model; from here on it is the plain PEFT model again.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

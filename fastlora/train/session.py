@@ -22,6 +22,7 @@ from fastlora.errors import EngineError, RunDirError
 from fastlora.recipe.advice import Filled, apply, default_epochs
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir import provenance
+from fastlora.rundir.report import write_report
 from fastlora.rundir.store import RunDir, check_place, is_disk_full
 from fastlora.train.advising import advise_before, fill_open_keys, filled_from
 from fastlora.train.checks import check_model
@@ -88,9 +89,7 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
         "epochs": epochs,
         "effective_batch": effective_batch(recipe),
         "data": _data_report(data),
-        "preview": [
-            {"text": text, "supervised": supervised} for text, supervised in data.stats.preview
-        ],
+        "preview": _preview(data),
         "engine": engine.name,
         "kernels": [asdict(row) for row in kernels],
         "advice": advice,
@@ -159,6 +158,21 @@ def train_run(
             if explained is error:
                 raise
             raise explained from error
+        finally:
+            _keep_report(run, notes)
+
+
+def _keep_report(run: RunDir, notes: Notes) -> None:
+    """Whatever happens here, what was trained is on the disk."""
+    if not run.manifest:  # stopped before it had begun
+        return
+    try:
+        write_report(run)
+    except Exception as error:
+        notes.say(
+            f"report.html could not be written ({type(error).__name__}: {error}); the run is not touched by that. "
+            f"To write it later:\n  {shlex.join(['fastlora', 'report', str(run.path)])}"
+        )
 
 
 def _go_through(job: Job, on_trained: OnTrained | None) -> None:
@@ -185,6 +199,10 @@ def _data_report(data: Prepared) -> dict[str, Any]:
     report = asdict(data.stats)
     del report["preview"]
     return report
+
+
+def _preview(data: Prepared) -> list[dict[str, Any]]:
+    return [{"text": text, "supervised": supervised} for text, supervised in data.stats.preview]
 
 
 def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
@@ -229,6 +247,7 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
         merge_dtype="float16" if dtype == "float16" else "bfloat16",
         seed=recipe.train.seed,
         data=_data_report(data),
+        preview=_preview(data),
         stop_token_ids=list(stop_tokens),
         probe_ids=data.train[0]["input_ids"][:_PROBE_TOKENS],
         started=_now(),

@@ -235,7 +235,7 @@ def training_arguments(
         greater_is_better=False if has_eval else None,
         restore_callback_states_from_checkpoint=False,  # Checkpoints keeps its own
         # reports
-        report_to=list(recipe.output.report_to) or "none",
+        report_to="none",  # Trackers hands its own callbacks
         disable_tqdm=True,
         include_num_input_tokens_seen="no",
         push_to_hub=False,
