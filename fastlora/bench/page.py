@@ -6,10 +6,8 @@ import base64
 import json
 import shlex
 from collections.abc import Mapping
-from importlib import resources
 
-from jinja2 import Environment, StrictUndefined
-
+from fastlora import page
 from fastlora.bench.schema import Report
 from fastlora.bench.summary import is_real, rows, verdict
 from fastlora.bench.tables import arms_table, frontier_table, ledger_table
@@ -17,11 +15,8 @@ from fastlora.bench.tables import arms_table, frontier_table, ledger_table
 
 def render(report: Report, plots: Mapping[str, bytes]) -> str:
     """The page, with the plots (title -> PNG) as data URIs. Every string of the report is escaped."""
-    template = resources.files("fastlora.bench").joinpath("report.html.j2").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(template).render(
+    return page.render(
+        "bench/report.html.j2",
         report=report,
         verdict=verdict(report),
         command=command(report),

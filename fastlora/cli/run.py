@@ -27,9 +27,19 @@ from fastlora.recipe import library
     is_flag=True,
     help="Go as far as the first step: data, a row, counts, model and kernels; leave nothing behind.",
 )
+@click.option(
+    "--auto",
+    is_flag=True,
+    help="Fill what the recipe leaves open by rules on its data; every value and reason is recorded.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
-    recipe: str, settings: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
+    recipe: str,
+    settings: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    auto: bool,
+    as_json: bool,
 ) -> None:
     """Train an adapter as RECIPE says: a bundled name (see `fastlora recipes`) or a .toml file.
 
@@ -42,7 +52,7 @@ def command(
     try:
         # Libraries print banners to stdout, which is for results.
         with StopSignals(), contextlib.redirect_stdout(sys.stderr):
-            document = _run(recipe, settings, resume, dry_run)
+            document = _run(recipe, settings, resume, dry_run, auto)
     except Interrupted as stopped:
         sys.exit(stopped.exit_code)
     if as_json:
@@ -51,7 +61,9 @@ def command(
         _print_result(document)
 
 
-def _run(recipe: str, settings: tuple[str, ...], resume: bool, dry_run: bool) -> dict[str, Any]:
+def _run(
+    recipe: str, settings: tuple[str, ...], resume: bool, dry_run: bool, auto: bool
+) -> dict[str, Any]:
     from fastlora.recipe.load import load_recipe
 
     path = library.find(recipe)
@@ -64,7 +76,7 @@ def _run(recipe: str, settings: tuple[str, ...], resume: bool, dry_run: bool) ->
 
     # A bundled recipe's path may lie deep in an environment; its name resumes it as well.
     name = recipe if recipe in library.bundled() else str(path)
-    request = Request(loaded, name, settings, resume)
+    request = Request(loaded, name, settings, resume, auto)
     console = Console(stderr=True)
     return rehearse(request, console) if dry_run else train_run(request, console)
 
@@ -77,6 +89,10 @@ def _print_result(manifest: dict[str, Any]) -> None:
     )
     if result["eval_losses"]:
         click.echo(f"held out  {result['eval_losses'][0]:.4f} -> {min(result['eval_losses']):.4f}")
+    before = manifest.get("eval_before", {}).get("by_source", {})
+    for label, losses in result["eval_losses_by_source"].items():
+        began = f"{before[label]:.4f} before training -> " if label in before else ""
+        click.echo(f"  {label}: {began}{losses[-1]:.4f} at the end")
     memory = f", peak {result['peak_reserved_gib']:.2f} GiB" if result["peak_reserved_gib"] else ""
     click.echo(
         f"speed     {result['tokens_per_s_median']:,.0f} tokens/s{memory}, {result['seconds']:.0f} s"
@@ -84,6 +100,7 @@ def _print_result(manifest: dict[str, Any]) -> None:
     if answers := manifest.get("answers"):
         _print_answers(answers, Path(manifest["path"]) / "comparison.json")
     click.echo(f"adapter   {manifest['path']}/adapter")
+    click.echo(f"report    {manifest['path']}/report.html")
     if merge:
         same = (
             f"; {merge['answers_same']} of {merge['answers']} answers as the adapter's"

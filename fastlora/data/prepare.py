@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
-import random
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.cache import cache_folder
+from fastlora.data.blend import Pool, Role, blend, describe, is_mixed, labels
 from fastlora.data.format import FIELDS, BadRow, Chat, Plain, detect_format, to_example
 from fastlora.data.load import Table, load_table
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of the cache key: raise it when the same input would give other tokens.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 _SHOWN_BAD_ROWS = 10
+_OPENING_ROWS = 2000
 _CHUNK = 1000  # rows per tokenizer call: enough for its threads, little memory
 
 Announce = Callable[[str], None]
@@ -56,13 +59,16 @@ class SplitStats:
 @dataclass(slots=True)
 class DataStats:
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """Per source: name, format, fingerprint, rows, and bad_rows as [number, reason]."""
+    """Per source: name, label (short), role (train, rehearsal or eval), format, fingerprint, rows, bad_rows as
+    [number, reason], and of its rows: train and eval (rows and supervised_tokens of each), held_out, dropped."""
     train: SplitStats = field(default_factory=SplitStats)
     eval: SplitStats | None = None
     stop_token: str = ""
     preview: list[tuple[str, bool]] = field(default_factory=list)
     """The first row trained on, as cut, in pieces of text, each with whether it is supervised."""
     key: str = ""
+    common_openings: float = 0.0
+    """The part of the answers, rehearsal aside, that begin in one of the ten commonest ways."""
 
     @property
     def bad_rows(self) -> int:
@@ -79,6 +85,39 @@ class Prepared:
     prompts: tuple[Question, ...] = ()
     """Those of eval.prompts."""
 
+    def eval_by_source(self) -> dict[str, Dataset]:
+        """The held-out rows of each source that has any, by its label. Together, and in order, they are `eval`."""
+        parts: dict[str, Dataset] = {}
+        start = 0
+        for source in self.stats.sources:
+            if (rows := source["eval"]["rows"]) and self.eval is not None:
+                parts[source["label"]] = self.eval.select(range(start, start + rows))
+                start += rows
+        return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    source: SourceSection
+    table: Table
+    role: Role
+    label: str
+
+
+def _read(recipe: Recipe) -> list[_Input]:
+    data = recipe.data
+    roles: list[tuple[Role, Sequence[SourceSection]]] = [
+        ("train", data.sources),
+        ("rehearsal", data.rehearsal.source if data.rehearsal else []),
+        ("eval", data.eval_sources),
+    ]
+    wanted = [(role, source) for role, sources in roles for source in sources]
+    names = labels([source.path for _, source in wanted])
+    return [
+        _Input(source, load_table(source), role, name)
+        for (role, source), name in zip(wanted, names, strict=True)
+    ]
+
 
 def prepare_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, announce: Announce
@@ -90,13 +129,12 @@ def prepare_data(
     """
     prompts = _prompts(recipe, tokenizer)
     encoder = Encoder(tokenizer, template=recipe.data.template, supervise=recipe.data.supervise)
-    loaded = [(source, load_table(source)) for source in recipe.data.sources]
-    loaded_eval = [(source, load_table(source)) for source in recipe.data.eval_sources]
-    key = _cache_key(recipe, encoder, [table for _, table in (*loaded, *loaded_eval)])
+    inputs = _read(recipe)
+    key = _cache_key(recipe, encoder, [one.table for one in inputs])
     folder = cache_folder() / "tokens" / key
     prepared = _read_cache(folder)
     if prepared is None:
-        prepared = _prepare(recipe, encoder, loaded, loaded_eval, key)
+        prepared = _prepare(recipe, encoder, inputs, key)
         _write_cache(folder, prepared, announce)
     else:
         announce(f"data: tokens from the cache ({folder})")
@@ -118,44 +156,80 @@ def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Questi
     return tuple(question for _, question in read)
 
 
-def _prepare(
-    recipe: Recipe,
-    encoder: Encoder,
-    loaded: Sequence[tuple[SourceSection, Table]],
-    loaded_eval: Sequence[tuple[SourceSection, Table]],
-    key: str,
-) -> Prepared:
-    stats = DataStats(key=key)
-    rows = _examples(recipe, encoder, loaded, stats)
-    eval_rows = _examples(recipe, encoder, loaded_eval, stats)
-    if not rows:
-        names = ", ".join(table.name for _, table in loaded)
+def _prepare(recipe: Recipe, encoder: Encoder, inputs: Sequence[_Input], key: str) -> Prepared:
+    stats, limit = DataStats(key=key), recipe.model.seq_len_tokens
+    rendered = _examples(recipe, encoder, inputs, stats)
+    own = [rows for one, rows in zip(inputs, rendered, strict=True) if one.role == "train"]
+    if not any(own):
+        names = ", ".join(one.table.name for one in inputs if one.role == "train")
         raise DataError(
             f"{names}: no rows to train on; the data set is empty or every row was skipped"
         )
-    if recipe.data.eval_split:
-        rows, eval_rows = _split(rows, recipe.data.eval_split, recipe.train.seed)
-    limit = recipe.model.seq_len_tokens
     # Text alone never meets the template, so it is not to fail on one that takes no plain chat.
-    chats = any(not row.special_tokens for row in rows)
+    chats = any(not row.special_tokens for rows in own for row in rows)
     stop = encoder.stop_token_id if chats else encoder.tokenizer.eos_token_id
     stats.stop_token = encoder.tokenizer.convert_ids_to_tokens(stop)
-    train = _truncate(_encode(encoder, rows), limit, stats.train)
+    encoded = [_encode(encoder, rows) for rows in rendered]
+    pools = [
+        Pool(one.label, one.role, one.source.weight, _units(rows, limit, recipe))
+        for one, rows in zip(inputs, encoded, strict=True)
+        if one.role != "eval"
+    ]
+    blended = blend(pools, recipe.data, recipe.train.seed)
+    train: list[Encoded] = []
+    held_out: list[Encoded] = []
+    stats.eval = SplitStats() if recipe.data.has_eval else None
+    for place, (source, rows) in enumerate(zip(stats.sources, encoded, strict=True)):
+        is_eval = place >= len(pools)
+        for_train = [] if is_eval else [rows[n] for n in blended.train[place]]
+        for_eval = rows if is_eval else [rows[n] for n in blended.held_out[place]]
+        source["held_out"] = len(for_eval)
+        kept = _truncate(for_train, limit, stats.train)
+        source["train"] = _counts(kept)
+        source["dropped"] = len(for_train) - len(kept)
+        train += kept
+        kept_out = _truncate(for_eval, limit, stats.eval) if stats.eval else []
+        source["eval"] = _counts(kept_out)
+        held_out += kept_out
     if not stats.train.supervised_tokens:
         raise DataError(_no_supervision(stats.train, limit))
+    if stats.eval and not stats.eval.supervised_tokens:
+        raise DataError(
+            "the held-out rows hold no supervised token; hold out more rows or raise model.seq_len_tokens"
+        )
     stats.preview = _preview(train[0], encoder)
+    own_rows = sum(source["train"]["rows"] for source in stats.sources if source["role"] == "train")
+    stats.common_openings = _common_openings(train[:own_rows])
     dataset = _dataset(train, limit if recipe.data.packing else None)
     stats.train.sequences = len(dataset)
-    held_out = None
-    if recipe.data.has_eval:
-        stats.eval = SplitStats()
-        held_out = _dataset(_truncate(_encode(encoder, eval_rows), limit, stats.eval), None)
+    if stats.eval:
         stats.eval.sequences = len(held_out)
-        if not stats.eval.supervised_tokens:
-            raise DataError(
-                "the held-out rows hold no supervised token; hold out more rows or raise model.seq_len_tokens"
-            )
-    return Prepared(dataset, held_out, stats)
+    return Prepared(dataset, _dataset(held_out, None) if stats.eval else None, stats)
+
+
+def _units(rows: Sequence[Encoded], limit: int, recipe: Recipe) -> list[int]:
+    """What each row counts in the mix. The first token of a sequence is never predicted."""
+    if not is_mixed(recipe.data):
+        return [1] * len(rows)  # all of them are taken
+    counts = [_supervised(row.labels[1:limit]) for row in rows]
+    return counts if recipe.data.mix_unit == "tokens" else [min(1, count) for count in counts]
+
+
+def _counts(rows: Sequence[Encoded]) -> dict[str, int]:
+    return {
+        "rows": len(rows),
+        "supervised_tokens": sum(_supervised(row.labels[1:]) for row in rows),
+    }
+
+
+def _common_openings(rows: Sequence[Encoded]) -> float:
+    """Of 2,000 rows at most, the part whose answer begins with one of the ten commonest three tokens."""
+    sample = rows[:: max(1, len(rows) // _OPENING_ROWS)]
+    openings = Counter(
+        tuple(itertools.islice((label for label in row.labels if label != IGNORED), 3))
+        for row in sample
+    )
+    return sum(count for _, count in openings.most_common(10)) / len(sample)
 
 
 def _no_supervision(stats: SplitStats, limit: int) -> str:
@@ -170,36 +244,39 @@ def _no_supervision(stats: SplitStats, limit: int) -> str:
 def _examples(
     recipe: Recipe,
     encoder: Encoder,
-    loaded: Sequence[tuple[SourceSection, Table]],
+    inputs: Sequence[_Input],
     stats: DataStats,
-) -> list[Rendered]:
-    """Every good row of every source, laid out; the bad ones refused, or counted if so wished."""
-    rendered: list[Rendered] = []
+) -> list[list[Rendered]]:
+    """Every good row of each source, laid out; the bad ones refused, or counted if so wished."""
+    rendered: list[list[Rendered]] = []
     refused: list[str] = []
-    for source, table in loaded:
+    for one in inputs:
+        source, table = one.source, one.table
         _check_columns(source, table)
         data_format = _format_of(source, table)
         if encoder.templated and data_format != "text":
             encoder.require_template()
         bad: list[tuple[int, str]] = []
-        good = 0
+        good: list[Rendered] = []
+        rendered.append(good)
         for row in table.rows:
             try:
                 if row.value is None:
                     raise BadRow(row.problem)
                 value = _renamed(row.value, source.columns)
                 example: Chat | Plain = to_example(value, data_format, templated=encoder.templated)
-                rendered.append(encoder.render(example))
-                good += 1
+                good.append(encoder.render(example))
             except BadRow as problem:
                 bad.append((row.number, str(problem)))
         stats.sources.append(
             {
                 "name": table.name,
+                "label": one.label,
+                "role": one.role,
                 "format": data_format,
                 "detected": source.format == "auto",
                 "fingerprint": table.fingerprint,
-                "rows": good,
+                "rows": len(good),
                 "bad_rows": bad,
             }
         )
@@ -267,19 +344,6 @@ def _renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
         **value,
         **{field: value[column] for field, column in columns.items() if column in value},
     }
-
-
-def _split(rows: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:
-    held_out = int(share) if share >= 1 else max(1, round(len(rows) * share))
-    if held_out >= len(rows):
-        raise DataError(
-            f"data.eval_split holds out {held_out} of {len(rows)} rows, which leaves none to train on"
-        )
-    chosen = set(random.Random(seed).sample(range(len(rows)), held_out))
-    return (
-        [row for place, row in enumerate(rows) if place not in chosen],
-        [row for place, row in enumerate(rows) if place in chosen],
-    )
 
 
 def _encode(encoder: Encoder, rows: Sequence[Rendered]) -> list[Encoded]:
@@ -351,6 +415,8 @@ def _announce_stats(stats: DataStats, recipe: Recipe, announce: Announce) -> Non
         announce(
             f"data: {source['name']}: {source['rows']:,} rows, format {source['format']} ({how}){skipped}"
         )
+    for line in describe(stats.sources, recipe.data):
+        announce(line)
     for name, split in (("train", stats.train), ("eval", stats.eval)):
         if split is None:
             continue
@@ -359,6 +425,10 @@ def _announce_stats(stats: DataStats, recipe: Recipe, announce: Announce) -> Non
             f"data: {name}: {split.rows:,} rows, {split.sequences:,} sequences, {split.tokens:,} tokens, "
             f"{split.supervised_tokens:,} supervised ({share:.0%})"
         )
+        held_out = [source for source in stats.sources if source["eval"]["rows"]]
+        if split is stats.eval and len(held_out) > 1:
+            parts = [f"{source['label']} {source['eval']['rows']:,}" for source in held_out]
+            announce(f"data: eval: rows by source: {', '.join(parts)}")
         if split.truncated_rows:
             announce(
                 f"data: {name}: {split.truncated_rows:,} rows cut at {recipe.model.seq_len_tokens} tokens, "
@@ -384,7 +454,7 @@ def _cache_key(recipe: Recipe, encoder: Encoder, tables: Sequence[Table]) -> str
         "tokenizer": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "seq_len_tokens": recipe.model.seq_len_tokens,
-        "split_seed": recipe.train.seed if recipe.data.eval_split else None,
+        "seed": recipe.train.seed if recipe.data.eval_split or is_mixed(recipe.data) else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

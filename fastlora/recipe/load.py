@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,7 +36,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     _anchor_paths(table, path.parent, _PATHS)
     problems = list(_apply_settings(table, settings))
     given = {setting.partition("=")[0].strip() for setting in settings}
-    _anchor_paths(table, Path.cwd(), [key for key in _PATHS if key in given])
+    _anchor_paths(table, Path.cwd(), [key for key in _PATHS if _is_given(key, given)])
     problems += _remove_unknown_keys(table, Recipe, "")
     problems += _missing_sources(table)
     recipe = None
@@ -104,10 +104,25 @@ def _is_text(parts: Sequence[str]) -> bool:
     return annotation in (str, str | None)
 
 
-_PATHS = ("model.name", "data.template", "data.sources", "data.eval_sources", "eval.prompts")
+_SOURCES = ("data.sources", "data.eval_sources", "data.rehearsal.source")
+_PATHS = ("model.name", "data.template", *_SOURCES, "eval.prompts")
 _FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 _TEMPLATE_TYPES = (".jinja", ".j2")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def _is_given(key: str, given: Collection[str]) -> bool:
+    """Whether a setting gives it, itself or within a table of its own."""
+    return key in given or key.rpartition(".")[0] in given
+
+
+def _holder(table: TomlTable, key: str) -> tuple[TomlTable | None, str]:
+    """The section that the dotted `key` lies in, if there is one, and its name there."""
+    *sections, name = key.split(".")
+    holder: Any = table
+    for section in sections:
+        holder = holder.get(section) if isinstance(holder, dict) else None
+    return (holder if isinstance(holder, dict) else None), name
 
 
 def _anchor_paths(table: TomlTable, folder: Path, keys: Sequence[str]) -> None:
@@ -125,9 +140,8 @@ def _anchor_paths(table: TomlTable, folder: Path, keys: Sequence[str]) -> None:
         return value
 
     for key in keys:
-        section, _, name = key.partition(".")
-        holder = table.get(section)
-        if not isinstance(holder, dict) or not holder.get(name):
+        holder, name = _holder(table, key)
+        if holder is None or not holder.get(name):
             continue
         if name == "prompts" and isinstance(holder[name], list):
             continue  # of texts
@@ -145,20 +159,22 @@ def _is_path(name: str) -> bool:
 
 def _missing_sources(table: TomlTable) -> Iterator[str]:
     """Paths that neither exist nor end as data files do: to look them up on the Hub takes half a minute."""
-    data = table.get("data")
-    for key in ("sources", "eval_sources"):
-        sources = data.get(key) if isinstance(data, dict) else None
+    for key in _SOURCES:
+        holder, name = _holder(table, key)
+        sources = holder.get(name) if holder else None
+        if isinstance(sources, str | dict):
+            sources = [sources]
         for index, source in enumerate(sources if isinstance(sources, list) else []):
             path = source.get("path") if isinstance(source, dict) else source
             if not isinstance(path, str) or not os.path.isabs(path) or os.path.exists(path):
                 continue
-            folder, name = os.path.split(path)
-            if name.lower().endswith(_FILE_TYPES):
+            folder, file_name = os.path.split(path)
+            if file_name.lower().endswith(_FILE_TYPES):
                 continue  # reading it says what is wrong
             beside = [file.name for file in Path(folder).glob("*") if file.suffix in _FILE_TYPES]
-            near = difflib.get_close_matches(name, beside, n=1)
+            near = difflib.get_close_matches(file_name, beside, n=1)
             hint = f"did you mean {near[0]}?" if near else f"data files: {', '.join(_FILE_TYPES)}"
-            yield f"data.{key}[{index}]: {path}: no such file; {hint}"
+            yield f"{key}[{index}]: {path}: no such file; {hint}"
 
 
 def _remove_unknown_keys(table: TomlTable, schema: type[BaseModel], prefix: str) -> list[str]:
@@ -173,8 +189,8 @@ def _remove_unknown_keys(table: TomlTable, schema: type[BaseModel], prefix: str)
         value, section = table[key], _section_of(field.annotation)
         if section is not None and isinstance(value, dict):
             problems += _remove_unknown_keys(value, section, f"{prefix}{key}.")
-        elif key in ("sources", "eval_sources") and isinstance(value, list):
-            for index, item in enumerate(value):
+        elif f"data.{prefix.removeprefix('data.')}{key}" in _SOURCES:
+            for index, item in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(item, dict):
                     problems += _remove_unknown_keys(
                         item, SourceSection, f"{prefix}{key}[{index}]."

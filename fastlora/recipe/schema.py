@@ -6,11 +6,14 @@ mistaken key that is silently ignored costs its user an evening.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DataFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text"]
+MixUnit = Literal["tokens", "rows"]
+"""What a share of a mix is counted in: supervised tokens, or rows."""
 
 
 class Section(BaseModel):
@@ -57,20 +60,47 @@ class SourceSection(Section):
     """Hub data sets only, as are the next two; slices such as "train[:5000]" work."""
     subset: str | None = None
     revision: str | None = None
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of its mix is weight / sum of weights. The mix is the largest in which no row comes twice."""
 
 
 def _source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _sources(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
+
+
 Source = Annotated[SourceSection, BeforeValidator(_source)]
+
+
+class RehearsalSection(Section):
+    source: Annotated[list[Source], BeforeValidator(_sources), Field(min_length=1)]
+    """General examples, one source or a list, mixed in so that the model does not forget what it could do before."""
+    share: float = Field(gt=0, lt=1)
+    """Their part of all that is trained on; less where their rows do not suffice, since none is repeated."""
+    by: MixUnit = "tokens"
+
+
+def _weights_problem(key: str, sources: Sequence[SourceSection]) -> str | None:
+    without = [place for place, source in enumerate(sources) if source.weight is None]
+    if without and len(without) < len(sources):
+        return (
+            f"{key}[{without[0]}]: has no weight, while another has; give all of them one, or none"
+        )
+    return None
 
 
 class DataSection(Section):
     sources: list[Source] = Field(min_length=1)
+    weights_by: MixUnit | None = None
+    """What the weights of sources are counted in: data.rehearsal.by where there is rehearsal, else tokens."""
+    rehearsal: RehearsalSection | None = None
     eval_sources: list[Source] = []
     eval_split: int | float = Field(default=0, ge=0)
-    """Held out from the sources: a fraction if below 1, else a number of rows; 0 holds out none."""
+    """Held out from each source and rehearsal, by its part of the mix: a fraction if below 1, else a number of rows
+    in all; 0 holds out none."""
     template: str = Field(default="tokenizer", min_length=1)
     """`tokenizer`: its own chat template; `none`: prompt and completion as they stand; or a .jinja file."""
     supervise: Literal["completion", "all"] = "completion"
@@ -87,7 +117,27 @@ class DataSection(Section):
             raise ValueError(
                 "eval_split: a number of rows must be whole; a fraction must be below 1"
             )
+        problems = [_weights_problem("sources", self.sources)]
+        if self.rehearsal:
+            problems.append(_weights_problem("rehearsal.source", self.rehearsal.source))
+        if any(source.weight is not None for source in self.eval_sources):
+            problems.append("eval_sources: a weight means nothing here; every held-out row counts")
+        if self.weights_by and not self.weighted:
+            problems.append("weights_by: no source has a weight")
+        elif self.weights_by and self.rehearsal and self.weights_by != self.rehearsal.by:
+            problems.append("weights_by: a mix has one unit; data.rehearsal.by names it")
+        if found := [problem for problem in problems if problem]:
+            raise ValueError("\n".join(found))
         return self
+
+    @property
+    def weighted(self) -> bool:
+        rehearsed = self.rehearsal.source if self.rehearsal else []
+        return any(source.weight is not None for source in (*self.sources, *rehearsed))
+
+    @property
+    def mix_unit(self) -> MixUnit:
+        return self.rehearsal.by if self.rehearsal else self.weights_by or "tokens"
 
     @property
     def has_eval(self) -> bool:
@@ -188,6 +238,17 @@ class OutputSection(Section):
     report_to: list[Literal["tensorboard", "wandb"]] = []
 
 
+AdvisedKey = Literal[
+    "all", "data.sources", "data.eval_split", "data.rehearsal", "train.lr", "train.epochs", "train.effective_batch",
+    "lora.rank", "lora.alpha", "lora.dropout", "model.seq_len_tokens",
+]  # fmt: skip
+
+
+class AdviceSection(Section):
+    ignore: list[AdvisedKey] = []
+    """Keys about which no advice is wanted, e.g. ["train.lr"]; ["all"] for none at all."""
+
+
 class Recipe(Section):
     engine: Literal["auto", "unsloth", "peft"] = "auto"
     model: ModelSection
@@ -197,6 +258,7 @@ class Recipe(Section):
     kernels: KernelsSection = KernelsSection()
     eval: EvalSection = EvalSection()
     output: OutputSection
+    advice: AdviceSection = AdviceSection()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -79,4 +79,4 @@ def driver() -> str | None:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip().splitlines()[0]
+    return next(iter(done.stdout.split()), None)

@@ -5,6 +5,7 @@
       metrics.jsonl   one line per logged step
       loss.png
       answers.json, comparison.json   prompts answered before and after: see fastlora.export.answers
+      report.html     all of it in one page
       checkpoints/checkpoint-N/   with the file COMPLETE, written last
       adapter/        PEFT format
       merged/         the merged model, if asked for
@@ -264,8 +265,8 @@ class RunDir:
 
     def _read_manifest(self) -> None:
         try:
-            self.manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            self.manifest = dict(json.loads(self.manifest_path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
             raise RunDirError(f"{self.path}: not a run's folder ({error})") from None
 
     def _take_lock(self) -> None:

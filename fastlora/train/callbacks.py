@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.rundir.store import RunDir
+from fastlora.train.held_out import by_source, show
 
 
 class TokenCounter:
@@ -94,7 +95,7 @@ class Metrics(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        logs = logs or {}
+        logs = {} if logs is None else logs
         entry: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         if "loss" in logs:
             tokens, supervised = self.counter.read()
@@ -115,14 +116,27 @@ class Metrics(TrainerCallback):
             self._paused, self._tokens_at_mark = 0.0, tokens
         elif "eval_loss" in logs:
             entry["eval_loss"] = logs["eval_loss"]
+            if losses := by_source(logs):
+                entry["eval_loss_by_source"] = losses
         else:
             return  # the trainer's closing summary
+        # The trackers come after this one, and show what it measured as well.
+        measured = (
+            "tokens",
+            "supervised_tokens",
+            "tokens_per_s",
+            "peak_allocated_gib",
+            "peak_reserved_gib",
+        )
+        logs |= {key: entry[key] for key in measured if key in entry}
         self.run.append_metrics(entry)
         self._show(entry, state)
 
     def _show(self, entry: dict[str, Any], state: TrainerState) -> None:
         if "eval_loss" in entry:
-            self.console.print(f"step {entry['step']}: held-out loss {entry['eval_loss']:.4f}")
+            sources = show(entry.get("eval_loss_by_source", {}))
+            line = f"step {entry['step']}: held-out loss {entry['eval_loss']:.4f}{sources}"
+            self.console.print(line, markup=False, emoji=False)
             return
         note = f"loss {entry['loss']:.4f}  {entry['tokens_per_s']:,.0f} tok/s"
         if "peak_reserved_gib" in entry:

@@ -18,6 +18,7 @@ from fastlora.engines.base import (
 from fastlora.errors import EngineError
 from fastlora.export.score import PACKAGES
 from fastlora.recipe.schema import Recipe
+from fastlora.train.trackers import tracker_problems
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -66,13 +67,7 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
             resolve_checkpointing(recipe, engine)
     except EngineError as error:
         yield str(error)
-    for reporter in recipe.output.report_to:
-        # Without an origin it is no module: wandb leaves a folder of its name where it ran.
-        found = find_spec(reporter)
-        if found is None or found.origin is None:
-            yield (
-                f"output.report_to: {reporter} is not installed; pip install {reporter}, or leave it out"
-            )
+    yield from tracker_problems(recipe)
     for metric in recipe.eval.metrics:
         if metric in PACKAGES and find_spec(PACKAGES[metric][0]) is None:
             yield (

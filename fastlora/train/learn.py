@@ -11,13 +11,16 @@ from fastlora_kernels.layers.head import detach_head
 
 from fastlora.data.template import ChatTemplate
 from fastlora.engines.engaged import load_model
-from fastlora.rundir.report import plot_loss
+from fastlora.rundir.curves import plot_loss
 from fastlora.rundir.store import whole_folder
+from fastlora.train.advising import advise_on_curves
 from fastlora.train.answers import ask_after, ask_before, pick_questions
 from fastlora.train.callbacks import Metrics, TokenCounter
 from fastlora.train.checkpoints import Checkpoints
+from fastlora.train.held_out import BaseLosses, CurveWatch
 from fastlora.train.job import Job
 from fastlora.train.steps import count_steps
+from fastlora.train.trackers import Trackers
 from fastlora.train.trainer import build_trainer
 
 if TYPE_CHECKING:
@@ -50,11 +53,13 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
 
     counter = TokenCounter()
     checkpoints = Checkpoints(run, recipe.train, counter, signals)
+    base_losses = BaseLosses(run, notes.say)
     metrics = Metrics(run, counter, notes.console)
+    trackers = Trackers(recipe, run)
     _, epochs = count_steps(recipe, job.data)
     trainer = build_trainer(
-        recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, [metrics],
-        epochs, notes,
+        recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, base_losses,
+        [metrics, CurveWatch(run, recipe, notes), *trackers.callbacks], epochs, notes,
     )  # fmt: skip
     newest = checkpoints.newest()
     started = time.perf_counter()
@@ -63,6 +68,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
             metrics.close()
+            trackers.close(notes)
 
     # The trainer may have wrapped the model; from here on it is the plain PEFT model again.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -87,6 +93,9 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
         result=_result(entries, state.global_step, time.perf_counter() - started)
         | {"best_step": state.best_global_step if recipe.train.keep_best else None},
         notes=notes.said,
+        advice=advise_on_curves(
+            run, recipe, state.best_global_step if best is not None else state.global_step, notes
+        ),
     )
     if on_trained is not None:
         on_trained(model, run.manifest)
@@ -104,6 +113,10 @@ def _load_adapter(model: PeftModel, checkpoint: Path) -> None:
 def _result(entries: list[dict[str, Any]], steps: int, seconds: float) -> dict[str, Any]:
     losses = [entry for entry in entries if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    by_source: dict[str, list[float]] = {}
+    for entry in entries:
+        for label, loss in entry.get("eval_loss_by_source", {}).items():
+            by_source.setdefault(label, []).append(loss)
     # The first steps compile and tune kernels; the median of the rest is what a long run sees.
     speeds = sorted(entry["tokens_per_s"] for entry in losses[2:] or losses)
     return {
@@ -112,6 +125,7 @@ def _result(entries: list[dict[str, Any]], steps: int, seconds: float) -> dict[s
         "first_loss": losses[0]["loss"] if losses else None,
         "last_loss": losses[-1]["loss"] if losses else None,
         "eval_losses": held_out,
+        "eval_losses_by_source": by_source,
         "tokens": losses[-1]["tokens"] if losses else 0,
         "tokens_per_s_median": speeds[len(speeds) // 2] if speeds else None,
         "peak_allocated_gib": max(

@@ -5,19 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
+from fastlora.train.advising import filled_from
 
 
-def open_for_resume(recipe: Recipe) -> RunDir:
-    """The newest unfinished run of this recipe, locked; one with a checkpoint before one without.
+def open_for_resume(recipe: Recipe, *, auto: bool = False) -> RunDir:
+    """The newest unfinished run of this recipe, locked; one with a checkpoint before one without. `auto`: as filled
+    when the run began.
 
     Raises RunDirError: there is none; of other unfinished runs it says why not.
     """
-    now = recipe.model_dump(mode="json")
-    return RunDir.open_unfinished(
-        Path(recipe.output.dir), lambda manifest: changed_keys(manifest.get("recipe"), now)
-    )
+
+    def unlike(manifest: dict[str, Any]) -> list[str]:
+        if "recipe" in manifest and ("auto" in manifest) is not auto:
+            return ["it was begun without --auto" if auto else "it was begun with --auto"]
+        now = apply(recipe, filled_from(manifest)) if "auto" in manifest else recipe
+        return changed_keys(manifest.get("recipe"), now.model_dump(mode="json"))
+
+    return RunDir.open_unfinished(Path(recipe.output.dir), unlike)
 
 
 def changed_keys(then: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:

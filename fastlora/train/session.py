@@ -6,7 +6,7 @@ import contextlib
 import gc
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,12 @@ from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
 from fastlora.engines.engaged import load_model
 from fastlora.errors import EngineError, RunDirError
-from fastlora.recipe.advice import default_epochs
+from fastlora.recipe.advice import Filled, apply, default_epochs
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir import provenance
+from fastlora.rundir.report import write_report
 from fastlora.rundir.store import RunDir, check_place, is_disk_full
+from fastlora.train.advising import advise_before, fill_open_keys, filled_from
 from fastlora.train.checks import check_model
 from fastlora.train.job import Job
 from fastlora.train.notes import Notes
@@ -47,13 +49,14 @@ class Request:
     """As it is to be typed again: a bundled name or a path."""
     settings: Sequence[str] = ()
     resume: bool = False
+    auto: bool = False
 
     @property
     def resume_command(self) -> str:
         parts = ["fastlora", "run", self.recipe_file]
         for setting in self.settings:
             parts += ["--set", setting]
-        return shlex.join([*parts, "--resume"])
+        return shlex.join([*parts, *(["--auto"] if self.auto else []), "--resume"])
 
 
 def dry_run(request: Request, console: Console) -> dict[str, Any]:
@@ -62,9 +65,9 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
 
     Raises FastloraError: what would keep the run from its first step.
     """
-    recipe, notes = request.recipe, Notes(console)
-    check_place(Path(recipe.output.dir))
-    engine, _, data = _prepare(recipe, notes)
+    notes = Notes(console)
+    check_place(Path(request.recipe.output.dir))
+    engine, _, data, recipe, filled = _prepare(request.recipe, notes, auto=request.auto)
     preview = Text()
     for text, supervised in data.stats.preview:
         preview.append(text, style="bold green" if supervised else "dim")
@@ -74,6 +77,7 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     console.print(preview, soft_wrap=True)
     steps, epochs = count_steps(recipe, data)
     console.print(f"\n{steps:,} steps of {effective_batch(recipe)} sequences, {epochs:g} epochs")
+    advice = advise_before(recipe, data, engine.name, notes)
     import torch  # here and not above: an engine may have to be imported before
 
     try:
@@ -85,21 +89,27 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
         "epochs": epochs,
         "effective_batch": effective_batch(recipe),
         "data": _data_report(data),
-        "preview": [
-            {"text": text, "supervised": supervised} for text, supervised in data.stats.preview
-        ],
+        "preview": _preview(data),
         "engine": engine.name,
         "kernels": [asdict(row) for row in kernels],
+        "advice": advice,
+        **({"auto": [asdict(one) for one in filled]} if request.auto else {}),
         "notes": notes.said,
     }
 
 
-def _prepare(recipe: Recipe, notes: Notes) -> tuple[Engine, PreTrainedTokenizerBase, Prepared]:
+def _prepare(
+    recipe: Recipe, notes: Notes, *, auto: bool
+) -> tuple[Engine, PreTrainedTokenizerBase, Prepared, Recipe, list[Filled]]:
+    """`auto` fills open keys: the recipe comes back with them, and with what was filled."""
     engine = choose_engine(recipe.engine, notes)
     engine.prepare()
     tokenizer = load_tokenizer(recipe.model)
     check_model(recipe, tokenizer, engine, notes)
-    return engine, tokenizer, prepare_data(recipe, tokenizer, notes)
+    if auto:
+        recipe, data, filled = fill_open_keys(recipe, engine.name, tokenizer, notes)
+        return engine, tokenizer, data, recipe, filled
+    return engine, tokenizer, prepare_data(recipe, tokenizer, notes), recipe, []
 
 
 def train_run(
@@ -117,10 +127,16 @@ def train_run(
         signals = opened.enter_context(StopSignals())
         run = None
         if request.resume:
-            run = opened.enter_context(contextlib.closing(open_for_resume(recipe)))
+            run = opened.enter_context(
+                contextlib.closing(open_for_resume(recipe, auto=request.auto))
+            )
+            if request.auto:
+                recipe = apply(recipe, filled_from(run.manifest))
         else:
             check_place(Path(recipe.output.dir))
-        engine, tokenizer, data = _prepare(recipe, notes)
+        begins_auto = request.auto and run is None
+        engine, tokenizer, data, recipe, filled = _prepare(recipe, notes, auto=begins_auto)
+        request = replace(request, recipe=recipe)
         if run is None:
             run = opened.enter_context(contextlib.closing(RunDir.create(Path(recipe.output.dir))))
         elif run.manifest["data"]["key"] != data.stats.key:
@@ -130,7 +146,7 @@ def train_run(
         notes.say(f"run: {run.path}")
         job = Job(run, recipe, engine, tokenizer, data, notes, signals)
         try:
-            _begin(job, request)
+            _begin(job, request, filled)
             _go_through(job, on_trained)
             return run.manifest
         except Interrupted as stopped:
@@ -142,6 +158,21 @@ def train_run(
             if explained is error:
                 raise
             raise explained from error
+        finally:
+            _keep_report(run, notes)
+
+
+def _keep_report(run: RunDir, notes: Notes) -> None:
+    """Whatever happens here, what was trained is on the disk."""
+    if not run.manifest:  # stopped before it had begun
+        return
+    try:
+        write_report(run)
+    except Exception as error:
+        notes.say(
+            f"report.html could not be written ({type(error).__name__}: {error}); the run is not touched by that. "
+            f"To write it later:\n  {shlex.join(['fastlora', 'report', str(run.path)])}"
+        )
 
 
 def _go_through(job: Job, on_trained: OnTrained | None) -> None:
@@ -170,7 +201,11 @@ def _data_report(data: Prepared) -> dict[str, Any]:
     return report
 
 
-def _begin(job: Job, request: Request) -> None:
+def _preview(data: Prepared) -> list[dict[str, Any]]:
+    return [{"text": text, "supervised": supervised} for text, supervised in data.stats.preview]
+
+
+def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
     import torch
 
     run, recipe, data, notes = job.run, job.recipe, job.data, job.notes
@@ -212,9 +247,12 @@ def _begin(job: Job, request: Request) -> None:
         merge_dtype="float16" if dtype == "float16" else "bfloat16",
         seed=recipe.train.seed,
         data=_data_report(data),
+        preview=_preview(data),
         stop_token_ids=list(stop_tokens),
         probe_ids=data.train[0]["input_ids"][:_PROBE_TOKENS],
         started=_now(),
+        **({"auto": [asdict(one) for one in filled]} if request.auto else {}),
+        advice=advise_before(recipe, data, job.engine.name, notes),
     )
 
 

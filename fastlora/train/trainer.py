@@ -16,6 +16,7 @@ from fastlora.rundir.store import RunDir
 from fastlora.train.callbacks import TokenCounter
 from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.collate import Collator
+from fastlora.train.held_out import BaseLosses, evaluate_sources
 from fastlora.train.loss import adapted_head_allowed, takes_own_loss
 from fastlora.train.stop import Interrupted
 
@@ -40,6 +41,7 @@ def build_trainer(
     engine: Engine,
     counter: TokenCounter,
     checkpoints: Checkpoints,
+    base_losses: BaseLosses,
     callbacks: list[TrainerCallback],
     epochs: float,
     announce: Announce,
@@ -51,6 +53,7 @@ def build_trainer(
         SFTTrainer,
     )  # here and not above: unsloth, when it is the engine, has replaced it
 
+    parts = {label: rows.with_format("torch") for label, rows in data.eval_by_source().items()}
     own_loss = takes_own_loss(recipe, model, engine, announce)
 
     class CountingTrainer(SFTTrainer):  # type: ignore[misc]
@@ -87,6 +90,14 @@ def build_trainer(
                 self._save_checkpoint(self.model, None)
                 raise
 
+        def evaluation_loop(self, dataloader: Any, *rest: Any, **named: Any) -> Any:
+            loop = super().evaluation_loop
+            if len(parts) < 2:
+                return loop(dataloader, *rest, **named)
+            return evaluate_sources(
+                parts, lambda part: loop(self.get_eval_dataloader(part), *rest, **named)
+            )
+
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             checkpoints.save(partial(super()._save_checkpoint, model, trial))
 
@@ -108,9 +119,10 @@ def build_trainer(
             train_dataset=data.train.with_format("torch"),
             eval_dataset=None if data.eval is None else data.eval.with_format("torch"),
             processing_class=tokenizer,
-            callbacks=[checkpoints, *callbacks],
+            callbacks=[checkpoints, base_losses, *callbacks],
         )
-    checkpoints.trainer = trainer
+    checkpoints.trainer = base_losses.trainer = trainer
+    base_losses.wanted = len(parts) > 1
     # TRL casts the adapter of a quantized model to bfloat16, where updates below 1/256 of a weight are
     # lost; unsloth keeps it in float32. The same recipe is to mean the same training.
     for parameter in trainer.model.parameters():
@@ -223,7 +235,7 @@ def training_arguments(
         greater_is_better=False if has_eval else None,
         restore_callback_states_from_checkpoint=False,  # Checkpoints keeps its own
         # reports
-        report_to=list(recipe.output.report_to) or "none",
+        report_to="none",  # Trackers hands its own callbacks
         disable_tqdm=True,
         include_num_input_tokens_seen="no",
         push_to_hub=False,

@@ -39,6 +39,17 @@ def test_paths_are_printed_as_they_are(workplace: object) -> None:
     manifest, said = trained(workplace, f"output.dir={place}", "train.steps=1", width=30)
     assert manifest["status"] == "finished"
     assert f"run: {place}/1\n" in said
+    assert "<strong>finished</strong>" in (place / "1" / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_costs_no_run(
+    workplace: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "write_report", lambda _: 1 / 0)
+    manifest, said = trained(workplace, "train.steps=1")
+    assert manifest["status"] == "finished"
+    assert "report.html could not be written (ZeroDivisionError: division by zero)" in said
+    assert f"fastlora report {workplace.path()}\n" in said
 
 
 def test_an_unusable_place_is_refused_before_the_data_are_read(

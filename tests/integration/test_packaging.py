@@ -70,6 +70,7 @@ def test_wheel(built: Path, tmp_path: Path) -> None:
         "fastlora", "fastlora_kernels", f"{wheel.name.rsplit('-', 3)[0]}.dist-info",
     }  # fmt: skip
     assert "fastlora/bundled_recipes/tiny/cipher.jsonl" in names
+    assert {"fastlora/page/base.html.j2", "fastlora/rundir/report.html.j2"} <= set(names)
     subprocess.run(
         [
             sys.executable,

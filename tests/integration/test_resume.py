@@ -83,9 +83,12 @@ def test_a_signal_saves_and_resume_goes_on(
     assert stopped.returncode == (143 if how == "SIGTERM" else 130), stopped.stderr[-3000:]
     assert f"fastlora run {workplace.recipe} --resume\n" in stopped.stderr
     assert workplace.manifest()["status"] == "interrupted"
+    page = workplace.path() / "report.html"
+    assert f"<pre>fastlora run {workplace.recipe} --resume</pre>" in page.read_text()
     assert (workplace.path() / "checkpoints" / f"checkpoint-{step}" / "COMPLETE").exists()
     assert (step, "eval_loss") not in [entry[:2] for entry in workplace.losses()]
     workplace.run("--resume")
+    assert "<strong>finished</strong>" in page.read_text()
     assert_same_run(workplace, uninterrupted)
 
 
@@ -157,6 +160,7 @@ def test_a_full_disk_says_so_and_resumes(workplace: object, uninterrupted: objec
     assert "the disk is full; free some space" in stopped.stderr
     assert f"fastlora run {workplace.recipe} --resume" in stopped.stderr
     assert "Traceback" not in stopped.stderr
+    assert "file write failed" in (workplace.path() / "report.html").read_text()
     workplace.run("--resume")
     assert_same_run(workplace, uninterrupted)
 

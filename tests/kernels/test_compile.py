@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 OPS = "fastlora_kernels.ops."
-PLACES = {"KIND": "nested", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "SCALES": 2}
-FOLD = {"RANK": 40, "PADDED_RANK": 64, "BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_H": 64}
+PLACES = {"KIND": "nested", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
+PLAIN = PLACES | {"BLOCK_N": 16, "BLOCK_H": 128, "SCALES": 4}
+FOLDED = PLACES | {"BLOCK_N": 64, "BLOCK_H": 32, "SCALES": 1}
+RANKS = {"RANK": 40, "PADDED_RANK": 64, "BLOCK_R": 64}
 TYPES = {  # of arguments that are not the usual *bf16 for ..._ptr and i32
     "absmax_ptr": "*u8", "table_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "nested_table_ptr": "*fp32",
     "offset_ptr": "*fp32", "row_scale_ptr": "*fp32", "c_ptr": "*fp32", "partial_ptr": "*fp32", "parts_ptr": "*fp32",
@@ -22,9 +24,9 @@ TYPES = {  # of arguments that are not the usual *bf16 for ..._ptr and i32
 GLU = {"ACTIVATION": "gelu", "BLOCK": 1024}
 ONE_PASS = {"BLOCK_T": 64, "BLOCK_N": 256}
 KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
-    ("dequantize._dequantize", PLACES | FOLD | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
-    ("dequantize._dequantize", PLACES | FOLD | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"}, {}),
-    ("dequantize._row_norms", PLACES | FOLD | {"BLOCK_N": 16}, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
+    ("dequantize._dequantize", PLAIN | RANKS | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
+    ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"}, {}),
+    ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
     ("skinny._up_and_gradient", ONE_PASS | {"RANK": 16, "BLOCK_R": 16}, {}, {"num_warps": 8, "num_stages": 2}),
     ("skinny._up_and_gradient", ONE_PASS | {"RANK": 32, "BLOCK_R": 32}, {}, {"num_warps": 8, "num_stages": 2}),
     ("skinny._sum_parts", {"RANK": 16, "BLOCK": 1024}, {}, {}),

@@ -25,10 +25,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 # Dynamo looks at the .grad of what it finds.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FULL = DEVICE == "cpu"
-DTYPE = torch.float32 if FULL else torch.bfloat16
 OPS = torch.ops.fastlora
-TOLERANCE = 1e-5 if FULL else 2e-2
+TOLERANCE = 1e-5 if DEVICE == "cpu" else 1e-4
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +40,13 @@ def _own_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def tiny(folder: Path, nf4: bool, **lora: Any) -> PeftModel:
     quantized = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPE
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPE, device_map={"": DEVICE}, quantization_config=quantized if nf4 else None
+        folder,
+        dtype=torch.float32,
+        device_map={"": DEVICE},
+        quantization_config=quantized if nf4 else None,
     )
     base.config.use_cache = False
     torch.manual_seed(0)
@@ -60,7 +61,7 @@ def tiny(folder: Path, nf4: bool, **lora: Any) -> PeftModel:
 
 
 def step(
-    model: PeftModel, length: int = 40, half: bool = not FULL
+    model: PeftModel, length: int = 40, half: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss, and every gradient; `half`: in bfloat16, by autocast."""
     ids = torch.randint(100, (2, length), generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -130,7 +131,7 @@ def test_nothing_dense_is_saved(
     tiny_model: Path, dora: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The codes of a 4-bit weight are, at no cost; the matrix that they stand for would be a whole layer in 16 bits."""
-    if backend == "inductor" and (dora or (FULL and shutil.which("g++") is None)):
+    if backend == "inductor" and (dora or (DEVICE == "cpu" and shutil.which("g++") is None)):
         pytest.skip("one is enough, and that needs a C++ compiler")
     model = tiny(tiny_model, nf4=True, use_dora=dora)
     attach(model)
@@ -180,7 +181,7 @@ def frozen(kind: str) -> tuple[list[torch.Tensor], list[int]]:
     weight = Params4bit(
         dense, requires_grad=False, quant_type="nf4", compress_statistics=kind == "nested"
     )
-    return registered.taken_apart(weight.to(DEVICE) if FULL else weight.cuda())
+    return registered.taken_apart(weight.to(DEVICE))
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -204,11 +205,11 @@ def test_lora_linear_is_an_op(kind: str, biased: bool) -> None:
     x, a, b = random(2, 5, 64), random(4, 64), random(16, 4)
     bias, beta = (torch.randn(16, device=DEVICE), random(16)) if biased else (None, None)
     weight = frozen(kind)
-    y, down = checked(OPS.lora_linear, x, *weight, bias, a, b, beta, 2.0)
+    (y,) = checked(OPS.lora_linear, x, *weight, bias, a, b, beta, 2.0)
     given = without_gradient(x, *weight, a, b, beta)
     for wants in ([True, True, True, biased], [False, False, True, False]):
         torch.library.opcheck(
-            OPS.lora_linear_backward.default, (torch.randn_like(y), *given, down, 2.0, wants)
+            OPS.lora_linear_backward.default, (torch.randn_like(y), *given, 2.0, wants)
         )
 
 
@@ -238,19 +239,19 @@ def test_glu_is_an_op(halves: bool) -> None:
 def test_glu_lora_linear_is_an_op(kind: str, halves: bool) -> None:
     gate, up = (random(2, 5, 128), None) if halves else (random(2, 5, 64), random(2, 5, 64))
     a, b, weight = random(4, 64), random(16, 4), frozen(kind)
-    y, down = checked(
+    (y,) = checked(
         OPS.glu_lora_linear, gate, up, "gelu", torch.float32, *weight, None, a, b, None, 2.0
     )
-    given = without_gradient(gate, up, "gelu", *weight, a, b, None)
+    given = without_gradient(gate, up, "gelu", torch.float32, *weight, a, b, None)
     for wants in ([True, not halves, True, True, False], [False, False, True, True, False]):
         torch.library.opcheck(
-            OPS.glu_lora_linear_backward.default, (torch.randn_like(y), *given, down, 2.0, wants)
+            OPS.glu_lora_linear_backward.default, (torch.randn_like(y), *given, 2.0, wants)
         )
 
 
 def test_a_second_derivative_raises() -> None:
     x, a, b = random(3, 64), random(4, 64), random(16, 4)
-    y, _ = OPS.lora_linear(x, *frozen("dense"), None, a, b, None, 2.0)
+    y = OPS.lora_linear(x, *frozen("dense"), None, a, b, None, 2.0)
     (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         dx.sum().backward()

@@ -192,7 +192,6 @@ def one_output_unused(model: Any, x: torch.Tensor) -> torch.Tensor:
     "call",
     [
         other_x, in_place_output, disable_one, no_grad_between, twice, only_two, one_output_unused,
-        change_adapter,
     ],
 )  # fmt: skip
 def test_nothing_is_ever_wrong(call: Callable[..., torch.Tensor], groups: list[int]) -> None:
@@ -203,6 +202,18 @@ def test_nothing_is_ever_wrong(call: Callable[..., torch.Tensor], groups: list[i
         theirs = results(plain, x, lambda x: call(plain, x))
         assert_equal(results(model, x, lambda x: call(model, x)), theirs)
     assert groups
+
+
+def test_an_adapter_that_is_written_to_between() -> None:
+    """With gradients it is as with any weight that is written to before backward: autograd refuses."""
+    plain, model = attention(), attention()
+    attach(model)
+    x = torch.randn(3, 32, device=DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(change_adapter(model, x), change_adapter(plain, x))
+    y = change_adapter(model, x.requires_grad_())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_x_that_is_written_to_between() -> None:

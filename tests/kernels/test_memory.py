@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastlora_kernels.ops.dora_linear import dora_linear
 from fastlora_kernels.ops.glu import glu_lora_linear
-from fastlora_kernels.ops.lora_linear import Projection, lora_linear, lora_linears
+from fastlora_kernels.ops.lora_linear import Projection, folds, lora_linear, lora_linears
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -39,7 +39,8 @@ def linear(four_bit: bool, dropout: float = 0.0) -> Case:
     x, w, (a, b) = random(T, K), weight(K, N, four_bit), adapter(K, N)
     dense = N * K * HALF * four_bit
     dropped = T * K * HALF * bool(dropout)
-    kept = (T * R + R * (K + N)) * HALF + 8 * bool(dropout)
+    folded = four_bit and folds(T, N, K)  # then x alone is kept
+    kept = T * R * HALF * (not folded) + 8 * bool(dropout)
     forward = T * N * HALF + max(dense, dropped)
     backward = T * K * HALF + max(dense, dropped)
     op = lambda: lora_linear(x, w, None, a, b, 2.0, None, dropout)  # noqa: E731
@@ -53,7 +54,7 @@ def three(four_bit: bool) -> Case:
         w, (a, b) = weight(K, n, four_bit), adapter(K, n)
         projections.append(Projection(w, None, a, b, 2.0))
         given += [w, a, b]
-    kept = (3 * T * R + R * (3 * K + N + N // 2)) * HALF
+    kept = 3 * T * R * HALF * (not (four_bit and folds(T, N + N // 2, K)))
     dense = N * K * HALF * four_bit
     forward = T * (N + N // 2) * HALF + dense
     return lambda: lora_linears(x, projections), [x, *given], kept, forward, T * K * HALF + dense
@@ -62,7 +63,7 @@ def three(four_bit: bool) -> Case:
 def mlp() -> Case:
     """K is the width of the MLP here."""
     gate, up, w, (a, b) = random(T, K), random(T, K), weight(K, N, False), adapter(K, N)
-    kept = (T * R + R * (K + N)) * HALF
+    kept = T * R * HALF
     projection = Projection(w, None, a, b, 2.0)
     op = lambda: glu_lora_linear(gate, up, "silu", projection, torch.bfloat16)  # noqa: E731
     return op, [gate, up, w, a, b], kept, T * (N + K) * HALF, 3 * T * K * HALF
@@ -71,7 +72,7 @@ def mlp() -> Case:
 def dora() -> Case:
     x, w, (a, b), m = random(T, K), weight(K, N, False), adapter(K, N), random(N)
     # z, and per output c and the norm.
-    kept = (T * R + R * (K + N) + T * N) * HALF + 2 * N * FULL
+    kept = (T * R + T * N) * HALF + 2 * N * FULL
     op = lambda: dora_linear(x, w, None, a, b, m, 2.0)  # noqa: E731
     # Backward: c g, then dx beside it.
     return op, [x, w, a, b, m], kept, 2 * T * N * HALF, T * (K + N) * HALF

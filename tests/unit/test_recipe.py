@@ -334,3 +334,46 @@ def test_kernels(tmp_path: Path) -> None:
     assert problem.startswith("kernels.require_fast: with engine")
     assert problem.endswith('set kernels.mode = "auto"')
     load_recipe(write(tmp_path, text.replace("peft", "auto")))  # unsloth's may be all fused
+
+
+REHEARSED = MINIMAL.replace(
+    "[output]", 'rehearsal = { source = "general.jsonl", share = 0.15 }\n[output]'
+)
+
+
+def test_the_source_of_rehearsal_is_a_source_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rehearsal = load_recipe(write(tmp_path, REHEARSED)).data.rehearsal
+    assert rehearsal is not None
+    assert rehearsal.source[0].path == str(tmp_path / "general.jsonl")
+    assert rehearsal.by == "tokens"
+    (tmp_path / "sub").mkdir()
+    path = write(tmp_path / "sub", REHEARSED)
+    for setting, expected in (
+        ("data.rehearsal.share=0.2", tmp_path / "sub" / "general.jsonl"),
+        ("data.rehearsal.source=mine.csv", tmp_path / "mine.csv"),
+        ('data.rehearsal={source=["mine.csv"], share=0.1}', tmp_path / "mine.csv"),
+    ):
+        changed = load_recipe(path, [setting]).data.rehearsal
+        assert changed is not None
+        assert changed.source[0].path == str(expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("data.rehearsal.share=1.0", "data.rehearsal.share: input should be less than 1"),
+        ("data.rehearsal.shar=0.1", "data.rehearsal.shar: unknown key; did you mean data.rehearsal.share?"),
+        ('data.rehearsal.source=[{path="a.csv", wight=2}]', "data.rehearsal.source[0].wight: unknown key"),
+        ('data.rehearsal.source="x.jsnol"', "data.rehearsal.source[0]: "),
+        ('data.rehearsal.source=["a.csv", {path="b.csv", weight=2.0}]', "rehearsal.source[0]: has no weight"),
+        ('data.sources=[{path="a.csv", weight=1.0}, "b.csv"]', "sources[1]: has no weight, while another has"),
+        ('data.sources=[{path="a.csv", weight=0.0}]', "data.sources[0].weight: input should be greater than 0"),
+        ('data.eval_sources=[{path="a.csv", weight=1.0}]', "eval_sources: a weight means nothing here"),
+        ('data.weights_by="rows"', "weights_by: no source has a weight"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_mix(tmp_path: Path, setting: str, expected: str) -> None:
+    assert expected in "\n".join(problems(tmp_path, REHEARSED, setting))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fastlora.errors import RunDirError
+from fastlora.rundir.curves import plot_loss
 from fastlora.rundir.provenance import commit
-from fastlora.rundir.report import plot_loss
 from fastlora.rundir.store import (
     COMPLETE,
     RunDir,

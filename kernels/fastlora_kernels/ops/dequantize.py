@@ -23,12 +23,12 @@ from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
-BLOCK_N, BLOCK_K = 32, 128  # with 64 rows a fold takes 151 registers
-SCALES_ONCE = True  # each scale of a tile loaded once, where rows have whole blocks
-NORM_BLOCK_N = 16  # a program walks whole rows: 256 programs for 4,096 of them
+# The fastest of some twenty on an H100, without a fold and with one. Norms walk whole rows.
+PLAIN_TILE, FOLD_TILE, NORM_TILE = (16, 256), (64, 64), (16, 256)
+"""Outputs x inputs."""
 
 Fold = tuple[torch.Tensor, torch.Tensor, float]
-"""A (R, K) and B (N, R), contiguous, and the scaling of their product."""
+"""A (R, K) and B (N, R), and the scaling of their product."""
 
 
 @jit
@@ -49,16 +49,22 @@ def _scale(
 @jit
 def _weight(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-    n_N, h_H, n_rows, n_bytes,
+    n_N, start_h, n_rows, n_bytes,
     KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, SCALES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the frozen weight in float32, (N, 2 H); zero outside. KIND: dense, 4bit or nested."""
+    """A tile of the frozen weight in float32, (N, 2 BLOCK_H); zero outside. KIND: dense, 4bit or nested."""
+    h_H = start_h + tl.arange(0, BLOCK_H)
     inside_NH = (n_N[:, None] < n_rows) & (h_H[None, :] < n_bytes)
     byte_NH = n_N.to(tl.int64)[:, None] * n_bytes + h_H[None, :]  # 64 bits: 2^31 weights are 16 GB
     if KIND == "dense":
         first_NH = tl.load(weight_ptr + 2 * byte_NH, mask=inside_NH, other=0.0).to(tl.float32)
         second_NH = tl.load(weight_ptr + 2 * byte_NH + 1, mask=inside_NH, other=0.0).to(tl.float32)
     else:
+        if SCALES > 0:
+            # A thread takes 4 bytes, which become the 8 weights of 16 bits that it stores at once: with as many as it
+            # could load, they would change threads before they are stored. 43 us became 23 at 4096 x 4096.
+            byte_NH = tl.max_contiguous(tl.multiple_of(byte_NH, [1, 4]), [1, 4])
         packed_NH = tl.load(weight_ptr + byte_NH, mask=inside_NH, other=0).to(tl.int32)
         if SCALES == 0:
             # Both weights of a byte have the same scale: blocks are even.
@@ -68,18 +74,25 @@ def _weight(
             )  # fmt: skip
         else:
             # A row has whole blocks, and so has the tile, or a part of one: each scale is loaded once.
-            first_h = tl.min(h_H, axis=0)
-            j_J = first_h * 2 // BLOCKSIZE + tl.arange(0, SCALES)
+            j = start_h * 2 // BLOCKSIZE
             blocks = n_bytes * 2 // BLOCKSIZE
-            scale_NJ = _scale(
-                absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-                n_N.to(tl.int64)[:, None] * blocks + j_J[None, :],
-                (n_N[:, None] < n_rows) & (j_J[None, :] < blocks), KIND, NESTED_BLOCKSIZE,
-            )  # fmt: skip
-            BLOCK_N: tl.constexpr = n_N.shape[0]
-            BLOCK_H: tl.constexpr = h_H.shape[0]
-            scale_NJH = tl.broadcast_to(scale_NJ[:, :, None], (BLOCK_N, SCALES, BLOCK_H // SCALES))
-            scale_NH = tl.reshape(scale_NJH, (BLOCK_N, BLOCK_H))
+            if SCALES == 1:
+                scale_NH = _scale(
+                    absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
+                    n_N.to(tl.int64) * blocks + j, (n_N < n_rows) & (j < blocks), KIND, NESTED_BLOCKSIZE,
+                )[:, None]  # fmt: skip
+            else:
+                j_J = j + tl.arange(0, SCALES)
+                scale_NJ = _scale(
+                    absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
+                    n_N.to(tl.int64)[:, None] * blocks + j_J[None, :],
+                    (n_N[:, None] < n_rows) & (j_J[None, :] < blocks), KIND, NESTED_BLOCKSIZE,
+                )  # fmt: skip
+                BLOCK_N: tl.constexpr = n_N.shape[0]
+                scale_NJH = tl.broadcast_to(
+                    scale_NJ[:, :, None], (BLOCK_N, SCALES, BLOCK_H // SCALES)
+                )
+                scale_NH = tl.reshape(scale_NJH, (BLOCK_N, BLOCK_H))
         first_NH = tl.load(table_ptr + (packed_NH >> 4)) * scale_NH
         second_NH = tl.load(table_ptr + (packed_NH & 15)) * scale_NH
     return tl.interleave(first_NH, second_NH)
@@ -118,12 +131,11 @@ def _dequantize(
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     k_K = tl.program_id(1) * (2 * BLOCK_H) + tl.arange(0, 2 * BLOCK_H)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     weight_NK = _weight(
         weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-        n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES,
+        n_N, tl.program_id(1) * BLOCK_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_H,
     )  # fmt: skip
     if FOLD:
         weight_NK += _product(
@@ -148,11 +160,10 @@ def _row_norms(
     dtype: tl.constexpr = like_ptr.dtype.element_ty
     squares_N = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, n_bytes, BLOCK_H):
-        h_H = start + tl.arange(0, BLOCK_H)
         k_K = 2 * start + tl.arange(0, 2 * BLOCK_H)
         weight_NK = _weight(
             weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-            n_N, h_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES,
+            n_N, start, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_H,
         )  # fmt: skip
         weight_NK += _product(
             a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
@@ -161,10 +172,13 @@ def _row_norms(
     tl.store(out_ptr + n_N, tl.sqrt(squares_N), mask=n_N < n_rows)
 
 
-def _frozen(weight: FourBit | torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the kernels are told of the frozen weight: pointers, and what is compiled in."""
+def _frozen(
+    weight: FourBit | torch.Tensor, tile: tuple[int, int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernels are told of the frozen weight and the tile: pointers, and what is compiled in."""
+    compiled: dict[str, Any] = {"BLOCK_N": tile[0], "BLOCK_H": tile[1] // 2}
     if isinstance(weight, torch.Tensor):
-        compiled = {"KIND": "dense", "BLOCKSIZE": 2, "NESTED_BLOCKSIZE": 1, "SCALES": 0}
+        compiled |= {"KIND": "dense", "BLOCKSIZE": 2, "NESTED_BLOCKSIZE": 1, "SCALES": 0}
         return (weight,) * 6, compiled
     nested = weight.nested_absmax is not None
     pointers = (
@@ -175,25 +189,30 @@ def _frozen(weight: FourBit | torch.Tensor) -> tuple[tuple[Any, ...], dict[str, 
         weight.nested_table if nested else weight.table,
         weight.offset if nested else weight.table,
     )
-    return pointers, {
+    return pointers, compiled | {
         "KIND": "nested" if nested else "4bit",
         "BLOCKSIZE": weight.blocksize,
         "NESTED_BLOCKSIZE": weight.nested_blocksize,
-        "SCALES": _scales(weight),
+        "SCALES": _scales(weight, tile[1]),
     }
 
 
-def _scales(weight: FourBit) -> int:
+def _scales(weight: FourBit, columns: int) -> int:
     """How many scales a row of a tile has, if that is known before; else 0, and each byte looks for its own."""
     size = weight.blocksize
-    whole = weight.shape[1] % size == 0 and (BLOCK_K % size == 0 or size % BLOCK_K == 0)
-    return max(1, BLOCK_K // size) if whole and SCALES_ONCE else 0
+    whole = weight.shape[1] % size == 0 and (columns % size == 0 or size % columns == 0)
+    return max(1, columns // size) if whole else 0
 
 
 def _ranks(rank: int) -> dict[str, int]:
     """The rank is taken in blocks of at most 64, so that a high one fits into shared memory."""
     block = min(64, max(16, triton.next_power_of_2(rank)))
     return {"RANK": rank, "PADDED_RANK": triton.cdiv(rank, block) * block, "BLOCK_R": block}
+
+
+def _contiguous(fold: Fold) -> Fold:
+    a, b, scaling = fold
+    return a.contiguous(), b.contiguous(), scaling
 
 
 def dequantize(
@@ -212,12 +231,13 @@ def dequantize(
         return reference.dequantize(weight, dtype, fold, row_scale)
     n, k = weight.shape
     out_NK = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
-    pointers, compiled = _frozen(weight)
-    a, b, scaling = fold or (weight.table, weight.table, 0.0)
-    compiled |= _ranks(a.shape[0] if fold else 1) | {"BLOCK_N": BLOCK_N, "BLOCK_H": BLOCK_K // 2}
+    tile = FOLD_TILE if fold else PLAIN_TILE
+    pointers, compiled = _frozen(weight, tile)
+    a, b, scaling = _contiguous(fold) if fold else (weight.table, weight.table, 0.0)
+    compiled |= _ranks(a.shape[0] if fold else 1)
     launch(
         _dequantize,
-        (triton.cdiv(n, BLOCK_N), triton.cdiv(k, BLOCK_K)),
+        (triton.cdiv(n, tile[0]), triton.cdiv(k, tile[1])),
         (*pointers, a, b, weight.table if row_scale is None else row_scale, out_NK),
         (n, k // 2, float(scaling)),
         compiled | {"FOLD": fold is not None, "ROW_SCALE": row_scale is not None},
@@ -236,14 +256,14 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
         return reference.row_norms(weight, fold, dtype)
     n, k = weight.shape
     out_N = torch.empty(n, dtype=torch.float32, device=device)
-    pointers, compiled = _frozen(weight)
-    a, b, scaling = fold
+    pointers, compiled = _frozen(weight, NORM_TILE)
+    a, b, scaling = _contiguous(fold)
     like = torch.empty(0, dtype=dtype, device=device)  # its type alone is looked at
     launch(
         _row_norms,
-        (triton.cdiv(n, NORM_BLOCK_N),),
+        (triton.cdiv(n, NORM_TILE[0]),),
         (*pointers, a, b, like, out_N),
         (n, k // 2, float(scaling)),
-        compiled | _ranks(a.shape[0]) | {"BLOCK_N": NORM_BLOCK_N, "BLOCK_H": BLOCK_K // 2},
+        compiled | _ranks(a.shape[0]),
     )
     return out_N

@@ -5,8 +5,8 @@
 
 DoRA, Liu et al. 2024 (arXiv:2402.09353); the norm is a constant in backward (section 4.3). Its rows are summed
 up without W + s B A in memory. On a 4-bit W above a number of tokens c and s B A are folded into it, which makes
-forward and dx a product each; else the wide products are scaled once. Saved: x, S, and z, of which dm is made (a
-copy: what reads y may overwrite it). Shapes: T tokens, K inputs, N outputs, R rank.
+forward and dx a product each, and S is first made in backward; else the wide products are scaled once. Saved: x, S if
+made, and z, of which dm is made (a copy: what reads y may overwrite it). Shapes: T tokens, K inputs, N outputs, R rank.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastlora_kernels.ops.lora_linear import (
     fitting,
     folds,
     frozen,
+    in_one_dtype,
     scaled_product,
     shaped,
     source,
@@ -134,9 +135,9 @@ class DoraLinear(torch.autograd.Function):
         magnitude_N: torch.Tensor,
     ) -> torch.Tensor:
         weight, bias_N, scaling = fixed
-        y, *saved = output(x, weight, bias_N, scaling, a_RK, b_NR, magnitude_N)
-        ctx.fixed = source(weight), scaling, (a_RK.dtype, b_NR.dtype)
-        ctx.save_for_backward(x, magnitude_N, *saved)
+        y, *made = output(x, weight, bias_N, scaling, a_RK, b_NR, magnitude_N)
+        ctx.fixed = source(weight), scaling
+        ctx.save_for_backward(x, bias_N, a_RK, b_NR, magnitude_N, *made)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -156,50 +157,53 @@ def output(
     b_NR: torch.Tensor,
     magnitude_N: torch.Tensor,
 ) -> tuple[Any, ...]:
-    """y, (..., N), and what else backward needs: A, B and the bias in x's dtype, S, what dm is made of, c, norm."""
+    """y, (..., N); S if it was made, what dm is made of, c and the norm."""
     dtype, x_TK = x.dtype, x.reshape(-1, x.shape[-1])
-    a, b = a_RK.to(dtype).contiguous(), b_NR.to(dtype).contiguous()
-    bias_N = None if bias_N is None else bias_N.to(dtype)
     if isinstance(weight, torch.Tensor):
         weight = weight.to(dtype).contiguous()
-    norm_N = row_norms(weight, (a, b, scaling), dtype)
+    fold = (a_RK, b_NR, scaling)
+    norm_N = row_norms(weight, fold, dtype)
     c_N = magnitude_N / norm_N  # in float32, which the norm has
-    down_TR = torch.mm(x_TK, a.T)
+    down_TR = None
     if _folds(weight, x_TK):
-        weight_NK = dense(weight, dtype, (a, b, scaling), c_N)
-        y_TN = torch.nn.functional.linear(x_TK, weight_NK, bias_N)
+        bias_N = None if bias_N is None else bias_N.to(dtype)
+        y_TN = torch.nn.functional.linear(x_TK, dense(weight, dtype, fold, c_N), bias_N)
         # z = (y - b) / c, and dm = sum g z / norm = sum g (y - b) / m.
         kept_TN = y_TN.clone()
     else:
+        a, (b,) = in_one_dtype((a_RK, b_NR, None), dtype)
+        down_TR = torch.mm(x_TK, a.T)
         kept_TN = scaled_product(down_TR, b.T, scaling)
         kept_TN.addmm_(x_TK, dense(weight, dtype).T)
         y_TN = scale_columns(kept_TN, c_N, bias_N)
-    return shaped(y_TN, x.shape[:-1]), a, b, bias_N, down_TR, kept_TN, c_N, norm_N
+    return shaped(y_TN, x.shape[:-1]), down_TR, kept_TN, c_N, norm_N
 
 
 def gradients_of(
     g: torch.Tensor, wants: Sequence[bool], fixed: Any, saved: Sequence[Any]
 ) -> tuple[torch.Tensor | None, ...]:
-    """dx, dA, dB and dm, where wanted. `fixed`: the weight, the scaling and the dtypes of dA and dB; `saved`: x, m
-    and what `output` gave."""
-    weight, scaling, (a_dtype, b_dtype) = fixed
-    x, magnitude_N, a, b, bias_N, down_TR, kept_TN, c_N, norm_N = saved
-    g_TN = g.reshape(-1, b.shape[0]).contiguous()
+    """dx, dA, dB and dm, where wanted. `fixed`: the weight and the scaling; `saved`: x, b, A, B, m and what `output`
+    gave; without S it is made again."""
+    weight, scaling = fixed
+    x, bias_N, a_RK, b_NR, magnitude_N, down_TR, kept_TN, c_N, norm_N = saved
+    g_TN = g.reshape(-1, b_NR.shape[0]).contiguous()
     weight, dtype, x_TK = frozen(weight), x.dtype, x.reshape(-1, x.shape[-1])
+    a, (b,) = in_one_dtype((a_RK, b_NR, None), dtype)
     wants_x, wants_a, wants_b, wants_m = wants
     fold = _folds(weight, x_TK)
     scale_N1 = (scaling * c_N)[:, None]
     up_TR = torch.mm(g_TN, (b * scale_N1).to(dtype))
-    dx_TK = da_RK = db_NR = dm_N = None
+    dx_TK = da = db = dm_N = None
     if wants_x and fold:
-        dx_TK = torch.mm(g_TN, dense(weight, dtype, (a, b, scaling), c_N))
+        dx_TK = torch.mm(g_TN, dense(weight, dtype, (a_RK, b_NR, scaling), c_N))
     elif wants_x:
         dx_TK = torch.mm(up_TR, a)
         dx_TK.addmm_(scale_columns(g_TN, c_N), dense(weight, dtype))
     if wants_a:
-        da_RK = product(up_TR.T, x_TK).to(a_dtype)
+        da = product(up_TR.T, x_TK).to(a_RK.dtype)
     if wants_b:
-        db_NR = (product(g_TN.T, down_TR) * scale_N1).to(b_dtype)
+        down_TR = torch.mm(x_TK, a.T) if down_TR is None else down_TR
+        db = (product(g_TN.T, down_TR) * scale_N1).to(b_NR.dtype)
     if wants_m:
         dots_N = column_dots(g_TN, kept_TN)
         if fold:
@@ -209,7 +213,7 @@ def gradients_of(
         else:
             dots_N /= norm_N
         dm_N = dots_N.to(magnitude_N.dtype)
-    return None if dx_TK is None else dx_TK.view(x.shape), da_RK, db_NR, dm_N
+    return None if dx_TK is None else dx_TK.view(x.shape), da, db, dm_N
 
 
 def _folds(weight: Weight, x_TK: torch.Tensor) -> bool:

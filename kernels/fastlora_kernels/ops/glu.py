@@ -19,11 +19,10 @@ from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
 from fastlora_kernels.launch import launch
 from fastlora_kernels.ops.lora_linear import (
+    Gradients,
     Projection,
     fitting,
     frozen,
-    gradients_of_a,
-    gradients_of_x_and_b,
     outputs,
     shaped,
 )
@@ -194,19 +193,19 @@ class GluLoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, how: Any, *adapters: Any
     ) -> torch.Tensor:
-        ctx.activation, dtype, fixed = how
-        y, saved = lora_output(ctx, gate, up, dtype, fixed, adapters)
-        ctx.save_for_backward(gate, up, *saved)
+        ctx.activation, ctx.dtype, fixed = how
+        y, *made = lora_output(ctx, gate, up, fixed, adapters)
+        ctx.save_for_backward(gate, up, *made, *adapters)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        gate, up, *saved = ctx.saved_tensors
+        gate, up, *made_and_adapters = ctx.saved_tensors
         wants_gate, wants_up, _, *wants = ctx.needs_input_grad
         wants_h = wants_gate or wants_up
-        dgate, dup, *found = lora_gradients(ctx, saved, gate, up, gs, wants_h, wants)
+        dgate, dup, *found = lora_gradients(ctx, made_and_adapters, gate, up, gs, wants_h, wants)
         return dgate, dup, None, *found
 
 
@@ -227,19 +226,18 @@ def lora_output(
     ctx: Any,
     gate: torch.Tensor,
     up: torch.Tensor | None,
-    dtype: torch.dtype,
     fixed: Any,
     adapters: Sequence[Any],
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """y, and what else backward needs saved (see lora_linear.outputs)."""
-    h_TF = _forward(*_halves(gate, up), ctx.activation, dtype)
-    (y,), saved = outputs(ctx, h_TF, gate.shape[:-1], fixed, adapters)
-    return y, saved
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """y, S and the seeds (see lora_linear.outputs)."""
+    h_TF = _forward(*_halves(gate, up), ctx.activation, ctx.dtype)
+    (y,), down_TR, seeds = outputs(ctx, h_TF, gate.shape[:-1], fixed, adapters)
+    return y, down_TR, seeds
 
 
 def lora_gradients(
     ctx: Any,
-    saved: Sequence[Any],
+    made_and_adapters: Sequence[Any],
     gate: torch.Tensor,
     up: torch.Tensor | None,
     gs: Sequence[torch.Tensor | None],
@@ -247,15 +245,15 @@ def lora_gradients(
     wants: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """dgate, dup, and those of `adapters`."""
-    dh_TF, up_TR, found = gradients_of_x_and_b(ctx, saved, gs, wants_h, wants)
+    down_TR, seeds, *adapters = made_and_adapters
+    gradients = Gradients(ctx, ctx.dtype, adapters, gs, wants, down_TR, seeds)
+    h_TF = gradients.of_x() if wants_h else None
     dgate = dup = None
-    if dh_TF is not None:
-        dgate, dup = _input_gradients(dh_TF, gate, up, ctx.activation)
-        h_TF = dh_TF
+    if h_TF is not None:
+        dgate, dup = _input_gradients(h_TF, gate, up, ctx.activation)
     else:
-        h_TF = _forward(*_halves(gate, up), ctx.activation, up_TR.dtype)
-    gradients_of_a(ctx, saved, up_TR, h_TF, gs, wants, found)
-    return dgate, dup, *found
+        h_TF = _forward(*_halves(gate, up), ctx.activation, ctx.dtype)
+    return dgate, dup, *gradients.of_adapters(h_TF)
 
 
 def _input_gradients(

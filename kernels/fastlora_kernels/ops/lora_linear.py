@@ -7,10 +7,11 @@
 LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; D_i is dropout, if any (ops/dropout.py), and beta_i the bias of
 B_i. The products of rank R are taken first, so that no (N, K) delta is formed; the A_i stand one below the other, so
 that x is read once for all S_i and once for all dA_i, and dx is summed up in place. A 4-bit W_i is dequantized in each
-direction; above a number of tokens s B A is folded into it, which makes each direction a single product. An 8-bit
-W_i is bitsandbytes' own product forward.
+direction; above a number of tokens s B A is folded into it, which makes y and dx a product each, and S is first
+made in backward. An 8-bit W_i is bitsandbytes' own product forward.
 
-Saved for backward: x once, S (tokens x ranks), A and B in x's dtype, and a seed for each dropout.
+Saved for backward: x once, A and B as they are, and, where there was no fold, S (tokens x ranks) and a seed for each
+dropout.
 Shapes: T tokens, K inputs, N outputs, R rank, or the ranks together.
 """
 
@@ -142,18 +143,12 @@ def shaped(y_TN: torch.Tensor, lead: torch.Size) -> torch.Tensor:
     return y
 
 
-def stacked(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """One below the other, contiguous, in `dtype`."""
-    one = matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
-    return one.to(dtype).contiguous()
-
-
 class LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, fixed: Any, *adapters: Any) -> tuple[torch.Tensor, ...]:
         x_TK = x.reshape(-1, x.shape[-1])
-        ys, saved = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters)
-        ctx.save_for_backward(x, *saved)
+        ys, *made = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters)
+        ctx.save_for_backward(x, *made, *adapters)
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -161,32 +156,36 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        x, down_TR, seeds, *adapters = ctx.saved_tensors
         wants_x, _, *wants = ctx.needs_input_grad
-        dx_TK, up_TR, found = gradients_of_x_and_b(ctx, saved, gs, wants_x, wants)
-        gradients_of_a(ctx, saved, up_TR, x.reshape(-1, x.shape[-1]), gs, wants, found)
+        gradients = Gradients(ctx, x.dtype, adapters, gs, wants, down_TR, seeds)
+        dx_TK = gradients.of_x() if wants_x else None
+        found = gradients.of_adapters(x.reshape(-1, x.shape[-1]))
         return None if dx_TK is None else dx_TK.view(x.shape), None, *found
 
 
 def outputs(
     ctx: Any, x_TK: torch.Tensor, lead: torch.Size, fixed: Any, adapters: Sequence[Any]
-) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, ...]]:
-    """Every y_i, (*lead, N), and what else backward needs saved. `adapters`: A, B and its bias of each in turn."""
+) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
+    """Every y_i, (*lead, N); S and the seeds, if made. `adapters`: A, B and its bias of each in turn."""
     dtype = x_TK.dtype
     remember(ctx, x_TK.shape[0], fixed, adapters)
-    a_RK, bs = in_one_dtype(adapters, dtype)
-    seeds = draw_seeds(ctx.ps, x_TK.device)
-    down_TR = down(ctx, x_TK, a_RK, [scaling for _, _, scaling, _ in fixed], seeds)
+    down_TR = seeds = None
+    low: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(fixed)
+    if not ctx.fold:
+        a_RK, bs = in_one_dtype(adapters, dtype)
+        seeds = draw_seeds(ctx.ps, x_TK.device)
+        down_TR = down(ctx, x_TK, a_RK, seeds)
+        low = [(down_TR[:, block], b_NR) for block, b_NR in zip(ctx.blocks, bs, strict=True)]
     ys = []
-    for (weight, bias_N, scaling, _), b_NR, beta_N, block in zip(
-        fixed, bs, adapters[2::3], ctx.blocks, strict=True
-    ):
+    for i, (weight, bias_N, scaling, _) in enumerate(fixed):
+        a_RK, b_NR, beta_N = adapters[3 * i : 3 * i + 3]
+        bias_N = None if bias_N is None else bias_N.to(dtype)
         if beta_N is not None:
             beta_N = scaling * beta_N.to(dtype)
-        bias_N = None if bias_N is None else bias_N.to(dtype)
-        fold = (a_RK[block], b_NR, scaling) if ctx.fold else None
-        ys.append(output(lead, x_TK, weight, bias_N, beta_N, down_TR[:, block], b_NR, fold))
-    return ys, (a_RK, down_TR, seeds, *bs)
+        fold = (a_RK, b_NR, scaling) if ctx.fold else None
+        ys.append(output(lead, x_TK, weight, bias_N, beta_N, low[i], fold))
+    return ys, down_TR, seeds
 
 
 def remember(ctx: Any, tokens: int, fixed: Any, adapters: Sequence[Any]) -> None:
@@ -200,85 +199,133 @@ def remember(ctx: Any, tokens: int, fixed: Any, adapters: Sequence[Any]) -> None
     ctx.fold = not any(ctx.ps) and all(isinstance(weight, FourBit) for weight in weights)
     ctx.fold = ctx.fold and folds(tokens, outputs_each, weights[0].shape[1])
     # The weights as they are, not their data: one that is streamed in is another tensor by backward.
-    ctx.fixed = [(source(weight), scaling) for weight, _, scaling, _ in fixed]
-    ctx.dtypes = [None if given is None else given.dtype for given in adapters]
+    ctx.weights = [source(weight) for weight in weights]
+    ctx.scalings = [scaling for _, _, scaling, _ in fixed]
 
 
 def in_one_dtype(
     adapters: Sequence[Any], dtype: torch.dtype
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Every A, one below the other, and each B."""
-    return stacked(adapters[::3], dtype), [b_NR.to(dtype).contiguous() for b_NR in adapters[1::3]]
+    """Every A, one below the other, and each B, contiguous. In one launch: each is small, and launches add up."""
+    lower, upper = list(adapters[::3]), list(adapters[1::3])
+    given = [*lower, *upper]
+    if len(lower) == 1 and all(one.dtype == dtype and one.is_contiguous() for one in given):
+        return lower[0], upper
+    starts: list[int] = []
+    end = 0
+    for one in given:
+        if len(starts) >= len(lower):
+            end = -(-end // 8) * 8  # 16 bytes: what the products' fast kernels ask for
+        starts.append(end)
+        end += one.numel()
+    flat = given[0].new_empty(end, dtype=dtype)
+    found = [
+        flat[start : start + one.numel()].view(one.shape)
+        for start, one in zip(starts, given, strict=True)
+    ]
+    torch._foreach_copy_(found, given)
+    a_RK = flat[: sum(one.numel() for one in lower)].view(-1, lower[0].shape[1])
+    return a_RK, found[len(lower) :]
 
 
-def gradients_of_x_and_b(
-    ctx: Any,
-    saved: Sequence[torch.Tensor],
-    gs: Sequence[torch.Tensor | None],
-    wants_x: bool,
-    wants: Sequence[bool],
-) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor | None]]:
-    """dx, (T, K), where wanted; U; and the gradients of `adapters` (see outputs), those of A still missing."""
-    a_RK, down_TR, seeds, *bs = saved
-    found: list[torch.Tensor | None] = [None] * len(wants)
-    up_TR = torch.empty_like(down_TR)
-    parts = []
-    for i, (g, b_NR, block, (weight, scaling)) in enumerate(
-        zip(gs, bs, ctx.blocks, ctx.fixed, strict=True)
-    ):
-        if g is None:  # nothing was made of that output
-            up_TR[:, block] = 0
-            continue
-        g_TN = g.reshape(-1, g.shape[-1]).contiguous()
-        db_dtype = ctx.dtypes[3 * i + 1] if wants[3 * i + 1] else None
-        found[3 * i + 1] = up_and_gradient(
-            g_TN, b_NR, down_TR[:, block], scaling, up_TR[:, block], db_dtype
-        )
-        if wants[3 * i + 2]:
-            dbeta_N = scaling * g_TN.sum(dim=0, dtype=torch.float32)
-            found[3 * i + 2] = dbeta_N.to(ctx.dtypes[3 * i + 2])
-        parts.append((g_TN, weight, (a_RK[block], b_NR, scaling) if ctx.fold else None))
-    if not (wants_x and parts):
-        return None, up_TR, found
-    if ctx.fold:
-        return gradient_of_x(parts, None, a_RK.dtype), up_TR, found
-    dx_TK = expanded(ctx, up_TR, a_RK, seeds)
-    return gradient_of_x(parts, dx_TK, a_RK.dtype), up_TR, found
+class Gradients:
+    """Of one call of `outputs`. That of x is first, where both are wanted: x may be made anew from it (ops/glu.py).
 
+    `dtype`: x's. `adapters`, `down_TR` and `seeds`: as they were given to `outputs` and came out of it; without S
+    it is made again. `wants`: whether each of `adapters` is to have a gradient.
+    """
 
-def gradients_of_a(
-    ctx: Any,
-    saved: Sequence[torch.Tensor],
-    up_TR: torch.Tensor,
-    x_TK: torch.Tensor,
-    gs: Sequence[torch.Tensor | None],
-    wants: Sequence[bool],
-    found: list[torch.Tensor | None],
-) -> None:
-    """dA_i = U_i^T D_i(x) into its place in `found`: one product for all, unless each has a dropout of its own."""
-    seeds = saved[2]
-    da_RK = product(up_TR.T, x_TK) if seeds is None and any(wants[::3]) else None
-    for i, (block, p) in enumerate(zip(ctx.blocks, ctx.ps, strict=True)):
-        if wants[3 * i] and gs[i] is not None:
-            found[3 * i] = (
-                product(up_TR[:, block].T, dropout(x_TK, p, seeds[i]))
-                if da_RK is None
-                else da_RK[block]
-            ).to(ctx.dtypes[3 * i])
+    def __init__(
+        self,
+        ctx: Any,
+        dtype: torch.dtype,
+        adapters: Sequence[Any],
+        gs: Sequence[torch.Tensor | None],
+        wants: Sequence[bool],
+        down_TR: torch.Tensor | None,
+        seeds: torch.Tensor | None,
+    ) -> None:
+        self.ctx, self.dtype, self.adapters, self.wants = ctx, dtype, adapters, wants
+        self.down_TR, self.seeds = down_TR, seeds
+        self.up_TR: torch.Tensor | None = None
+        self.a_RK, self.bs = in_one_dtype(adapters, dtype)
+        self.gs = [None if g is None else g.reshape(-1, g.shape[-1]).contiguous() for g in gs]
+        self.given = [g_TN for g_TN in self.gs if g_TN is not None]
+        """None where nothing was made of an output."""
+        self.found: list[torch.Tensor | None] = [None] * len(adapters)
+
+    def of_x(self) -> torch.Tensor | None:
+        """sum_i g_i W_i + D_i(U_i A_i), (T, K)."""
+        ctx = self.ctx
+        if not self.given:
+            return None
+        dx_TK = None
+        if not ctx.fold:
+            dx_TK = expanded(ctx, self._up(), self.a_RK, self.seeds)
+        for i, g_TN in enumerate(self.gs):
+            if g_TN is None:
+                continue
+            a_RK, b_NR, _ = self.adapters[3 * i : 3 * i + 3]
+            fold = (a_RK, b_NR, ctx.scalings[i]) if ctx.fold else None
+            weight_NK = dense(frozen(ctx.weights[i]), self.dtype, fold)
+            dx_TK = torch.mm(g_TN, weight_NK) if dx_TK is None else dx_TK.addmm_(g_TN, weight_NK)
+        return dx_TK
+
+    def of_adapters(self, x_TK: torch.Tensor) -> list[torch.Tensor | None]:
+        """dA_i = U_i^T D_i(x), dB_i and dbeta_i, where wanted, each in its own dtype."""
+        ctx, found = self.ctx, self.found
+        if not self.given:
+            return found
+        if self.down_TR is None and any(self.wants):
+            self.down_TR = down(ctx, x_TK, self.a_RK, self.seeds)
+        up_TR = self._up()
+        # One product for all, unless each has a dropout of its own.
+        da_RK = product(up_TR.T, x_TK) if self.seeds is None and any(self.wants[::3]) else None
+        for i, (g_TN, block) in enumerate(zip(self.gs, ctx.blocks, strict=True)):
+            if g_TN is None:
+                continue
+            wants_a, wants_b, wants_beta = self.wants[3 * i : 3 * i + 3]
+            a_RK, b_NR, beta_N = self.adapters[3 * i : 3 * i + 3]
+            if wants_a and da_RK is not None:
+                found[3 * i] = da_RK[block].to(a_RK.dtype)
+            elif wants_a:
+                dropped_TK = dropout(x_TK, ctx.ps[i], self.seeds[i])  # type: ignore[index]
+                found[3 * i] = product(up_TR[:, block].T, dropped_TK).to(a_RK.dtype)
+            if wants_b and found[3 * i + 1] is None:
+                assert self.down_TR is not None
+                found[3 * i + 1] = product(g_TN.T, self.down_TR[:, block]).to(b_NR.dtype)
+            if wants_beta:
+                dbeta_N = ctx.scalings[i] * g_TN.sum(dim=0, dtype=torch.float32)
+                found[3 * i + 2] = dbeta_N.to(beta_N.dtype)
+        return found
+
+    def _up(self) -> torch.Tensor:
+        """U, (T, R); and each dB with it, of the same read of g, if S is there by then."""
+        if self.up_TR is not None:
+            return self.up_TR
+        ctx = self.ctx
+        self.up_TR = self.a_RK.new_empty(self.given[0].shape[0], self.a_RK.shape[0])
+        for i, (g_TN, b_NR, block) in enumerate(zip(self.gs, self.bs, ctx.blocks, strict=True)):
+            up_TR = self.up_TR[:, block]
+            if g_TN is None:
+                up_TR.zero_()
+                continue
+            down_TR = None if self.down_TR is None else self.down_TR[:, block]
+            db_dtype = self.adapters[3 * i + 1].dtype if self.wants[3 * i + 1] else None
+            self.found[3 * i + 1] = up_and_gradient(
+                g_TN, b_NR, down_TR, ctx.scalings[i], up_TR, db_dtype
+            )
+        return self.up_TR
 
 
 def down(
-    ctx: Any,
-    x_TK: torch.Tensor,
-    a_RK: torch.Tensor,
-    scalings: list[float],
-    seeds: torch.Tensor | None,
+    ctx: Any, x_TK: torch.Tensor, a_RK: torch.Tensor, seeds: torch.Tensor | None
 ) -> torch.Tensor:
-    """S, (T, R): likewise, where all have one scaling."""
-    if seeds is None and len(set(scalings)) == 1:
-        return scaled_product(x_TK, a_RK.T, scalings[0])
+    """S_i = s_i D_i(x) A_i^T side by side, (T, R): one product for all, where they have one scaling and no dropout."""
+    if seeds is None and len(set(ctx.scalings)) == 1:
+        return scaled_product(x_TK, a_RK.T, ctx.scalings[0])
     down_TR = x_TK.new_empty(x_TK.shape[0], a_RK.shape[0])
-    for i, (block, p, scaling) in enumerate(zip(ctx.blocks, ctx.ps, scalings, strict=True)):
+    for i, (block, p, scaling) in enumerate(zip(ctx.blocks, ctx.ps, ctx.scalings, strict=True)):
         dropped_TK = x_TK if seeds is None else dropout(x_TK, p, seeds[i])
         down_TR[:, block].addmm_(dropped_TK, a_RK[block].T, beta=0, alpha=scaling)
     return down_TR
@@ -305,14 +352,14 @@ def output(
     weight: Frozen,
     bias_N: torch.Tensor | None,
     beta_N: torch.Tensor | None,
-    down_TR: torch.Tensor,
-    b_NR: torch.Tensor,
+    low: tuple[torch.Tensor, torch.Tensor] | None,
     fold: Fold | None,
 ) -> torch.Tensor:
-    """y, (*lead, N); beta_N is scaled already."""
+    """y, (*lead, N), with either `low`, S (T, R) and B, or a fold; beta_N is scaled already."""
     if isinstance(weight, EightBit):
+        assert low is not None
         y_TN = weight.linear(x_TK)  # with its bias
-        y_TN.addmm_(down_TR, b_NR.T)
+        y_TN.addmm_(low[0], low[1].T)
         return shaped(y_TN if beta_N is None else y_TN.add_(beta_N), lead)
     if beta_N is not None:
         bias_N = beta_N if bias_N is None else bias_N + beta_N
@@ -320,7 +367,8 @@ def output(
     y = x_TK.new_empty(*lead, weight_KN.shape[1])
     y_TN = y.view(-1, weight_KN.shape[1])
     # S B^T first: the large product adds to it as it writes. Afterwards it would read and write y once more.
-    first, *then = ((x_TK, weight_KN),) if fold else ((down_TR, b_NR.T), (x_TK, weight_KN))
+    products = [(x_TK, weight_KN)] if low is None else [(low[0], low[1].T), (x_TK, weight_KN)]
+    first, *then = products
     if bias_N is None:
         torch.mm(*first, out=y_TN)
     else:
@@ -336,16 +384,3 @@ def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> t
     # With beta=0 what is there is not read, NaN neither.
     out = left.new_empty(left.shape[0], right.shape[1])
     return out.addmm_(left, right, beta=0, alpha=scaling)
-
-
-def gradient_of_x(
-    parts: list[tuple[torch.Tensor, Weight, Fold | None]],
-    dx_TK: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """dx_TK + sum_i g_i W_i, (T, K), in place; W_i with its fold."""
-    for g_TN, weight, fold in parts:
-        weight_NK = dense(frozen(weight), dtype, fold)
-        dx_TK = torch.mm(g_TN, weight_NK) if dx_TK is None else dx_TK.addmm_(g_TN, weight_NK)
-    assert dx_TK is not None
-    return dx_TK

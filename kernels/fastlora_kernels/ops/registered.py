@@ -2,8 +2,8 @@
 
 A compiler that traced the autograd.Functions would find the same dequantized W in forward and backward, and save it: a
 whole layer in 16 bits. Here it sees one op each way, and backward's takes the gradient that arrives, so that nothing
-dense can be made before. What runs inside are the functions that the autograd.Functions run; x, A and B are saved as
-they were given. In eager those are faster: an op of this kind takes longer to call.
+dense can be made before. What runs inside are the functions that the autograd.Functions run; saved is what was given,
+and S is made again in backward. In eager those are faster: an op of this kind takes longer to call.
 
 A frozen weight is passed as its tensors and a layout of numbers (see `taken_apart`). One projection a call. Not served:
 dropout and 8-bit weights. A second derivative raises RuntimeError: backward's ops have none.
@@ -37,8 +37,9 @@ def lora_linear(x: torch.Tensor, projection: lora.Projection) -> torch.Tensor:
     """See ops/lora_linear.py."""
     weight, bias, a, b, scaling, beta, _ = projection
     lora.fitting("lora_linear", x, lora.frozen(weight), a, b)
-    y, _ = torch.ops.fastlora.lora_linear(x, *taken_apart(weight), bias, a, b, beta, scaling)
-    return y  # type: ignore[no-any-return]
+    return torch.ops.fastlora.lora_linear(  # type: ignore[no-any-return]
+        x, *taken_apart(weight), bias, a, b, beta, scaling
+    )
 
 
 def dora_linear(
@@ -74,10 +75,9 @@ def glu_lora_linear(
     """See ops/glu.py."""
     gated.both_fit("glu_lora_linear", gate, up)
     weight, bias, a, b, scaling, beta, _ = projection
-    y, _ = torch.ops.fastlora.glu_lora_linear(
+    return torch.ops.fastlora.glu_lora_linear(  # type: ignore[no-any-return]
         gate, up, activation, dtype, *taken_apart(weight), bias, a, b, beta, scaling
     )
-    return y  # type: ignore[no-any-return]
 
 
 def taken_apart(weight: lora.Weight) -> tuple[Tensors, list[int]]:
@@ -133,14 +133,14 @@ def _placed(gradients: Tensors, wants: Sequence[bool]) -> list[torch.Tensor | No
     return [next(found) if wanted else None for wanted in wants]
 
 
-def _adapted(
-    tokens: int, weight: Any, down_TR: torch.Tensor, adapters: Any, scaling: float
-) -> tuple[Any, Any]:
-    """ctx and saved tensors, as ops/lora_linear.py has them in backward."""
+def _remembered(
+    tokens: int, frozen: Tensors, layout: Sequence[int], adapters: Any, scaling: float
+) -> Any:
+    """ctx as ops/lora_linear.py has it in backward."""
     ctx = SimpleNamespace()
-    lora.remember(ctx, tokens, ((weight, None, scaling, 0.0),), adapters)
-    a_RK, bs = lora.in_one_dtype(adapters, down_TR.dtype)
-    return ctx, (a_RK, down_TR, None, *bs)
+    fixed = ((put_together(frozen, layout), None, scaling, 0.0),)
+    lora.remember(ctx, tokens, fixed, adapters)
+    return ctx
 
 
 # lora_linear
@@ -149,58 +149,52 @@ def _adapted(
 def _lora(x, frozen, layout, bias, a, b, beta, scaling):
     fixed = ((put_together(frozen, layout), bias, scaling, 0.0),)
     x_TK = x.reshape(-1, x.shape[-1])
-    (y,), saved = lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], fixed, (a, b, beta))
-    return y, saved[1]
+    (y,), *_ = lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], fixed, (a, b, beta))
+    return y
 
 
 def _lora_fake(x, frozen, layout, bias, a, b, beta, scaling):
-    lead = x.shape[:-1]
-    return x.new_empty(*lead, b.shape[0]), x.new_empty(math.prod(lead), a.shape[0])
+    return x.new_empty(*x.shape[:-1], b.shape[0])
 
 
 def _lora_saved(ctx: Any, inputs: Any, output: Any) -> None:
     x, frozen, ctx.layout, _, a, b, beta, ctx.scaling = inputs
-    ctx.save_for_backward(x, a, b, beta, output[1], *frozen)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, a, b, beta, *frozen)
 
 
-def _lora_gradients(ctx: Any, g: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-    x, a, b, beta, down_TR, *frozen = ctx.saved_tensors
+def _lora_gradients(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    x, a, b, beta, *frozen = ctx.saved_tensors
     wants_x, *_, wants_a, wants_b, wants_beta, _ = ctx.needs_input_grad
     wants = [wants_x, wants_a, wants_b, wants_beta]
-    dx = da = db = dbeta = None
-    if g is not None:
-        found = torch.ops.fastlora.lora_linear_backward(
-            g, x, frozen, ctx.layout, a, b, beta, down_TR, ctx.scaling, wants
-        )
-        dx, da, db, dbeta = _placed(found, wants)
+    found = torch.ops.fastlora.lora_linear_backward(
+        g, x, frozen, ctx.layout, a, b, beta, ctx.scaling, wants
+    )
+    dx, da, db, dbeta = _placed(found, wants)
     return dx, [None] * len(frozen), None, None, da, db, dbeta, None
 
 
-def _lora_backward(g, x, frozen, layout, a, b, beta, down_TR, scaling, wants):
+def _lora_backward(g, x, frozen, layout, a, b, beta, scaling, wants):
     x_TK = x.reshape(-1, x.shape[-1])
-    ctx, saved = _adapted(
-        x_TK.shape[0], put_together(frozen, layout), down_TR, (a, b, beta), scaling
-    )
-    dx_TK, up_TR, found = lora.gradients_of_x_and_b(ctx, saved, (g,), wants[0], wants[1:])
-    lora.gradients_of_a(ctx, saved, up_TR, x_TK, (g,), wants[1:], found)
+    ctx = _remembered(x_TK.shape[0], frozen, layout, (a, b, beta), scaling)
+    gradients = lora.Gradients(ctx, x.dtype, (a, b, beta), (g,), wants[1:], None, None)
+    dx_TK = gradients.of_x() if wants[0] else None
+    found = gradients.of_adapters(x_TK)
     return _wanted([None if dx_TK is None else dx_TK.view(x.shape), *found], wants)
 
 
-def _lora_backward_fake(g, x, frozen, layout, a, b, beta, down_TR, scaling, wants):
+def _lora_backward_fake(g, x, frozen, layout, a, b, beta, scaling, wants):
     return _fake_gradients((x, a, b, beta), wants)
 
 
 _register(
     "lora_linear",
-    f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor? beta, float scaling) -> (Tensor, Tensor)",
+    f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor? beta, float scaling) -> Tensor",
     _lora, _lora_fake, _lora_saved, _lora_gradients,
 )  # fmt: skip
 _register(
     "lora_linear_backward",
-    "(Tensor g, Tensor x, Tensor[] frozen, int[] layout, Tensor a, Tensor b, Tensor? beta, Tensor down, "
-    "float scaling, bool[] wants) -> Tensor[]",
+    "(Tensor g, Tensor x, Tensor[] frozen, int[] layout, Tensor a, Tensor b, Tensor? beta, float scaling, "
+    "bool[] wants) -> Tensor[]",
     _lora_backward, _lora_backward_fake,
 )  # fmt: skip
 
@@ -210,18 +204,15 @@ _register(
 
 def _dora(x, frozen, layout, bias, a, b, magnitude, scaling):
     weight = put_together(frozen, layout)
-    y, _, _, _, *saved = dora.output(x, weight, bias, scaling, a, b, magnitude)
-    return y, *saved
+    y, _, *made = dora.output(x, weight, bias, scaling, a, b, magnitude)
+    return y, *made
 
 
 def _dora_fake(x, frozen, layout, bias, a, b, magnitude, scaling):
     lead, n = x.shape[:-1], b.shape[0]
-    tokens = math.prod(lead)
     norm_N = x.new_empty(n, dtype=torch.float32)
     c_N = x.new_empty(n, dtype=torch.promote_types(magnitude.dtype, torch.float32))
-    return (
-        x.new_empty(*lead, n), x.new_empty(tokens, a.shape[0]), x.new_empty(tokens, n), c_N, norm_N
-    )  # fmt: skip
+    return x.new_empty(*lead, n), x.new_empty(math.prod(lead), n), c_N, norm_N
 
 
 def _dora_saved(ctx: Any, inputs: Any, output: Any) -> None:
@@ -232,35 +223,29 @@ def _dora_saved(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _dora_gradients(ctx: Any, g: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, bias, a, b, magnitude, down_TR, kept_TN, c_N, norm_N, *frozen = ctx.saved_tensors
+    x, bias, a, b, magnitude, kept_TN, c_N, norm_N, *frozen = ctx.saved_tensors
     wants_x, *_, wants_a, wants_b, wants_m, _ = ctx.needs_input_grad
     wants = [wants_x, wants_a, wants_b, wants_m]
     dx = da = db = dm = None
     if g is not None:
         found = torch.ops.fastlora.dora_linear_backward(
-            g, x, frozen, ctx.layout, bias, a, b, magnitude, down_TR, kept_TN, c_N, norm_N,
-            ctx.scaling, wants,
+            g, x, frozen, ctx.layout, bias, a, b, magnitude, kept_TN, c_N, norm_N, ctx.scaling, wants,
         )  # fmt: skip
         dx, da, db, dm = _placed(found, wants)
     return dx, [None] * len(frozen), None, None, da, db, dm, None
 
 
 def _dora_backward(
-    g, x, frozen, layout, bias, a, b, magnitude, down_TR, kept_TN, c_N, norm_N, scaling, wants
+    g, x, frozen, layout, bias, a, b, magnitude, kept_TN, c_N, norm_N, scaling, wants
 ):
-    dtype = x.dtype
-    cast = (
-        a.to(dtype).contiguous(),
-        b.to(dtype).contiguous(),
-        None if bias is None else bias.to(dtype),
+    saved = (x, bias, a, b, magnitude, None, kept_TN, c_N, norm_N)
+    return _wanted(
+        dora.gradients_of(g, wants, (put_together(frozen, layout), scaling), saved), wants
     )
-    fixed = put_together(frozen, layout), scaling, (a.dtype, b.dtype)
-    saved = (x, magnitude, *cast, down_TR, kept_TN, c_N, norm_N)
-    return _wanted(dora.gradients_of(g, wants, fixed, saved), wants)
 
 
 def _dora_backward_fake(
-    g, x, frozen, layout, bias, a, b, magnitude, down_TR, kept_TN, c_N, norm_N, scaling, wants
+    g, x, frozen, layout, bias, a, b, magnitude, kept_TN, c_N, norm_N, scaling, wants
 ):
     return _fake_gradients((x, a, b, magnitude), wants)
 
@@ -268,12 +253,12 @@ def _dora_backward_fake(
 _register(
     "dora_linear",
     f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, float scaling) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _dora, _dora_fake, _dora_saved, _dora_gradients,
 )  # fmt: skip
 _register(
     "dora_linear_backward",
-    f"(Tensor g, Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, Tensor down, "
+    f"(Tensor g, Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, "
     "Tensor kept, Tensor c, Tensor norm, float scaling, bool[] wants) -> Tensor[]",
     _dora_backward, _dora_backward_fake,
 )  # fmt: skip
@@ -324,50 +309,43 @@ _register(
 
 def _glu_lora(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
     fixed = ((put_together(frozen, layout), bias, scaling, 0.0),)
-    ctx = SimpleNamespace(activation=activation)
-    y, saved = gated.lora_output(ctx, gate, up, dtype, fixed, (a, b, beta))
-    return y, saved[1]
+    ctx = SimpleNamespace(activation=activation, dtype=dtype)
+    y, *_ = gated.lora_output(ctx, gate, up, fixed, (a, b, beta))
+    return y
 
 
 def _glu_lora_fake(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
-    lead = gate.shape[:-1]
-    y = gate.new_empty(*lead, b.shape[0], dtype=dtype)
-    return y, gate.new_empty(math.prod(lead), a.shape[0], dtype=dtype)
+    return gate.new_empty(*gate.shape[:-1], b.shape[0], dtype=dtype)
 
 
 def _glu_lora_saved(ctx: Any, inputs: Any, output: Any) -> None:
-    gate, up, ctx.activation, _, frozen, ctx.layout, _, a, b, beta, ctx.scaling = inputs
-    ctx.save_for_backward(gate, up, a, b, beta, output[1], *frozen)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    gate, up, ctx.activation, ctx.dtype, frozen, ctx.layout, _, a, b, beta, ctx.scaling = inputs
+    ctx.save_for_backward(gate, up, a, b, beta, *frozen)
 
 
-def _glu_lora_gradients(ctx: Any, g: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-    gate, up, a, b, beta, down_TR, *frozen = ctx.saved_tensors
+def _glu_lora_gradients(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    gate, up, a, b, beta, *frozen = ctx.saved_tensors
     wants_gate, wants_up, *_, wants_a, wants_b, wants_beta, _ = ctx.needs_input_grad
     wants_h = wants_gate or wants_up
     wants = [wants_h, wants_h and up is not None, wants_a, wants_b, wants_beta]
-    dgate = dup = da = db = dbeta = None
-    if g is not None:
-        found = torch.ops.fastlora.glu_lora_linear_backward(
-            g, gate, up, ctx.activation, frozen, ctx.layout, a, b, beta, down_TR, ctx.scaling, wants
-        )
-        dgate, dup, da, db, dbeta = _placed(found, wants)
+    found = torch.ops.fastlora.glu_lora_linear_backward(
+        g, gate, up, ctx.activation, ctx.dtype, frozen, ctx.layout, a, b, beta, ctx.scaling, wants
+    )
+    dgate, dup, da, db, dbeta = _placed(found, wants)
     return dgate, dup, None, None, [None] * len(frozen), None, None, da, db, dbeta, None
 
 
-def _glu_lora_backward(
-    g, gate, up, activation, frozen, layout, a, b, beta, down_TR, scaling, wants
-):
-    tokens = down_TR.shape[0]
-    ctx, saved = _adapted(tokens, put_together(frozen, layout), down_TR, (a, b, beta), scaling)
-    ctx.activation = activation
-    found = gated.lora_gradients(ctx, saved, gate, up, (g,), wants[0], wants[2:])
+def _glu_lora_backward(g, gate, up, activation, dtype, frozen, layout, a, b, beta, scaling, wants):
+    adapters = (a, b, beta)
+    ctx = _remembered(math.prod(gate.shape[:-1]), frozen, layout, adapters, scaling)
+    ctx.activation, ctx.dtype = activation, dtype
+    made_and_adapters = (None, None, *adapters)
+    found = gated.lora_gradients(ctx, made_and_adapters, gate, up, (g,), wants[0], wants[2:])
     return _wanted(found, wants)
 
 
 def _glu_lora_backward_fake(
-    g, gate, up, activation, frozen, layout, a, b, beta, down_TR, scaling, wants
+    g, gate, up, activation, dtype, frozen, layout, a, b, beta, scaling, wants
 ):
     return _fake_gradients((gate, up, a, b, beta), wants)
 
@@ -375,12 +353,12 @@ def _glu_lora_backward_fake(
 _register(
     "glu_lora_linear",
     f"(Tensor gate, Tensor? up, str activation, ScalarType dtype, {FROZEN}, Tensor a, Tensor b, Tensor? beta, "
-    "float scaling) -> (Tensor, Tensor)",
+    "float scaling) -> Tensor",
     _glu_lora, _glu_lora_fake, _glu_lora_saved, _glu_lora_gradients,
 )  # fmt: skip
 _register(
     "glu_lora_linear_backward",
-    "(Tensor g, Tensor gate, Tensor? up, str activation, Tensor[] frozen, int[] layout, Tensor a, Tensor b, "
-    "Tensor? beta, Tensor down, float scaling, bool[] wants) -> Tensor[]",
+    "(Tensor g, Tensor gate, Tensor? up, str activation, ScalarType dtype, Tensor[] frozen, int[] layout, Tensor a, "
+    "Tensor b, Tensor? beta, float scaling, bool[] wants) -> Tensor[]",
     _glu_lora_backward, _glu_lora_backward_fake,
 )  # fmt: skip

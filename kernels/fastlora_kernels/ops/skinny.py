@@ -79,7 +79,7 @@ def one_pass(tokens: int, n: int, rank: int) -> bool:
 def up_and_gradient(
     g: torch.Tensor,
     b: torch.Tensor,
-    down: torch.Tensor,
+    down: torch.Tensor | None,
     scaling: float,
     up: torch.Tensor,
     dtype: torch.dtype | None,
@@ -87,16 +87,17 @@ def up_and_gradient(
     """dB = g^T S, (N, R), in `dtype`, and U = scaling g B written into `up`, (T, R).
 
     g (T, N) and b (N, R) contiguous; down, S (T, R), and up may be strips of columns of a wider matrix; all in one
-    dtype. Summed in float32. With dtype None, dB is not wanted, and None.
+    dtype. Summed in float32. Without S, or with dtype None, dB is None.
     """
     backend = choose_backend(g.device, BACKENDS)
     # In float32 its tiles do not fit into shared memory; the interpreter has no such limit, and no bfloat16.
     served = backend == "interpret" or (backend == "triton" and g.element_size() == 2)
-    if dtype is not None and served and one_pass(g.shape[0], *b.shape):
+    if down is None or dtype is None:
+        up.addmm_(g, b, beta=0, alpha=scaling)
+        return None
+    if served and one_pass(g.shape[0], *b.shape):
         return in_one_pass(g, b, down, scaling, up, dtype)
     up.addmm_(g, b, beta=0, alpha=scaling)
-    if dtype is None:
-        return None
     return product(g.T, down).to(dtype)
 
 

@@ -1,0 +1,164 @@
+"""The parts of a run's manifest and files, as its page shows them. Others write them: what is missing is left out."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_SHOWN_ROWS = 10
+
+
+def comparison(path: Path) -> list[dict[str, Any]]:
+    """Each prompt with its answers; none where there is no such file, or a damaged one."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [
+        {
+            "prompt": _text(row.get("prompt")),
+            "answers": [
+                (label, _text(row[label]))
+                for label in ("before", "after", "expected")
+                if row.get(label) is not None
+            ],
+        }
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+    ]
+
+
+def _text(value: Any) -> str:
+    """A prompt may be a list of messages."""
+    return value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def scores(answers: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each metric."""
+    times = [when for when in ("before", "after") if isinstance(answers.get(when), dict)]
+    metrics = dict.fromkeys(metric for when in times for metric in answers[when])
+    rows = [
+        [metric.replace("_", " "), *(_score(metric, answers[when].get(metric)) for when in times)]
+        for metric in metrics
+    ]
+    return _aligned(["metric", *times], rows)
+
+
+def _score(metric: str, value: float | None) -> str:
+    """chrF goes to 100; the others are shares."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if metric == "chrf" else f"{value:.1%}"
+
+
+def findings(check: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the check found in the data, as the page lists it."""
+    listed = []
+    for one in check.get("findings") or []:
+        rows = one.get("rows") or []
+        shown = [
+            " ".join(str(value) for value in row.values()) if isinstance(row, dict) else str(row)
+            for row in rows[:_SHOWN_ROWS]
+        ]
+        listed.append(
+            {
+                "name": str(one.get("kind") or one.get("name") or ""),
+                "severity": str(one.get("severity") or ""),
+                "says": ". ".join(str(one[key]) for key in ("says", "detail") if one.get(key)),
+                "count": one.get("count", len(rows)),
+                "rows": ", ".join(shown),
+                "example": str(one.get("example") or ""),
+            }
+        )
+    return listed
+
+
+def splits(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each count, a column for each split: narrow enough for a phone."""
+    splits = {name: data[name] for name in ("train", "eval") if isinstance(data.get(name), dict)}
+    counts = dict.fromkeys(count for split in splits.values() for count in split)
+    rows = [
+        [count.replace("_", " "), *(_cell(split.get(count)) for split in splits.values())]
+        for count in counts
+    ]
+    return _aligned(["", *splits], rows)
+
+
+def sources(sources: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            key: len(value) if key == "bad_rows" else value
+            for key, value in source.items()
+            if key not in ("fingerprint", "detected", "label")
+        }
+        for source in sources
+    ]
+
+
+def kernels(engaged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One for each kernel and reason."""
+    kinds = defaultdict(list)
+    for row in engaged:
+        kinds[row["kernel"], row["reason"]].append((row["kind"], row["count"]))
+    return [
+        {
+            "kernel": kernel,
+            "layers": sum(count for _, count in same),
+            "of": ", ".join(f"{kind} {count}" for kind, count in same),
+        }
+        | ({"why no faster one": reason} if reason else {})
+        for (kernel, reason), same in kinds.items()
+    ]
+
+
+def _aligned(columns: list[str], rows: list[list[str]]) -> dict[str, Any]:
+    """As the page draws it: columns of nothing but figures go to the right."""
+    right = [
+        all(not cells[i] or cells[i][0].isdigit() for cells in rows) for i in range(len(columns))
+    ]
+    return {"columns": columns, "rows": rows, "right": right}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def facts(manifest: Mapping[str, Any], latest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) of what the figures need to be believed; what is not known is left out."""
+    machine = latest.get("machine") or {}
+    versions = latest.get("versions") or {}
+    gpu = machine.get("gpu") or ("none" if machine else None)
+    known = {
+        "engine": manifest.get("engine"),
+        "computes in": manifest.get("dtype"),
+        "seed": manifest.get("seed"),
+        "GPU": gpu,
+        "GPU memory": machine.get("gpu_gib") and f"{machine['gpu_gib']:g} GiB",
+        "compute capability": machine.get("compute_capability"),
+        "CUDA": machine.get("cuda"),
+        "platform": machine.get("platform"),
+        "commit": latest.get("commit"),
+        "started": manifest.get("started"),
+        "ended": manifest.get("ended"),
+        "resumed": ", ".join(str(r.get("at")) for r in manifest.get("resumed") or []),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    return ((name, str(value)) for name, value in known.items() if value not in (None, ""))
+
+
+def settings(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(key, value) as --set takes them, defaults included."""
+    flat: list[tuple[str, str]] = []
+    for section, values in recipe.items():
+        if isinstance(values, dict):
+            flat += [(f"{section}.{key}", json.dumps(value)) for key, value in values.items()]
+        else:
+            flat.append((section, json.dumps(values)))
+    return [(key, value) for key, value in flat if value != "null"]
