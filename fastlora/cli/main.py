@@ -16,6 +16,7 @@ COMMANDS = {
     "recipes": "List the bundled recipes, or show one.",
     "bench": "Measure speed and memory of engines on equal work.",
     "merge": "Merge a finished run's adapter into 16-bit weights.",
+    "export": "Write a finished run's model as GGUF or 16-bit weights.",
 }
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Weights = Callable[[str], "torch.Tensor"]
-"""A parameter of the model by its name, in any type."""
+"""A parameter of the model by its full name, in any type."""
 
 
 def compute_device() -> torch.device:
@@ -25,13 +25,10 @@ def compute_device() -> torch.device:
 
 @contextmanager
 def streaming(model: Any, plain: PreTrainedModel, weights: Weights, device: torch.device) -> Iterator[None]:
-    """Within it `model` computes on `device`. `plain` is the same model, or the one in it that PEFT has wrapped;
-    parameters of theirs that are not on the meta device stay as they are."""
-    import torch
-
-    units = _units(plain)
+    """Within it `model` computes on `device`, with `weights` for all that is on the meta device. `plain` is the
+    same model, or the one in it whose layers PEFT has wrapped."""
     hooks = []
-    for name in units:
+    for name in _units(plain):
         unit = plain.get_submodule(name)
         hooks.append(unit.register_forward_pre_hook(_loader(name, weights, device)))
         hooks.append(unit.register_forward_hook(_unloader(unit)))
@@ -39,9 +36,6 @@ def streaming(model: Any, plain: PreTrainedModel, weights: Weights, device: torc
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 module._buffers[key] = buffer.to(device)
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.device.type != "meta":
-                parameter.data = parameter.data.to(device, torch.float32)
     try:
         yield
     finally:
@@ -70,11 +64,6 @@ def _units(model: PreTrainedModel) -> list[str]:
     return list(units)
 
 
-def _own_name(unit: str, inner: str) -> str:
-    name = f"{unit}.{inner}" if unit else inner
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
 def _loader(unit_name: str, weights: Weights, device: torch.device) -> Any:
     import torch
 
@@ -85,7 +74,7 @@ def _loader(unit_name: str, weights: Weights, device: torch.device) -> Any:
                 if parameter is None or parameter.device.type != "meta":
                     continue
                 inner = f"{path}.{key}" if path else key
-                value = weights(_own_name(unit_name, inner)).to(device).float()
+                value = weights(f"{unit_name}.{inner}").to(device).float()
                 module._parameters[key] = torch.nn.Parameter(value, requires_grad=False)
                 unit._streamed.append((module, key, parameter))  # type: ignore[union-attr, operator]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.errors import EngineError, RunDirError
 from fastlora.export.plan import Part, Plan
-from fastlora.export.stream import Spec, write_safetensors
+from fastlora.export.stream import Spec, weight_count, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,10 @@ def write_merged(plan: Plan, folder: Path, dtype: str, stop_token_ids: Sequence[
         )
     if list(files) != [_SINGLE]:
         index = {
-            "metadata": {"total_size": sum(spec.bytes for spec in specs.values())},
+            "metadata": {
+                "total_parameters": sum(weight_count(spec.shape) for spec in specs.values()),
+                "total_size": sum(spec.bytes for spec in specs.values()),
+            },
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         _write_json(folder / f"{_SINGLE}.index.json", index)

@@ -85,25 +85,35 @@ class Reference:
         self.plan, self.device = plan, compute_device()
         vocabulary = int(plan.model.config.get_text_config(decoder=True).vocab_size)
         self.batches = batches(rows, max(1, min(_BATCH_TOKENS, _BATCH_BYTES // (4 * vocabulary))))
-        if plan.fused:
+        if plan.fused or plan.adapter.config.get("ensure_weight_tying"):
             self._whole_base()
         else:
             self._streamed_base()
 
     def _streamed_base(self) -> None:
-        from fastlora.export.plan import empty_model
+        from fastlora.export.names import empty_model
 
         plan = self.plan
         base = empty_model(plan.base, plan.trust_remote_code)
         with streaming(base, base, lambda name: plan.weight(name, edited=False), self.device):
             self.base = [logits_of(base, batch, self.device) for batch in self.batches]
         adapted = self._with_adapter(base)
-        plain = adapted.base_model.model
-        with streaming(adapted, plain, lambda name: plan.weight(name, edited=False), self.device):
+        with streaming(adapted, adapted.base_model.model, self._wrapped, self.device):
             self.adapter = [logits_of(adapted, batch, self.device) for batch in self.batches]
 
+    def _wrapped(self, name: str) -> torch.Tensor:
+        """A parameter by the name that it has in PEFT's model: the adapter's own, else the base's."""
+        saved = f"base_model.model.{name}".replace(".modules_to_save.default.", ".")
+        saved = saved.replace(".default", "")
+        weights = self.plan.adapter.weights
+        for key in (saved, saved.removesuffix(".weight"), saved.replace(".base_layer.", ".")):
+            if key in weights.stored:
+                return weights.rows(key)
+        base = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        return self.plan.weight(base, edited=False)
+
     def _whole_base(self) -> None:
-        """transformers fuses tensors of this model at loading; so it is loaded whole."""
+        """Where transformers fuses tensors at loading, or PEFT ties layers: these cannot be read one by one."""
         base = load_whole(self.plan.base, self.plan.trust_remote_code, self.device)
         self.base = [logits_of(base, batch, self.device) for batch in self.batches]
         adapted = self._with_adapter(base)
@@ -112,9 +122,8 @@ class Reference:
     def _with_adapter(self, base: Any) -> Any:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(
-            base, str(self.plan.adapter.folder), low_cpu_mem_usage=True
-        ).eval()
+        adapter, empty = str(self.plan.adapter.folder), any(p.is_meta for p in base.parameters())
+        return PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=empty).eval()
 
     def compare(self, candidate: Callable[[Sequence[Row]], list[torch.Tensor]]) -> dict[str, Any]:
         """`candidate`: logits of the export for a batch of rows.
@@ -232,7 +241,7 @@ def problems(report: dict[str, Any], limits: Limits) -> list[str]:
     return found
 
 
-def streamed(plan: Plan, model: Any, weights: Weights) -> Callable[[Sequence[Row]], list[torch.Tensor]]:
+def streamed(model: Any, weights: Weights) -> Callable[[Sequence[Row]], list[torch.Tensor]]:
     """The logits of `model`, empty, with `weights` read as its layers need them."""
     device = compute_device()
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.errors import EngineError
 from fastlora.export.adapter import Adapter, Edit
-from fastlora.export.stream import Checkpoint, row_blocks
+from fastlora.export.names import Named, empty_model
+from fastlora.export.stream import row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +25,6 @@ class Part:
     name: str
     source: str
     edit: Edit | None = None
-
-
-def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a folder's configuration, its weights on the meta device."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-        )
-    return model.eval()
 
 
 class Plan:
@@ -58,46 +43,13 @@ class Plan:
             raise EngineError(
                 f"{base}: quantized with {method}, which cannot be merged into; name the 16-bit original as model.name"
             )
-        self.checkpoint = Checkpoint(base)
         self.adapter = Adapter(adapter_folder)
         self.model = empty_model(base, trust_remote_code)
-        self._names()
+        self.names = Named(base, self.model)
+        self.checkpoint, self.fused = self.names.checkpoint, self.names.fused
         edits = self.adapter.edits(self._modules_with_input_rows())
         self.untied = self._untie(edits)
         self._assign(edits)
-
-    def _names(self) -> None:
-        """The model's names of the checkpoint's tensors, by transformers' own rules."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-
-        rules = get_model_conversion_mapping(self.model)
-        self.shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        self.ties: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self.source_of: dict[str, str] = {}
-        self.fused: dict[str, list[str]] = {}
-        """Parameters that are made of several tensors, or turned, at loading."""
-        for stored in self.checkpoint.stored:
-            name, pattern = rename_source_key(
-                stored, renamings, converters, self.model.base_model_prefix, self.shapes
-            )
-            if pattern is not None:
-                self.fused.setdefault(name, []).append(stored)
-            else:
-                self.source_of[name] = stored
-        have = self.source_of.keys() | self.fused.keys()
-        shared = {name for name, other in self.ties.items() if other in have}
-        if missing := sorted(self.shapes.keys() - have - shared):
-            raise EngineError(
-                f"{self.base}: lacks {len(missing)} weights of {type(self.model).__name__}, such as {missing[0]}; the "
-                "checkpoint is incomplete, or its names are not known to this version of transformers"
-            )
 
     def _modules_with_input_rows(self) -> set[str]:
         from transformers.pytorch_utils import Conv1D
@@ -107,7 +59,7 @@ class Plan:
     def _untie(self, edits: dict[str, Edit]) -> bool:
         """Whether embedding and output layer must part, since the adapter changes one, or both differently."""
         untied = False
-        for name, other in self.ties.items():
+        for name, other in self.names.ties.items():
             mine, its = edits.get(name), edits.get(other)
             if mine is None and its is None:
                 continue
@@ -138,15 +90,15 @@ class Plan:
     def _assign(self, edits: dict[str, Edit]) -> None:
         self.parts: dict[str, Part] = {}
         self.of_parameter: dict[str, Part] = {}
-        parameter_of = {stored: name for name, stored in self.source_of.items()}
+        parameter_of = {stored: name for name, stored in self.names.source_of.items()}
         for stored in self.checkpoint.stored:
             name = parameter_of.get(stored, "")
             # Some checkpoints hold a shared weight twice.
-            owner = name if self.untied else self.ties.get(name, name)
+            owner = name if self.untied else self.names.ties.get(name, name)
             self.parts[stored] = Part(stored, stored, edits.get(owner))
             if name:
                 self.of_parameter[name] = self.parts[stored]
-        for name, other in self.ties.items():
+        for name, other in self.names.ties.items():
             if not self.untied:
                 self.of_parameter[name] = self.of_parameter[other]
             elif name not in self.of_parameter:

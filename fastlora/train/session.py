@@ -19,6 +19,7 @@ from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
 from fastlora.engines.engaged import load_model
 from fastlora.errors import EngineError, RunDirError
+from fastlora.export.process import save_held_out
 from fastlora.recipe.advice import default_epochs
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir import provenance
@@ -148,18 +149,23 @@ def _go_through(job: Job, on_trained: OnTrained | None) -> None:
     # Here and not above: an engine may have to be imported before what these import.
     import torch
 
-    from fastlora.export.merge import merge_in_new_process
+    from fastlora.export.process import export_in_new_process
     from fastlora.train.learn import learn
 
     learn(job, on_trained)
-    if job.recipe.output.merge == "16bit":
+    output = job.recipe.output
+    if output.merge == "16bit" or output.export:
         # The merge, in its own process, wants the memory. Interrupted, raised in a finaliser, would be lost.
         with job.signals.deferring():
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+    if output.merge == "16bit":
         job.notes.say("merging into 16-bit weights")
-        job.run.update(merge=merge_in_new_process(job.run))
+        job.run.update(merge=export_in_new_process(job.run, "16bit"))
+    for quant in output.export:
+        job.notes.say(f"exporting to GGUF, {quant}")
+        job.run.record_export(quant, export_in_new_process(job.run, "gguf", quant))
     job.signals.raise_pending()  # in case another finaliser swallowed it
     job.run.update(status="finished", ended=_now())
 
@@ -209,13 +215,14 @@ def _begin(job: Job, request: Request) -> None:
         recipe=recipe.model_dump(mode="json"),
         engine=job.engine.name,
         dtype=dtype,
-        merge_dtype="float16" if dtype == "float16" else "bfloat16",
         seed=recipe.train.seed,
         data=_data_report(data),
         stop_token_ids=list(stop_tokens),
         probe_ids=data.train[0]["input_ids"][:_PROBE_TOKENS],
         started=_now(),
     )
+    if data.eval is not None:
+        save_held_out(run, data.eval)
 
 
 def _failed(run: RunDir, request: Request, error: BaseException) -> BaseException:
