@@ -105,7 +105,7 @@ def merge_run(run: RunDir, quant: str | None = None) -> dict[str, Any]:
             again = empty_model(folder, plan.trust_remote_code)
             report = reference.compare(streamed(again, Named(folder, again).weight))
         gate(folder, run.merged, problems(report, SIXTEEN_BITS), "merged model")
-    return {"dtype": dtype, **report, **_notes(plan), "peak_rss_gib": peak_rss_gib()}
+    return {"dtype": dtype, **report, **notes_of(plan), "peak_rss_gib": peak_rss_gib()}
 
 
 def _of_whole(model: Any, reference: Reference) -> Callable[[Any], Any]:
@@ -126,7 +126,7 @@ def open_plan(run: RunDir) -> Plan:
     return Plan(folder, run.adapter, model["trust_remote_code"])
 
 
-def _notes(plan: Plan) -> dict[str, Any]:
+def notes_of(plan: Plan) -> dict[str, Any]:
     if not plan.checkpoint.is_quantized:
         return {}
     return {
