@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlora.export.process import (
     gate,
@@ -14,6 +16,11 @@ from fastlora.export.process import (
     target_of,
 )
 from fastlora.rundir.store import RunDir, whole_folder
+
+if TYPE_CHECKING:
+    from fastlora.export.gguf_read import GgufModel
+    from fastlora.export.gguf_write import Entry
+    from fastlora.export.plan import Part, Plan
 
 
 def gguf_run(run: RunDir, quant: str) -> dict[str, Any]:
@@ -32,6 +39,7 @@ def gguf_run(run: RunDir, quant: str) -> dict[str, Any]:
     from fastlora.export.merge import check_room
     from fastlora.export.modelfile import modelfile
     from fastlora.export.parity import LIMITS, problems, streamed
+    from fastlora.export.rounding import wrong_weights
     from fastlora.export.vocabulary import read_vocabulary
 
     plan = open_plan(run)
@@ -47,7 +55,8 @@ def gguf_run(run: RunDir, quant: str) -> dict[str, Any]:
         made = write_gguf(plan, path, quant, vocabulary, name)
         read = GgufModel(path)
         report = reference.compare(streamed(read.empty_model(plan.model), read.weight))
-        gate(folder, target_of(run, "gguf", quant), problems(report, LIMITS[quant]), f"{quant} GGUF file")
+        found = [*wrong_weights(plan, _written(plan, made, read)), *problems(report, LIMITS[quant])]
+        gate(folder, target_of(run, "gguf", quant), found, f"{quant} GGUF file")
         tokenizer = AutoTokenizer.from_pretrained(str(run.adapter))
         trained = run.manifest["recipe"]["model"]["seq_len_tokens"]
         context = min(config.max_position_embeddings, max(2048, trained))
@@ -60,3 +69,20 @@ def gguf_run(run: RunDir, quant: str) -> dict[str, Any]:
         "file": path.name, "quant": quant, "types": dict(types), **report, **notes_of(plan),
         "peak_rss_gib": peak_rss_gib(),
     }  # fmt: skip
+
+
+def _written(
+    plan: Plan, made: list[Entry], read: GgufModel
+) -> Iterator[tuple[Part, str, Callable[[], Any]]]:
+    for entry in made:
+        part = plan.of_parameter[entry.parameter]
+        yield part, entry.type.name, partial(_rows, plan, part, read, entry.parameter)
+
+
+def _rows(plan: Plan, part: Part, read: GgufModel, parameter: str) -> Iterator[Any]:
+    from fastlora.export.stream import row_blocks
+
+    dense = read.weight(parameter)
+    whole = part.edit is not None and part.edit.needs_all_rows
+    blocks = [(0, len(dense))] if whole else row_blocks(plan.shape(part))
+    return (dense[start:stop] for start, stop in blocks)

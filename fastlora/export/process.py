@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from fastlora.rundir.store import RunDir, drop_scratch, sync_tree, whole_folder
 
 if TYPE_CHECKING:
     from fastlora.export.parity import Reference
-    from fastlora.export.plan import Plan
+    from fastlora.export.plan import Part, Plan
+    from fastlora.export.stream import Checkpoint
 
 HELD_OUT = "held_out.json"
 _HELD_OUT_ROWS, _HELD_OUT_TOKENS = 8, 512
@@ -92,6 +94,7 @@ def merge_run(run: RunDir, quant: str | None = None) -> dict[str, Any]:
     from fastlora.export.merge import merged_dtype, write_merged
     from fastlora.export.parity import SIXTEEN_BITS, load_whole, problems, streamed
     from fastlora.export.names import Named, empty_model
+    from fastlora.export.rounding import wrong_weights
 
     plan = open_plan(run)
     dtype = merged_dtype(plan, _DTYPES[quant] if quant else None)
@@ -104,8 +107,24 @@ def merge_run(run: RunDir, quant: str | None = None) -> dict[str, Any]:
         else:
             again = empty_model(folder, plan.trust_remote_code)
             report = reference.compare(streamed(again, Named(folder, again).weight))
-        gate(folder, run.merged, problems(report, SIXTEEN_BITS), "merged model")
+        found = [*wrong_weights(plan, _written(plan, folder)), *problems(report, SIXTEEN_BITS)]
+        gate(folder, run.merged, found, "merged model")
     return {"dtype": dtype, **report, **notes_of(plan), "peak_rss_gib": peak_rss_gib()}
+
+
+def _written(plan: Plan, folder: Path) -> Iterator[tuple[Part, str, Callable[[], Any]]]:
+    from fastlora.export.stream import Checkpoint, row_blocks
+
+    read = Checkpoint(folder)
+    for name, part in plan.parts.items():
+        kind = {"bfloat16": "BF16", "float16": "F16"}.get(read.stored[name].dtype, "F32")
+        whole = part.edit is not None and part.edit.needs_all_rows
+        blocks = [(0, None)] if whole else list(row_blocks(plan.shape(part)))
+        yield part, kind, partial(_rows, read, name, blocks)
+
+
+def _rows(read: Checkpoint, name: str, blocks: list[Any]) -> Iterator[Any]:
+    return (read.rows(name, start, stop) for start, stop in blocks)
 
 
 def _of_whole(model: Any, reference: Reference) -> Callable[[Any], Any]:
