@@ -118,8 +118,8 @@ class Adapter:
         halves = [name for name, edit in edits.items() if (edit.a is None) != (edit.b is None)]
         if halves:
             raise EngineError(
-                f"{self.folder}: {halves[0]} has only one of its two LoRA matrices ({len(halves)} such); the adapter is "
-                "damaged"
+                f"{self.folder}: {halves[0]} has only one of its two LoRA matrices ({len(halves)} such); the adapter "
+                "is damaged"
             )
         return edits
 
@@ -156,7 +156,9 @@ class Adapter:
         stop = start + (rows.shape[0] if rows.dim() else 1)
         weights = self.weights
         value = (
-            rows.float() if edit.replaced is None else weights.rows(edit.replaced, start, stop).float()
+            rows.float()
+            if edit.replaced is None
+            else weights.rows(edit.replaced, start, stop).float()
         )
         if edit.bias is not None:
             value = value + edit.scaling * weights.rows(edit.bias, start, stop).float()

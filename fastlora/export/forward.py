@@ -24,7 +24,9 @@ def compute_device() -> torch.device:
 
 
 @contextmanager
-def streaming(model: Any, plain: PreTrainedModel, weights: Weights, device: torch.device) -> Iterator[None]:
+def streaming(
+    model: Any, plain: PreTrainedModel, weights: Weights, device: torch.device
+) -> Iterator[None]:
     """Within it `model` computes on `device`, with `weights` for all that is on the meta device. `plain` is the
     same model, or the one in it whose layers PEFT has wrapped."""
     hooks = []
@@ -120,6 +122,4 @@ def logits_of(model: Any, batch: Sequence[Row], device: torch.device) -> list[to
         logits = model(
             input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
         ).logits
-    return [
-        logits[number, : len(row.ids)].float().cpu() for number, row in enumerate(batch)
-    ]
+    return [logits[number, : len(row.ids)].float().cpu() for number, row in enumerate(batch)]

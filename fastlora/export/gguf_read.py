@@ -55,7 +55,9 @@ class GgufModel:
             else:
                 unknown.append(tensor.name)
         if unknown:
-            raise EngineError(f"{path}: {unknown[0]} has no place in the model ({len(unknown)} such)")
+            raise EngineError(
+                f"{path}: {unknown[0]} has no place in the model ({len(unknown)} such)"
+            )
 
     def field(self, key: str, default: Any = None) -> Any:
         found = self._reader.get_field(key)

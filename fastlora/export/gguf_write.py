@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # model_type of transformers -> architecture of llama.cpp
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_Encode = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 PAIRED_ROTATION = ("llama",)
 """They rotate rows 2i and 2i + 1 of a head together; transformers rotates i and i + half a head."""
 
@@ -74,14 +75,19 @@ def entries(plan: Plan, quant: str) -> list[Entry]:
             heads = config.num_key_value_heads
         shape = plan.shape(part)
         made.append(
-            Entry(name, parameter, shape, _type(name, shape, quant, config.num_hidden_layers), heads)
+            Entry(
+                name, parameter, shape, _type(name, shape, quant, config.num_hidden_layers), heads
+            )
         )
     return sorted(made, key=_place)
 
 
 def _place(entry: Entry) -> tuple[int, str]:
     parts = entry.name.split(".")
-    return (int(parts[1]) if parts[0] == "blk" else -1 if parts[0] == "token_embd" else 10**6, entry.name)
+    return (
+        int(parts[1]) if parts[0] == "blk" else -1 if parts[0] == "token_embd" else 10**6,
+        entry.name,
+    )
 
 
 def _type(name: str, shape: tuple[int, ...], quant: str, layers: int) -> GGMLQuantizationType:
@@ -89,9 +95,7 @@ def _type(name: str, shape: tuple[int, ...], quant: str, layers: int) -> GGMLQua
 
     if len(shape) < 2:
         return GGMLQuantizationType.F32  # norms and biases: llama.cpp adds them to float32
-    wanted = (
-        q4_k_m_type(name, layers) if quant == "q4_k_m" else GGMLQuantizationType[quant.upper()]
-    )
+    wanted = q4_k_m_type(name, layers) if quant == "q4_k_m" else GGMLQuantizationType[quant.upper()]
     if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0:
         return wanted
     # Rows that hold no whole number of blocks.
@@ -140,13 +144,13 @@ def _bytes(entry: Entry) -> int:
     from gguf import GGML_QUANT_SIZES
 
     block, size = GGML_QUANT_SIZES[entry.type]
-    return weight_count(entry.shape) // block * size
+    return int(weight_count(entry.shape) // block * size)
 
 
 def _data(plan: Plan, entry: Entry) -> np.ndarray[Any, Any]:
     """The tensor as the file has it. Held are its bytes in the file, and float32 of a few rows."""
     part = plan.of_parameter[entry.parameter]
-    encode = _encoder(entry.type)
+    encode: _Encode = _encoder(entry.type)
     if entry.heads is not None or not entry.shape:
         (block,) = plan.blocks(part, whole=True)
         rows = block.float().numpy()
@@ -166,11 +170,12 @@ def _data(plan: Plan, entry: Entry) -> np.ndarray[Any, Any]:
     return whole
 
 
-def _encoder(kind: GGMLQuantizationType) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+def _encoder(kind: GGMLQuantizationType) -> _Encode:
     from gguf import GGMLQuantizationType, quants
 
     if kind in K_QUANTS:
-        return K_QUANTS[kind]
+        packed: _Encode = K_QUANTS[kind]
+        return packed
     if kind == GGMLQuantizationType.F16:
         return _float16
     return lambda rows: np.ascontiguousarray(quants.quantize(np.ascontiguousarray(rows), kind))
@@ -197,7 +202,8 @@ def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     size = 2 * len(scaled)
     plain = 1.0 / rope["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float64) / size)
-    return (plain / scaled.double().numpy()).astype(np.float32)
+    factors: np.ndarray[Any, Any] = (plain / scaled.double().numpy()).astype(np.float32)
+    return factors
 
 
 def _describe(writer: GGUFWriter, plan: Plan, quant: str, name: str) -> None:
@@ -242,5 +248,3 @@ def _describe_rope(writer: GGUFWriter, plan: Plan) -> None:
         writer.add_rope_scaling_orig_ctx_len(
             int(original or plan.model.config.max_position_embeddings)
         )
-
-

@@ -72,7 +72,9 @@ def q6_k(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     q_NPK = (w_NPK / step).round().clamp(-32, 31) + 32
     q = q_NPK.to(torch.uint8).reshape(-1, 2, 4, 32)  # two halves, each of four groups of 32
     low = (q[:, :, :2] & 15) | (q[:, :, 2:] & 15) << 4
-    high = q[:, :, 0] >> 4 | (q[:, :, 1] >> 4) << 2 | (q[:, :, 2] >> 4) << 4 | (q[:, :, 3] >> 4) << 6
+    high = (
+        q[:, :, 0] >> 4 | (q[:, :, 1] >> 4) << 2 | (q[:, :, 2] >> 4) << 4 | (q[:, :, 3] >> 4) << 6
+    )
     scales = s_NP.to(torch.int8).view(torch.uint8)
     return _bytes([low.flatten(1), high.flatten(1), scales, _half(d_N1)], rows)
 
@@ -94,7 +96,11 @@ def _fit_with_offset(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for shrink in _SHRINKS:
         scale, offset = width * shrink / 15, low * shrink
         for _ in range(2):
-            q = ((w + offset.unsqueeze(-1)) / scale.clamp_min(_TINY).unsqueeze(-1)).round().clamp(0, 15)
+            q = (
+                ((w + offset.unsqueeze(-1)) / scale.clamp_min(_TINY).unsqueeze(-1))
+                .round()
+                .clamp(0, 15)
+            )
             q_mean, w_mean = q.mean(-1), w.mean(-1)
             spread = (q.square().mean(-1) - q_mean.square()).clamp_min(0)
             fitted = ((q * w).mean(-1) - q_mean * w_mean) / spread.clamp_min(1e-12)

@@ -32,7 +32,9 @@ def write_merged(plan: Plan, folder: Path, dtype: str, stop_token_ids: Sequence[
 
     Raises RunDirError: no room on the disk. EngineError: weights beyond the range of float16.
     """
-    specs = {name: Spec(plan.shape(part), _dtype(plan, part, dtype)) for name, part in plan.parts.items()}
+    specs = {
+        name: Spec(plan.shape(part), _dtype(plan, part, dtype)) for name, part in plan.parts.items()
+    }
     check_room(folder, sum(spec.bytes for spec in specs.values()))
     files: dict[str, list[str]] = {file: [] for file in plan.checkpoint.file_names}
     for name, part in plan.parts.items():
@@ -41,7 +43,11 @@ def write_merged(plan: Plan, folder: Path, dtype: str, stop_token_ids: Sequence[
         write_safetensors(
             folder / file,
             {name: specs[name] for name in names},
-            (block for name in names for block in _blocks(plan, plan.parts[name], specs[name].dtype)),
+            (
+                block
+                for name in names
+                for block in _blocks(plan, plan.parts[name], specs[name].dtype)
+            ),
             {"format": "pt"},
         )
     if list(files) != [_SINGLE]:
@@ -109,7 +115,9 @@ def copy_beside(plan: Plan, folder: Path, stop_token_ids: Sequence[int]) -> None
         for file in plan.base.glob(pattern):
             shutil.copy2(file, folder)
     for file in plan.adapter.folder.iterdir():
-        if file.is_file() and not file.name.startswith(("adapter_", "README", "training_args", ".")):
+        if file.is_file() and not file.name.startswith(
+            ("adapter_", "README", "training_args", ".")
+        ):
             shutil.copy2(file, folder)
 
 
@@ -121,9 +129,6 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + 2**20:
         raise RunDirError(
-            f"{folder.parent}: the export needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} free; free "
-            "some space"
+            f"{folder.parent}: the export needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} free; "
+            "free some space"
         )
-
-
-

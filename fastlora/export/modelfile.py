@@ -9,12 +9,10 @@ if TYPE_CHECKING:
 
 # Families whose own templates do more than lay turns out (a default system message, dates, tools), in Ollama's terms.
 # Found by what their templates write.
-_CHATML = (
-    '{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n'
-)
+_CHATML = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
 _LLAMA3 = (
-    '{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}'
-    '<|start_header_id|>assistant<|end_header_id|>\n\n'
+    "{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 _MISTRAL = (
     '{{- range .Messages }}{{ if eq .Role "assistant" }}{{ .Content }}</s>{{ else }}[INST] {{ .Content }}[/INST]'
@@ -59,9 +57,7 @@ def _derive(tokenizer: PreTrainedTokenizerBase) -> str | None:
         messages: list[dict[str, Any]] = [
             {"role": roles[turn[0]], "content": f"@{turn}@"} for turn in turns
         ]
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
         return str(text).removeprefix(bos)  # the runner adds it
 
     try:

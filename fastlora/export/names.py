@@ -65,8 +65,8 @@ class Named:
         shared = {name for name, other in self.ties.items() if other in have}
         if missing := sorted(shapes.keys() - have - shared):
             raise EngineError(
-                f"{folder}: lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; the checkpoint "
-                "is incomplete, or its names are not known to this version of transformers"
+                f"{folder}: lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; the "
+                "checkpoint is incomplete, or its names are not known to this version of transformers"
             )
 
     def weight(self, name: str) -> torch.Tensor:

@@ -54,13 +54,13 @@ LIMITS = {
 
 
 def choose_rows(
-    probe: Sequence[int], answers: Sequence[tuple[Sequence[int], Sequence[int]]],
-    held_out: Sequence[Sequence[int]], vocabulary: int,
+    probe: Sequence[int],
+    answers: Sequence[tuple[Sequence[int], Sequence[int]]],
+    held_out: Sequence[Sequence[int]],
+    vocabulary: int,
 ) -> list[Row]:
     """As many as their logits have room for: the probe row, then answers and held-out rows in turn."""
-    asked = [
-        Row([*prompt, *answer], len(prompt)) for prompt, answer in answers if len(prompt) > 0
-    ]
+    asked = [Row([*prompt, *answer], len(prompt)) for prompt, answer in answers if len(prompt) > 0]
     kept = [Row(list(ids)) for ids in held_out]
     room = min(_MOST_TOKENS, _KEPT_BYTES // (4 * vocabulary))
     chosen = [Row(list(probe)[:room])]
@@ -217,7 +217,9 @@ def problems(report: dict[str, Any], limits: Limits) -> list[str]:
     )  # fmt: skip
     low, high = limits.carried
     if not low <= report["carried"] <= high:
-        found.append(f"it carries {report['carried']:.0%} of the adapter's effect (limits {low:.0%} to {high:.0%})")
+        found.append(
+            f"it carries {report['carried']:.0%} of the adapter's effect (limits {low:.0%} to {high:.0%})"
+        )
     within(
         report["kl"], limits.kl, report["kl_forgotten"],
         "KL is {value:.3g} nats a token (limit {limit:.3g}; {forgotten:.3g} without the adapter)",

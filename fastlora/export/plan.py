@@ -80,7 +80,11 @@ class Plan:
         weights = self.adapter.weights
         if mine is None or its is None or mine.replaced is None or its.replaced is None:
             return False
-        if mine.a or its.a or weights.stored[mine.replaced].shape != weights.stored[its.replaced].shape:
+        if (
+            mine.a
+            or its.a
+            or weights.stored[mine.replaced].shape != weights.stored[its.replaced].shape
+        ):
             return False
         return all(
             torch.equal(weights.rows(mine.replaced, *block), weights.rows(its.replaced, *block))
@@ -139,9 +143,7 @@ class Plan:
         shape = self.shape(part)
         one = [(0, shape[0] if shape else 1)]
         edit = part.edit
-        for start, stop in (
-            one if whole or (edit and edit.needs_all_rows) else row_blocks(shape)
-        ):
+        for start, stop in one if whole or (edit and edit.needs_all_rows) else row_blocks(shape):
             rows = self.checkpoint.rows(part.source, start, stop)
             if edit is not None:
                 rows = self.adapter.apply(edit, rows, start)

@@ -77,9 +77,7 @@ def export_in_new_process(run: RunDir, kind: str, quant: str | None = None) -> d
     if done.returncode == 0:
         return dict(document)
     message = document.get("error", f"the exporting process ended with status {done.returncode}")
-    again = (
-        f"the adapter is safe in {run.adapter}; try again with: {command_of(run, kind, quant)}"
-    )
+    again = f"the adapter is safe in {run.adapter}; try again with: {command_of(run, kind, quant)}"
     error = GateError if done.returncode == GateError.exit_code else FastloraError
     raise error(f"{'merge' if kind == '16bit' else 'export'}: {message}\n{again}")
 
@@ -92,8 +90,8 @@ def merge_run(run: RunDir, quant: str | None = None) -> dict[str, Any]:
     Raises GateError: it does not agree with the adapter. RunDirError: the run has no adapter.
     """
     from fastlora.export.merge import merged_dtype, write_merged
-    from fastlora.export.parity import SIXTEEN_BITS, load_whole, problems, streamed
     from fastlora.export.names import Named, empty_model
+    from fastlora.export.parity import SIXTEEN_BITS, load_whole, problems, streamed
     from fastlora.export.rounding import wrong_weights
 
     plan = open_plan(run)

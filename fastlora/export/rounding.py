@@ -29,7 +29,10 @@ def wrong_weights(
     found = []
     for part, kind, blocks in written:
         excess = max(
-            (_excess(got, want, kind) for got, want in zip(blocks(), plan.blocks(part), strict=True)),
+            (
+                _excess(got, want, kind)
+                for got, want in zip(blocks(), plan.blocks(part), strict=True)
+            ),
             default=0.0,
         )
         if not excess <= 1:
@@ -38,7 +41,8 @@ def wrong_weights(
         return []
     worst, name = max(found)
     return [
-        f"{len(found)} tensors are not base + adapter, the worst {name}, off by {worst:.3g} times what rounding may cost"
+        f"{len(found)} tensors are not base + adapter, the worst {name}, off by {worst:.3g} times what rounding "
+        "may cost"
     ]
 
 

@@ -112,7 +112,7 @@ class Checkpoint:
                 "download the model again"
             )
         for name, (shape, code) in raw.items():
-            owner, _, part = name.partition(".weight.")
+            _, _, part = name.partition(".weight.")
             if part in _OF_4_BIT or part.startswith(_STATE_OF_4_BIT):
                 continue
             base = name.removesuffix(".weight")
@@ -120,7 +120,10 @@ class Checkpoint:
             if state is not None:
                 facts = json.loads(bytes(self._raw(file, state).tolist()))
                 self.stored[name] = Stored(file, tuple(facts["shape"]), facts["dtype"], "4bit")
-            elif name.endswith((".SCB", ".weight_format")) and f"{name.rpartition('.')[0]}.weight" in raw:
+            elif (
+                name.endswith((".SCB", ".weight_format"))
+                and f"{name.rpartition('.')[0]}.weight" in raw
+            ):
                 continue
             elif name.endswith(".weight") and f"{base}.SCB" in raw:
                 self.stored[name] = Stored(file, shape, "float16", "int8")
@@ -172,7 +175,8 @@ class Checkpoint:
         state = QuantState.from_dict(parts, device=torch.device("cpu"))
         # As one row: on a CPU, bitsandbytes 0.50.2 errs where a block of scales goes on in the next row.
         state.shape, state.dtype = torch.Size((1, weight_count(stored.shape))), torch.float32
-        return dequantize_4bit(weight, state).reshape(stored.shape)
+        dense: torch.Tensor = dequantize_4bit(weight, state).reshape(stored.shape)
+        return dense
 
     @property
     def is_quantized(self) -> bool:

@@ -182,7 +182,9 @@ def _lay_out(vocabulary: Vocabulary, document: dict[str, Any], rows: int, path: 
         vocabulary.types.append(kind)
     if vocabulary.scores:
         low = min(vocabulary.scores) - 1
-        scores = dict(zip(sorted(document["model"]["vocab"].values()), vocabulary.scores, strict=True))
+        scores = dict(
+            zip(sorted(document["model"]["vocab"].values()), vocabulary.scores, strict=True)
+        )
         vocabulary.scores = [scores.get(number, low) for number in range(rows)]
 
 

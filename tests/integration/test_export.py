@@ -98,7 +98,9 @@ def test_a_perturbed_weight_is_red_and_kept_apart(
             yield block
 
     monkeypatch.setattr(merge, "_blocks", perturbed)
-    with pytest.raises(GateError, match=r"1 tensors are not .*layers\.2\.mlp\.up_proj.*kept as .*merged\.diverged"):
+    with pytest.raises(
+        GateError, match=r"1 tensors are not .*layers\.2\.mlp\.up_proj.*kept as .*merged\.diverged"
+    ):
         merge_run(run)
     assert (run.path / "merged.diverged/model.safetensors").exists()
     assert (run.merged / "model.safetensors").read_bytes() == good
@@ -124,7 +126,9 @@ def test_an_adapter_that_was_not_merged_ends_the_command_with_3(
     (tmp_path / "sitecustomize.py").write_text(
         "import fastlora.export.adapter as a\na.Adapter.apply = lambda self, edit, rows, start: rows.float()\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    )
     done = CliRunner().invoke(cli, ["merge", str(exported.path())])
     assert done.exit_code == 3
     assert "it carries 0% of the adapter's effect" in done.output

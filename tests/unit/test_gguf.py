@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,15 @@ def test_a_forgotten_and_a_doubled_adapter_are_red_however_small(tmp_path: Path)
 
 def test_architectures_that_are_not_served_are_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "Mixtral", num_local_experts=2)
-    with pytest.raises(EngineError, match="llama, mistral, qwen2, qwen3 models, and this is mixtral"):
+    with pytest.raises(
+        EngineError, match="llama, mistral, qwen2, qwen3 models, and this is mixtral"
+    ):
         write(tmp_path, base, "f16", target_modules=["q_proj"])
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     base = save_base(tmp_path / "dynamic", rope_parameters=dynamic)
-    with pytest.raises(EngineError, match="rope_type default, linear, llama3 and yarn, and this is dynamic"):
+    with pytest.raises(
+        EngineError, match="rope_type default, linear, llama3 and yarn, and this is dynamic"
+    ):
         write(tmp_path, base, "f16")
 
 
@@ -136,7 +141,12 @@ def test_k_quants_against_the_packages_reader(pack: Any, kind: str, most: float)
     rows = rng.normal(scale=0.02, size=(64, 512)).astype(np.float32)
     back = quants.dequantize(pack(rows), type_)
     assert float(np.sqrt(np.mean((back - rows) ** 2)) / rows.std()) < most
-    for odd in (np.zeros((1, 256)), np.full((1, 256), 0.3), np.full((1, 256), -0.3), np.eye(1, 256)):
+    for odd in (
+        np.zeros((1, 256)),
+        np.full((1, 256), 0.3),
+        np.full((1, 256), -0.3),
+        np.eye(1, 256),
+    ):
         back = quants.dequantize(pack(odd.astype(np.float32)), type_)
         assert np.abs(back - odd).max() < 0.01
     # What lies on the grid comes back: of q4_k with one scale for all parts, of q6_k with powers of two.
@@ -182,7 +192,7 @@ def _by_score(text: str, vocabulary: Vocabulary) -> list[int]:
     while True:
         joined = [
             (vocabulary.scores[number[left + right]], -place)
-            for place, (left, right) in enumerate(zip(pieces, pieces[1:], strict=False))
+            for place, (left, right) in enumerate(itertools.pairwise(pieces))
             if left + right in number
         ]
         if not joined:

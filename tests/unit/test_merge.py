@@ -40,7 +40,8 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": ({}, {}),
     "rslora": ({}, {"use_rslora": True}),
-    "patterns": ({}, {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "down_proj": 8}, "alpha_pattern": {"v_proj": 3}}),
+    "patterns": ({}, {
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2, "down_proj": 8}, "alpha_pattern": {"v_proj": 3}}),
     "dora": ({}, {"use_dora": True}),
     "bias all": (BIASED, {"bias": "all"}),
     "bias lora_only": (BIASED, {"bias": "lora_only"}),
@@ -184,7 +185,10 @@ def test_renamed_and_fused_weights_of_a_mixture_of_experts(tmp_path: Path) -> No
 def test_what_does_not_fit_is_refused(bases: Any, tmp_path: Path) -> None:
     base = bases()
     adapter = save_adapter(bases(hidden_size=32), tmp_path / "narrow")
-    with pytest.raises(EngineError, match=r"(?s)B A is \(32, 96\), the base's weight \(64, 96\).*nothing was written"):
+    with pytest.raises(
+        EngineError,
+        match=r"(?s)B A is \(32, 96\), the base's weight \(64, 96\).*nothing was written",
+    ):
         Plan(base, adapter)
     adapter = save_adapter(bases(num_hidden_layers=3), tmp_path / "deep")
     with pytest.raises(EngineError, match=r"the base has no weight model\.layers\.2"):
@@ -204,7 +208,9 @@ def test_what_does_not_fit_is_refused(bases: Any, tmp_path: Path) -> None:
     (tmp_path / "empty/config.json").write_text((base / "config.json").read_text())
     with pytest.raises(EngineError, match="must be safetensors"):
         Plan(tmp_path / "empty", good)
-    gptq = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    gptq = json.loads((base / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq"}
+    }
     (tmp_path / "empty/config.json").write_text(json.dumps(gptq))
     with pytest.raises(EngineError, match="quantized with gptq"):
         Plan(tmp_path / "empty", good)
