@@ -70,9 +70,7 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
             )
 
 
-def _export_problems(
-    recipe: Recipe, config: PretrainedConfig, announce: Announce
-) -> Iterator[str]:
+def _export_problems(recipe: Recipe, config: PretrainedConfig, announce: Announce) -> Iterator[str]:
     output, name = recipe.output, recipe.model.name
     asked = [
         key for key, on in (("merge", output.merge != "none"), ("export", output.export)) if on
