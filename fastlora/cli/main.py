@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "Write the page of a run.",
     "doctor": "Check this machine: versions, GPU, kernels, folders.",
     "merge": "Merge a finished run's adapter into 16-bit weights.",
+    "export": "Write a finished run's model as GGUF or 16-bit weights.",
 }
 
 

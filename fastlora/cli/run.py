@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from fastlora.cli.export import agreement
 from fastlora.errors import UsageError
 from fastlora.recipe import library
 
@@ -100,16 +101,11 @@ def _print_result(manifest: dict[str, Any]) -> None:
     if answers := manifest.get("answers"):
         _print_answers(answers, Path(manifest["path"]) / "comparison.json")
     click.echo(f"adapter   {manifest['path']}/adapter")
+    exports = {"merged": merge} if merge else {}
+    exports |= {f"gguf-{quant}": report for quant, report in manifest.get("export", {}).items()}
+    for folder, report in exports.items():
+        click.echo(f"{folder:<9} {manifest['path']}/{folder} ({agreement(report)})")
     click.echo(f"report    {manifest['path']}/report.html")
-    if merge:
-        same = (
-            f"; {merge['answers_same']} of {merge['answers']} answers as the adapter's"
-            if "answers" in merge
-            else ""
-        )
-        click.echo(
-            f"merged    {manifest['path']}/merged (logits within {merge['logit_error']:.2%}{same})"
-        )
 
 
 _SHOWN_ANSWERS = 3

@@ -235,6 +235,8 @@ class OutputSection(Section):
     dir: str = Field(min_length=1)
     """Each run gets a new numbered folder in it."""
     merge: Literal["none", "16bit"] = "none"
+    export: list[Literal["f16", "bf16", "q8_0", "q4_k_m"]] = []
+    """GGUF files to make of the adapter and its base, each with a Modelfile for Ollama."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def write_report(run: RunDir) -> Path:
     # Half of a surrogate pair, which a model may write, is no UTF-8.
     write_atomic(target, content.encode("utf-8", "replace"))
     return target
+
+
+def keep_report(run: RunDir, say: Callable[[str], None]) -> None:
+    """write_report where the page is not what was asked for: whatever happens here, what was made is on the disk."""
+    if not run.manifest:  # stopped before it had begun
+        return
+    try:
+        write_report(run)
+    except Exception as error:
+        say(
+            f"report.html could not be written ({type(error).__name__}: {error}); the run is not touched by that. "
+            f"To write it later:\n  {shlex.join(['fastlora', 'report', str(run.path)])}"
+        )
 
 
 def _headline(manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:

@@ -289,6 +289,10 @@ class RunDir:
         self.manifest.update(entries)
         write_atomic(self.manifest_path, json.dumps(self.manifest, indent=2, default=str) + "\n")
 
+    def record_export(self, quant: str, report: dict[str, Any]) -> None:
+        """Set the manifest's entry for the GGUF file of that type."""
+        self.update(export=self.manifest.get("export", {}) | {quant: report})
+
     def append_metrics(self, entry: dict[str, Any]) -> None:
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

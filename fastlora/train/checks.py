@@ -45,11 +45,7 @@ def check_model(
     except (OSError, ValueError) as error:
         problems.append(not_loadable(model.name, error))
     else:
-        if recipe.output.merge != "none" and getattr(config, "quantization_config", None):
-            problems.append(
-                f"output.merge: {model.name} is quantized on disk; name its 16-bit original or set "
-                'output.merge = "none"'
-            )
+        problems += _export_problems(recipe, config, announce)
         problems += _token_problems(model.name, tokenizer, config, announce)
         if recipe.lora.target_modules != "all-linear":
             problems += target_problems(recipe.lora.target_modules, config, engine, announce)
@@ -72,6 +68,33 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
         if metric in PACKAGES and find_spec(PACKAGES[metric][0]) is None:
             yield (
                 f"eval.metrics: {metric} needs {PACKAGES[metric][1]}; pip install 'fastlora[metrics]', or leave it out"
+            )
+
+
+def _export_problems(recipe: Recipe, config: PretrainedConfig, announce: Announce) -> Iterator[str]:
+    output, name = recipe.output, recipe.model.name
+    asked = [
+        key for key, on in (("merge", output.merge != "none"), ("export", output.export)) if on
+    ]
+    stored = getattr(config, "quantization_config", None)
+    if asked and stored:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        if getattr(method, "value", method) == "bitsandbytes":
+            announce(
+                f"output.{asked[0]}: {name} is quantized on disk; it is dequantized, and its error stays in the result"
+            )
+        else:
+            yield (
+                f"output.{asked[0]}: {name} is quantized on disk; name its 16-bit original or leave output."
+                f"{asked[0]} out"
+            )
+    if output.export:
+        from fastlora.export.gguf_write import ARCHITECTURES
+
+        if config.model_type not in ARCHITECTURES:
+            yield (
+                f"output.export: GGUF is written for {', '.join(ARCHITECTURES)} models, and {name} is "
+                f"{config.model_type}; leave it out and use output.merge"
             )
 
 

@@ -19,10 +19,11 @@ from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
 from fastlora.engines.engaged import load_model
 from fastlora.errors import EngineError, RunDirError
+from fastlora.export.process import save_held_out
 from fastlora.recipe.advice import Filled, apply, default_epochs
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir import provenance
-from fastlora.rundir.report import write_report
+from fastlora.rundir.report import keep_report
 from fastlora.rundir.store import RunDir, check_place, is_disk_full
 from fastlora.train.advising import advise_before, fill_open_keys, filled_from
 from fastlora.train.checks import check_model
@@ -159,38 +160,30 @@ def train_run(
                 raise
             raise explained from error
         finally:
-            _keep_report(run, notes)
-
-
-def _keep_report(run: RunDir, notes: Notes) -> None:
-    """Whatever happens here, what was trained is on the disk."""
-    if not run.manifest:  # stopped before it had begun
-        return
-    try:
-        write_report(run)
-    except Exception as error:
-        notes.say(
-            f"report.html could not be written ({type(error).__name__}: {error}); the run is not touched by that. "
-            f"To write it later:\n  {shlex.join(['fastlora', 'report', str(run.path)])}"
-        )
+            keep_report(run, notes.say)
 
 
 def _go_through(job: Job, on_trained: OnTrained | None) -> None:
     # Here and not above: an engine may have to be imported before what these import.
     import torch
 
-    from fastlora.export.merge import merge_in_new_process
+    from fastlora.export.process import export_in_new_process
     from fastlora.train.learn import learn
 
     learn(job, on_trained)
-    if job.recipe.output.merge == "16bit":
+    output = job.recipe.output
+    if output.merge == "16bit" or output.export:
         # The merge, in its own process, wants the memory. Interrupted, raised in a finaliser, would be lost.
         with job.signals.deferring():
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+    if output.merge == "16bit":
         job.notes.say("merging into 16-bit weights")
-        job.run.update(merge=merge_in_new_process(job.run))
+        job.run.update(merge=export_in_new_process(job.run, "16bit"))
+    for quant in output.export:
+        job.notes.say(f"exporting to GGUF, {quant}")
+        job.run.record_export(quant, export_in_new_process(job.run, "gguf", quant))
     job.signals.raise_pending()  # in case another finaliser swallowed it
     job.run.update(status="finished", ended=_now())
 
@@ -244,7 +237,6 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
         recipe=recipe.model_dump(mode="json"),
         engine=job.engine.name,
         dtype=dtype,
-        merge_dtype="float16" if dtype == "float16" else "bfloat16",
         seed=recipe.train.seed,
         data=_data_report(data),
         preview=_preview(data),
@@ -254,6 +246,8 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
         **({"auto": [asdict(one) for one in filled]} if request.auto else {}),
         advice=advise_before(recipe, data, job.engine.name, notes),
     )
+    if data.eval is not None:
+        save_held_out(run, data.eval)
 
 
 def _failed(run: RunDir, request: Request, error: BaseException) -> BaseException:

@@ -18,7 +18,7 @@ from fastlora.errors import DataError
 from fastlora.export.answers import _batches, answer, read_rows
 from fastlora.export.chat import Conversation
 from fastlora.export.load import Tuned, load_run
-from fastlora.export.merge import refuse_unfinished
+from fastlora.export.process import refuse_unfinished
 from fastlora.recipe.load import load_recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train import answers as train_answers

@@ -189,3 +189,23 @@ def test_a_weight_file_that_lacks_weights_is_refused(workplace: Any, tmp_path: P
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _, err = workplace.run("--set", f"model.name={folder}", expect=1)
     assert "lacks 1 weights, such as model.layers.0.mlp.up_proj.weight" in " ".join(err.split())
+
+
+def test_exports_that_cannot_be_made_are_refused_before_training(model: Path) -> None:
+    recipe = recipe_for(model, output={"dir": "runs", "export": ["q8_0"]})
+    tokenizer, said = load_tokenizer(recipe.model), list[str]()
+
+    def check() -> None:
+        check_model(recipe, tokenizer, None, said.append)
+
+    check()
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    change(model, quantization_config=nf4)
+    check()
+    assert "is quantized on disk; it is dequantized" in said[-1]
+    change(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(EngineError, match=r"output\.export: .*name its 16-bit original"):
+        check()
+    change(model, quantization_config=None, model_type="gpt_neox")
+    with pytest.raises(EngineError, match=r"output\.export: GGUF is written for llama, mistral"):
+        check()

@@ -18,6 +18,7 @@ from rich.console import Console
 from fastlora.cli.main import cli
 from fastlora.errors import RunDirError
 from fastlora.recipe.load import load_recipe
+from fastlora.rundir import report
 from fastlora.train import session
 from fastlora.train.session import Request, dry_run, train_run
 
@@ -45,7 +46,7 @@ def test_paths_are_printed_as_they_are(workplace: object) -> None:
 def test_a_page_that_cannot_be_written_costs_no_run(
     workplace: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "write_report", lambda _: 1 / 0)
+    monkeypatch.setattr(report, "write_report", lambda _: 1 / 0)
     manifest, said = trained(workplace, "train.steps=1")
     assert manifest["status"] == "finished"
     assert "report.html could not be written (ZeroDivisionError: division by zero)" in said

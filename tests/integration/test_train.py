@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.export.merge import merge_run
 from fastlora.rundir.store import RunDir
 
 
@@ -130,24 +129,6 @@ def test_nf4_on_a_cpu(workplace: object) -> None:
 
     merged = AutoModelForCausalLM.from_pretrained(workplace.path() / "merged")
     assert merged.dtype == torch.bfloat16
-
-
-def test_a_wrong_merge_does_not_pass_the_gate(
-    workplace: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from peft import PeftModel
-
-    from fastlora.errors import GateError
-
-    workplace.run("--set", "output.merge=16bit")
-    opened = RunDir.open(workplace.path())
-    (workplace.path() / "merged").rename(workplace.path() / "merged-good")
-    monkeypatch.setattr(
-        PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False
-    )
-    with pytest.raises(GateError, match="0% of that effect"):
-        merge_run(opened)
-    assert not opened.merged.exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(workplace: object) -> None:
