@@ -15,6 +15,8 @@ COMMANDS = {
     "run": "Train an adapter as a recipe says.",
     "recipes": "List the bundled recipes, or show one.",
     "bench": "Measure speed and memory of engines on equal work.",
+    "chat": "Talk with a run's model, tuned and before.",
+    "generate": "Answer the prompts of a file.",
     "report": "Write the page of a run.",
     "doctor": "Check this machine: versions, GPU, kernels, folders.",
     "merge": "Merge a finished run's adapter into 16-bit weights.",

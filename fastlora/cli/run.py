@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -82,7 +83,7 @@ def _run(
 
 
 def _print_result(manifest: dict[str, Any]) -> None:
-    result, exact, merge = manifest["result"], manifest.get("exact_match"), manifest.get("merge")
+    result, merge = manifest["result"], manifest.get("merge")
     click.echo(f"run       {manifest['path']}")
     click.echo(
         f"loss      {result['first_loss']:.4f} -> {result['last_loss']:.4f} in {result['steps']} steps"
@@ -97,14 +98,40 @@ def _print_result(manifest: dict[str, Any]) -> None:
     click.echo(
         f"speed     {result['tokens_per_s_median']:,.0f} tokens/s{memory}, {result['seconds']:.0f} s"
     )
-    if exact:
-        rows = exact["rows"]
-        click.echo(
-            f"exact     {exact['before'] / rows:.1%} -> {exact['after'] / rows:.1%} of {rows} held-out rows"
-        )
+    if answers := manifest.get("answers"):
+        _print_answers(answers, Path(manifest["path"]) / "comparison.json")
     click.echo(f"adapter   {manifest['path']}/adapter")
     exports = {"merged": merge} if merge else {}
     exports |= {f"gguf-{quant}": report for quant, report in manifest.get("export", {}).items()}
     for folder, report in exports.items():
         click.echo(f"{folder:<9} {manifest['path']}/{folder} ({agreement(report)})")
     click.echo(f"report    {manifest['path']}/report.html")
+
+
+_SHOWN_ANSWERS = 3
+
+
+def _print_answers(answers: dict[str, Any], compared: Path) -> None:
+    """The scores, and the first prompts with their answers, a line each."""
+    from fastlora.export.score import shown
+
+    for metric, before in answers["before"].items():
+        rows = answers["rows"] if metric == "json_valid" else answers["expected"]
+        name, after = metric.partition("_")[0], answers["after"].get(metric)
+        now = "" if after is None else f" -> {shown(metric, after)}"
+        click.echo(f"{name:<8}  {shown(metric, before)}{now} of {rows} prompts")
+    click.echo(f"answers   {compared} ({answers['rows']} prompts, before and after)")
+    whole = [row for row in json.loads(compared.read_text(encoding="utf-8")) if "after" in row]
+    for row in whole[:_SHOWN_ANSWERS]:
+        click.echo(f"  {_brief(row['prompt'], from_end=True)}")
+        for name in ("before", "after", "expected"):
+            if name in row:
+                click.echo(f"    {name:<8}  {_brief(row[name])}")
+
+
+def _brief(text: str, *, from_end: bool = False) -> str:
+    """One line of it."""
+    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    if len(line) <= 90:
+        return line
+    return "..." + line[-87:] if from_end else line[:87] + "..."

@@ -87,10 +87,7 @@ def to_example(row: dict[str, Any], data_format: DataFormat, *, templated: bool)
         case "text":
             return Plain(_text(row, "text"))
         case "alpaca":
-            prompt = _text(row, "instruction")
-            if more := _optional(row, "input"):
-                prompt += "\n\n" + more
-            return _pair(prompt, _text(row, "output"), system, templated)
+            return _pair(_instruction(row), _text(row, "output"), system, templated)
         case "prompt_completion":
             if isinstance(row["prompt"], str):
                 return _pair(_text(row, "prompt"), _text(row, "completion"), system, templated)
@@ -100,18 +97,59 @@ def to_example(row: dict[str, Any], data_format: DataFormat, *, templated: bool)
             turns = _messages(row, "messages")
         case "sharegpt":
             turns = _messages(row, "conversations")
-    if not templated:
-        raise BadRow(
-            'is a conversation, which data.template = "none" cannot lay out; use a chat template'
-        )
-    if system:
-        turns = _with_system(turns, system)
+    turns = _conversation(turns, system, templated)
     given = frozenset(place for place, turn in enumerate(turns) if turn.pop("weight", 1) == 0)
     if not any(
         turn["role"] == "assistant" and place not in given for place, turn in enumerate(turns)
     ):
         raise BadRow("has no assistant turn to learn from")
     return Chat(turns, _parsed(row.get("tools"), "tools") or None, given)
+
+
+def to_prompt(row: dict[str, Any], *, templated: bool) -> tuple[Chat | Plain, bool]:
+    """Turn a row that is to be answered into an example; and whether its last answer is in it already.
+
+    The fields are those of training, of which the answer may be missing: output, completion, or the last turn of a
+    conversation. A text is taken as a beginning, which no template touches. Raises BadRow with the reason.
+    """
+    known = ("messages", "conversations", "instruction", "prompt", "text")
+    field = next((name for name in known if row.get(name) is not None), None)
+    if field is None:
+        raise BadRow(f"has none of {', '.join(known)}")
+    if field == "text":
+        return Plain("", _text(row, "text")), False
+    said = field in ("messages", "conversations") or not isinstance(row[field], str)
+    turns = _messages(row, field) if said else []
+    if field in ("messages", "conversations"):
+        answered = turns[-1]["role"] == "assistant"
+    else:
+        answered = bool(_filled(row.get("output" if field == "instruction" else "completion")))
+    if answered:
+        data_format = next(name for name, fields in REQUIRED_FIELDS.items() if field in fields)
+        return to_example(row, data_format, templated=templated), True
+    system = _optional(row, "system")
+    if not said:
+        prompt = _instruction(row) if field == "instruction" else _text(row, field)
+        if not templated:
+            return Plain("", f"{system}\n\n{prompt}" if system else prompt), False
+        turns = [{"role": "user", "content": prompt}]
+    turns = _conversation(turns, system, templated)
+    for turn in turns:
+        turn.pop("weight", None)
+    return Chat(turns, _parsed(row.get("tools"), "tools") or None), False
+
+
+def _instruction(row: dict[str, Any]) -> str:
+    more = _optional(row, "input")
+    return _text(row, "instruction") + ("\n\n" + more if more else "")
+
+
+def _conversation(turns: list[Message], system: str, templated: bool) -> list[Message]:
+    if not templated:
+        raise BadRow(
+            'is a conversation, which data.template = "none" cannot lay out; use a chat template'
+        )
+    return _with_system(turns, system) if system else turns
 
 
 def _pair(prompt: str, completion: str, system: str, templated: bool) -> Chat | Plain:
@@ -133,8 +171,11 @@ def _with_system(turns: list[Message], system: str) -> list[Message]:
 
 def _optional(row: dict[str, Any], field: str) -> str:
     """Nothing where the field is missing, empty or blank."""
-    value = row.get(field)
-    return _text(row, field) if value and str(value).strip() else ""
+    return _text(row, field) if _filled(row.get(field)) else ""
+
+
+def _filled(value: Any) -> Any:
+    return value if value and str(value).strip() else None
 
 
 def _text(row: dict[str, Any], field: str) -> str:

@@ -142,6 +142,24 @@ class Encoder:
                 ids, labels = [*ids, eos], [*labels, eos]
         return Encoded(ids, labels)
 
+    def ask(self, example: Chat | Plain) -> list[int]:
+        """Token ids up to where the model is to answer: all of a conversation, or the prompt of a Plain.
+
+        Raises BadRow when the template refuses it.
+        """
+        templated = isinstance(example, Chat)
+        text = (
+            self.template.apply(example.messages, example.tools, ask=True)
+            if isinstance(example, Chat)
+            else example.prompt
+        )
+        told = self.tokenizer(_encodable(text), add_special_tokens=not templated, verbose=False)
+        ids = list(told["input_ids"])
+        # Where the tokenizer itself adds EOS, nothing could come after it.
+        if not templated and ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        return ids
+
     @property
     def stop_token_id(self) -> int:
         """The token that ends an answer: EOS, or the one with which the template closes a turn."""

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from fastlora.data.format import FIELDS, BadRow, Chat, Plain, detect_format, to_
 from fastlora.data.load import Table, load_table
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
 from fastlora.data.pack import pack_rows
+from fastlora.data.prompts import Question, prompt_encoder, read_prompts
 from fastlora.errors import DataError
 from fastlora.recipe.schema import DataFormat, Recipe, SourceSection
 
@@ -81,6 +82,8 @@ class Prepared:
     eval: Dataset | None
     """Never packed: held-out loss is per row, and answers are read from its rows."""
     stats: DataStats
+    prompts: tuple[Question, ...] = ()
+    """Those of eval.prompts."""
 
     def eval_by_source(self) -> dict[str, Dataset]:
         """The held-out rows of each source that has any, by its label. Together, and in order, they are `eval`."""
@@ -121,9 +124,10 @@ def prepare_data(
 ) -> Prepared:
     """Turn a recipe's sources into token ids and labels, from the cache where it holds them.
 
-    Raises DataError: unreadable sources, bad rows (unless data.on_bad_row is "skip"), no rows, or no
-    supervised token.
+    Raises DataError: unreadable sources, bad rows (unless data.on_bad_row is "skip"), no rows, no
+    supervised token, or prompts that cannot be asked.
     """
+    prompts = _prompts(recipe, tokenizer)
     encoder = Encoder(tokenizer, template=recipe.data.template, supervise=recipe.data.supervise)
     inputs = _read(recipe)
     key = _cache_key(recipe, encoder, [one.table for one in inputs])
@@ -140,7 +144,16 @@ def prepare_data(
             f"data: the chat template ends an answer with {prepared.stats.stop_token!r}, while the tokenizer's EOS is "
             f"{tokenizer.eos_token!r}; the saved model stops at both"
         )
-    return prepared
+    return replace(prepared, prompts=prompts)
+
+
+def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Question, ...]:
+    if not recipe.eval.prompts:
+        return ()
+    encoder = prompt_encoder(tokenizer, recipe.data.template)
+    limit = recipe.model.seq_len_tokens
+    read = read_prompts(recipe.eval.prompts, encoder, name="eval.prompts", limit_tokens=limit)
+    return tuple(question for _, question in read)
 
 
 def _prepare(recipe: Recipe, encoder: Encoder, inputs: Sequence[_Input], key: str) -> Prepared:

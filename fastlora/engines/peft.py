@@ -18,11 +18,12 @@ from fastlora.engines.base import (
     resolve_dtype,
 )
 from fastlora.errors import EngineError
-from fastlora.recipe.schema import Recipe
+from fastlora.recipe.schema import ModelSection, Recipe
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class PeftEngine:
@@ -33,6 +34,10 @@ class PeftEngine:
         # Imported on a CPU with AVX512, bitsandbytes warns of an optional kernel that nobody has installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
             lambda record: "gemm_4bit_forward" not in str(record.msg)
+        )
+        # And of every int8 product in another type than float16: a line for each layer and token.
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+            lambda record: "inputs will be cast" not in str(record.msg)
         )
         prefer_expandable_segments()
         import peft  # noqa: F401  (nothing is patched: this only moves the cost of the import here)
@@ -46,13 +51,13 @@ class PeftEngine:
 
         return AutoModelForCausalLM
 
-    def load(self, recipe: Recipe, announce: Announce) -> PeftModel:
+    def load_base(self, model: ModelSection) -> PreTrainedModel:
+        """The base alone, quantized as the recipe says. Raises EngineError: it cannot be found, or is not whole."""
         import torch
-        from peft import LoraConfig, get_peft_model
         from safetensors import SafetensorError
-        from transformers import BitsAndBytesConfig, set_seed
+        from transformers import BitsAndBytesConfig
 
-        dtype = resolve_dtype(recipe.model)
+        dtype = resolve_dtype(model)
         quantization = {
             "none": None,
             "int8": BitsAndBytesConfig(load_in_8bit=True),
@@ -62,12 +67,12 @@ class PeftEngine:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
             ),
-        }[recipe.model.quantization]
+        }[model.quantization]
         try:
             base, told = self.auto_model().from_pretrained(
-                recipe.model.name,
-                revision=recipe.model.revision,
-                trust_remote_code=recipe.model.trust_remote_code,
+                model.name,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
                 dtype=dtype,
                 quantization_config=quantization,
                 device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
@@ -75,13 +80,20 @@ class PeftEngine:
                 output_loading_info=True,
             )
         except (OSError, ValueError, SafetensorError) as error:
-            raise EngineError(not_loadable(recipe.model.name, error)) from error
+            raise EngineError(not_loadable(model.name, error)) from error
         if missing := sorted(told["missing_keys"]):
             # transformers draws them at random and goes on.
             raise EngineError(
-                f"model.name: {recipe.model.name} lacks {len(missing)} weights, such as {missing[0]}; copy or download "
+                f"model.name: {model.name} lacks {len(missing)} weights, such as {missing[0]}; copy or download "
                 "it again"
             )
+        return base
+
+    def load(self, recipe: Recipe, announce: Announce) -> PeftModel:
+        from peft import LoraConfig, get_peft_model
+        from transformers import set_seed
+
+        base = self.load_base(recipe.model)
         base.config.use_cache = False  # with one, transformers does not keep packed rows apart
         set_seed(recipe.train.seed)
         lora = recipe.lora

@@ -1,1 +1,1 @@
-"""From an adapter to a model that others can load, checked against the adapter."""
+"""What comes of an adapter: answers, and a model that others can load, checked against the adapter."""

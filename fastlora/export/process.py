@@ -32,7 +32,7 @@ _DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 
 def refuse_unfinished(run: RunDir) -> None:
     """Raises RunDirError: the run has no adapter yet, or has not yet answered with it."""
-    if "result" not in run.manifest or "after" not in run.manifest.get("exact_match", ["after"]):
+    if "result" not in run.manifest or "after" not in run.manifest.get("answers", ["after"]):
         raise RunDirError(
             f"{run.path}: the run has not finished; go on with:\n  {run.manifest.get('resume_command')}"
         )

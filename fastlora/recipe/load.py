@@ -105,7 +105,7 @@ def _is_text(parts: Sequence[str]) -> bool:
 
 
 _SOURCES = ("data.sources", "data.eval_sources", "data.rehearsal.source")
-_PATHS = ("model.name", "data.template", *_SOURCES)
+_PATHS = ("model.name", "data.template", *_SOURCES, "eval.prompts")
 _FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 _TEMPLATE_TYPES = (".jinja", ".j2")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -143,6 +143,8 @@ def _anchor_paths(table: TomlTable, folder: Path, keys: Sequence[str]) -> None:
         holder, name = _holder(table, key)
         if holder is None or not holder.get(name):
             continue
+        if name == "prompts" and isinstance(holder[name], list):
+            continue  # of texts
         if name != "template" or str(holder[name]).endswith(_TEMPLATE_TYPES):
             holder[name] = anchored(holder[name])
 
@@ -230,6 +232,7 @@ _ALIASES = {
     "val_set_size": "data.eval_split",
     "datasets": "data.sources",
     "output_dir": "output.dir",
+    "exact_match_rows": "eval.rows",
 }
 
 

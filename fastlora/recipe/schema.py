@@ -200,10 +200,26 @@ class TrainSection(Section):
         return self.accumulation or 1
 
 
+Metric = Literal["exact_match", "json_valid", "chrf", "rouge_l"]
+_ANSWERED_ROWS = 8
+
+
 class EvalSection(Section):
-    exact_match_rows: int = Field(default=0, ge=0)
-    """Held-out rows answered greedily before and after training and compared word for word."""
+    """Prompts answered greedily by the model before and after training, side by side in comparison.json."""
+
+    rows: int | None = Field(default=None, ge=0)
+    """So many held-out rows, evenly spread; unset, 8 of them where there are any."""
+    prompts: str | list[str] = []
+    """More prompts: a list of texts, or a data file whose rows may lack the answer."""
+    metrics: list[Metric] = []
+    """Taken of both answers, against the row's own; chrf and rouge_l need `pip install 'fastlora[metrics]'`."""
     max_new_tokens: int = Field(default=64, ge=1)
+    max_minutes: float = Field(default=10, gt=0)
+    """Before and after training each: prompts not reached by then are left out."""
+
+    @property
+    def held_out_rows(self) -> int:
+        return _ANSWERED_ROWS if self.rows is None else self.rows
 
 
 class KernelsSection(Section):
@@ -254,13 +270,16 @@ class Recipe(Section):
                 "train.keep_best": self.train.keep_best,
                 "train.early_stopping_patience": self.train.early_stopping_patience,
                 "train.eval_every_steps": self.train.eval_every_steps,
-                "eval.exact_match_rows": self.eval.exact_match_rows,
+                "eval.rows": self.eval.rows,
+                "eval.metrics": self.eval.metrics and not self.eval.prompts,
             }
             problems += [
                 f"{key}: needs held-out rows; set data.eval_split or data.eval_sources"
                 for key, wanted in wants.items()
                 if wanted
             ]
+        if self.eval.metrics and self.eval.rows == 0 and not self.eval.prompts:
+            problems.append("eval.metrics: no prompt is answered; set eval.rows or eval.prompts")
         if self.kernels.require_fast and self.kernels.mode == "off" and self.engine == "peft":
             problems.append(
                 'kernels.require_fast: with engine = "peft" and kernels.mode = "off" no layer is fast; '

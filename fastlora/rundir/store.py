@@ -4,6 +4,7 @@
       manifest.json   recipe as resolved, versions, data, GPU, seed, commit, fallbacks, result
       metrics.jsonl   one line per logged step
       loss.png
+      answers.json, comparison.json   prompts answered before and after: see fastlora.export.answers
       report.html     all of it in one page
       checkpoints/checkpoint-N/   with the file COMPLETE, written last
       adapter/        PEFT format
@@ -14,6 +15,7 @@ A second run never writes into a first: runs are numbered, and the number is tak
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
@@ -192,6 +194,16 @@ class RunDir:
         run = cls(path)
         run._read_manifest()
         return run
+
+    @classmethod
+    def newest_finished(cls, parent: Path) -> RunDir:
+        """To be read only. Raises RunDirError: no run under `parent` has finished."""
+        for path in sorted(_runs(parent), key=lambda path: -int(path.name)):
+            with contextlib.suppress(RunDirError):
+                run = cls.look(path)
+                if run.manifest.get("status") == "finished":
+                    return run
+        raise RunDirError(f"{parent}: no finished run")
 
     @classmethod
     def open_unfinished(

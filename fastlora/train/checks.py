@@ -4,6 +4,7 @@ before a weight is read, and before a run has a folder."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fastlora.engines.base import (
@@ -15,6 +16,7 @@ from fastlora.engines.base import (
     target_problems,
 )
 from fastlora.errors import EngineError
+from fastlora.export.score import PACKAGES
 from fastlora.recipe.schema import Recipe
 from fastlora.train.trackers import tracker_problems
 
@@ -62,6 +64,11 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
     except EngineError as error:
         yield str(error)
     yield from tracker_problems(recipe)
+    for metric in recipe.eval.metrics:
+        if metric in PACKAGES and find_spec(PACKAGES[metric][0]) is None:
+            yield (
+                f"eval.metrics: {metric} needs {PACKAGES[metric][1]}; pip install 'fastlora[metrics]', or leave it out"
+            )
 
 
 def _export_problems(recipe: Recipe, config: PretrainedConfig, announce: Announce) -> Iterator[str]:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora_kernels.layers.head import detach_head
 
+from fastlora.data.template import ChatTemplate
 from fastlora.engines.engaged import load_model
 from fastlora.rundir.curves import plot_loss
 from fastlora.rundir.store import whole_folder
 from fastlora.train.advising import advise_on_curves
+from fastlora.train.answers import ask_after, ask_before, pick_questions
 from fastlora.train.callbacks import Metrics, TokenCounter
 from fastlora.train.checkpoints import Checkpoints
-from fastlora.train.exact import ask, pick_questions
 from fastlora.train.held_out import BaseLosses, CurveWatch
 from fastlora.train.job import Job
 from fastlora.train.steps import count_steps
@@ -47,10 +48,8 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     began["kernels"] = [asdict(row) for row in kernels]
     run.update()
     asked = pick_questions(job)
-    if asked and "exact_match" not in run.manifest:
-        before = ask(job, model, asked)
-        run.update(exact_match={"rows": len(asked), "before": before})
-        notes.say(f"exact match before training: {before} of {len(asked)}")
+    if asked:
+        ask_before(job, model, asked)
 
     counter = TokenCounter()
     checkpoints = Checkpoints(run, recipe.train, counter, signals)
@@ -82,6 +81,9 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
             f"keep_best: the adapter of step {state.best_global_step}, "
             f"held-out loss {state.best_metric:.4f}"
         )
+    if recipe.data.template not in ("tokenizer", "none"):
+        # What is made of the adapter's folder then lays chats out as they were trained.
+        job.tokenizer.chat_template = ChatTemplate(job.tokenizer, recipe.data.template).source
     with whole_folder(run.adapter) as folder:
         model.save_pretrained(str(folder))
         job.tokenizer.save_pretrained(str(folder))
@@ -98,9 +100,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     if on_trained is not None:
         on_trained(model, run.manifest)
     if asked:
-        after = ask(job, model, asked)
-        run.update(exact_match=run.manifest["exact_match"] | {"after": after})
-        notes.say(f"exact match after training: {after} of {len(asked)}")
+        ask_after(job, model)
 
 
 def _load_adapter(model: PeftModel, checkpoint: Path) -> None:

@@ -60,7 +60,7 @@ def train(arguments: list[str]) -> dict[str, Any]:
     return {
         "result": manifest["result"],
         "losses": [round(entry["loss"], 4) for entry in entries if "loss" in entry],
-        "exact_match": manifest["exact_match"],
+        "answers": manifest["answers"],
         "merge": manifest.get("merge"),
         "notes": manifest["notes"],
         "load_s": manifest["load_s"],

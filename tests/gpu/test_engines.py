@@ -43,7 +43,8 @@ merge = "16bit"
 """
 ANSWERS = """
 [eval]
-exact_match_rows = 4
+rows = 4
+metrics = ["exact_match"]
 max_new_tokens = 8
 """
 
@@ -137,6 +138,6 @@ def test_engine(checkpoint: Path, engine: str, tmp_path: Path) -> None:
     # Random weights amplify the rounding of the merged ones; a forgotten adapter has 0 carried, 1 effect.
     if trained["merge"] is not None:
         assert trained["merge"]["logit_error"] <= 0.25 * trained["merge"]["effect"]
-    assert trained["exact_match"]["rows"] == 4
-    assert "after" in trained["exact_match"]
+    assert trained["answers"]["rows"] == 4
+    assert "exact_match" in trained["answers"]["after"]
     assert compared["overhead"] <= 0.03

@@ -32,6 +32,8 @@ optimizer = "adamw"
 eval_every_steps = 4
 save_every_steps = 4
 keep_checkpoints = 9
+[eval]
+rows = 0
 [output]
 dir = "{folder}/runs"
 """

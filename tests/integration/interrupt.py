@@ -3,7 +3,7 @@
 HOW: SIGINT or SIGTERM in the middle of the step; `twice` for two signals; `kill-save` for SIGKILL in the
 middle of writing the checkpoint of that step; `full-save` for a disk that is full when it is written;
 `evaluation` for SIGINT in the middle of the evaluation after it. STEP does not matter to `answers`, SIGINT in
-the exact match after training, and `finaliser`, SIGTERM in a `__del__` before the merge.
+the answers after training, and `finaliser`, SIGTERM in a `__del__` before the merge.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ def main() -> None:
 
         CallbackHandler.on_prediction_step = predicted
     elif how == "answers":
-        from fastlora.train import exact
+        from fastlora.train import answers
 
-        original_answer, calls = exact.answer, []
+        original_answered, calls = answers.answered, []
 
-        def answer(*rest: Any, **named: Any) -> Any:
+        def answered(*rest: Any, **named: Any) -> Any:
             calls.append(how)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGINT)
-            return original_answer(*rest, **named)
+            return original_answered(*rest, **named)
 
-        exact.answer = answer
+        answers.answered = answered
     elif how == "finaliser":
         from fastlora.train import session
 

@@ -45,7 +45,7 @@ print(json.dumps([float((got - wanted).norm()), effect]))
 def exported(make_workplace: Any) -> Any:
     made = make_workplace()
     made.run(
-        "--set", "train.steps=12", "--set", "lora.dropout=0", "--set", "eval.exact_match_rows=8",
+        "--set", "train.steps=12", "--set", "lora.dropout=0", "--set", "eval.rows=8",
         "--set", "output.merge=16bit", "--set", 'output.export=["q8_0"]',
     )  # fmt: skip
     return made

@@ -161,10 +161,10 @@ def test_the_embedded_default(workplace: object) -> None:
     workplace.recipe = "tiny"
     out, _ = workplace.run("--json", "--set", f"output.dir={workplace.folder}/runs")
     manifest = json.loads(out)
-    exact = manifest["exact_match"]
-    assert exact["rows"] == 200
-    assert exact["before"] <= 2
-    assert exact["after"] > 180
+    answers = manifest["answers"]
+    assert answers["rows"] == answers["expected"] == 200
+    assert answers["before"]["exact_match"] <= 0.01
+    assert answers["after"]["exact_match"] > 0.9
     assert manifest["merge"]["answers_same"] == 200
     assert manifest["result"]["last_loss"] < 0.1 < manifest["result"]["first_loss"]
     for part in (

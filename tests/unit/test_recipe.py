@@ -99,7 +99,7 @@ def test_set_values_are_toml() -> None:
         ("train", "learning_rate", "train.lr"),
         ("train", "learning_rte", "train.lr"),
         ("train", "gradient_accumulation_steps", "train.accumulation"),
-        ("eval", "exact_match_row", "eval.exact_match_rows"),
+        ("eval", "exact_match_rows", "eval.rows"),
         ("output", "merg", "output.merge"),
     ],
 )
@@ -137,7 +137,7 @@ def test_typos_name_what_was_meant(tmp_path: Path, section: str, typo: str, mean
         ("train.scheduler", '"cosin"'),
         ("train.seed", "-1"),
         ("train.seed", str(2**32)),
-        ("eval.exact_match_rows", '"10"'),
+        ("eval.rows", '"10"'),
         ("output.merge", "16"),
         ("output.report_to", '["mlflow"]'),
     ],
