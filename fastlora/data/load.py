@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +19,10 @@ from fastlora.errors import DataError
 from fastlora.recipe.schema import SourceSection
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+NOT_UTF8 = "not UTF-8"
+
+# A byte that is not UTF-8 becomes one of these on reading: only the rows that hold one are then bad.
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,10 @@ class Row:
     value: dict[str, Any] | None
     problem: str | None = None
     """Why there is no value."""
+
+    @property
+    def is_not_utf8(self) -> bool:
+        return self.problem is not None and self.problem.startswith(NOT_UTF8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +70,38 @@ def _load_file(path: Path) -> Table:
     read = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix]
     try:
         rows = list(read(raw))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (ValueError, RecursionError, OSError, csv.Error) as error:
         raise DataError(f"{path}: not readable as {suffix[1:]}: {error}") from None
     unit = "line" if suffix in (".jsonl", ".csv") else "row"
     return Table(str(path), unit, f"sha256:{hashlib.sha256(raw).hexdigest()}", rows)
+
+
+def _decoded(raw: bytes) -> tuple[str, bool]:
+    """The text, and whether it holds stray bytes.
+
+    Raises ValueError for UTF-16 and UTF-32, where every row would be bad.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{NOT_UTF8}; save it as UTF-8")
+    try:
+        return raw.decode("utf-8-sig"), False
+    except UnicodeDecodeError:
+        return raw.decode("utf-8-sig", errors="surrogateescape"), True
+
+
+def _stray_byte(value: Any) -> str | None:
+    """What is wrong with a row that was read from text with stray bytes; None if it has none."""
+    if isinstance(value, str):
+        found = _STRAY_BYTE.search(value)
+        if found is None:
+            return None
+        before = value[max(0, found.start() - 20) : found.start()]
+        return f"{NOT_UTF8}: byte 0x{ord(found[0]) - 0xDC00:02x} after {before!r}; save it as UTF-8"
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    elif not isinstance(value, list):
+        return None
+    return next(filter(None, map(_stray_byte, value)), None)
 
 
 def _row(number: int, value: Any) -> Row:
@@ -75,9 +111,13 @@ def _row(number: int, value: Any) -> Row:
 
 
 def _jsonl(raw: bytes) -> Iterator[Row]:
+    text, stray = _decoded(raw)
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(raw.decode("utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
+            continue
+        if stray and (problem := _stray_byte(line)):
+            yield Row(number, None, problem)
             continue
         try:
             yield _row(number, json.loads(line))
@@ -90,7 +130,7 @@ def _jsonl(raw: bytes) -> Iterator[Row]:
 
 
 def _json(raw: bytes) -> Iterator[Row]:
-    text = raw.decode("utf-8-sig")
+    text, stray = _decoded(raw)
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -108,16 +148,23 @@ def _json(raw: bytes) -> Iterator[Row]:
     if not isinstance(document, list):
         raise ValueError("expected a list of objects")
     for number, value in enumerate(document, start=1):
-        yield _row(number, value)
+        problem = _stray_byte(value) if stray else None
+        yield Row(number, None, problem) if problem else _row(number, value)
 
 
 def _csv(raw: bytes) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     # Not splitlines(): cells may hold U+2028 and its like unquoted.
-    reader = csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
+    text, stray = _decoded(raw)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    if stray and (problem := _stray_byte([*(reader.fieldnames or [])])):
+        raise ValueError(f"the header is {problem}")
     line = 2
     for value in reader:
-        if None in value:
+        problem = _stray_byte([*value.values()]) if stray else None
+        if problem:
+            yield Row(line, None, problem)
+        elif None in value:
             yield Row(
                 line, None, f"has more cells than the header's {len(reader.fieldnames or [])}"
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import random
 import shutil
@@ -121,7 +122,9 @@ def _prepare(
             f"{names}: no rows to train on; the data set is empty or every row was skipped"
         )
     if recipe.data.eval_split:
-        rows, eval_rows = _split(rows, recipe.data.eval_split, recipe.train.seed)
+        chosen = draw_held_out(len(rows), recipe.data.eval_split, recipe.train.seed)
+        eval_rows = [row for place, row in enumerate(rows) if place in chosen]
+        rows = [row for place, row in enumerate(rows) if place not in chosen]
     limit = recipe.model.seq_len_tokens
     # Text alone never meets the template, so it is not to fail on one that takes no plain chat.
     chats = any(not row.special_tokens for row in rows)
@@ -133,16 +136,16 @@ def _prepare(
     stats.preview = _preview(train[0], encoder)
     dataset = _dataset(train, limit if recipe.data.packing else None)
     stats.train.sequences = len(dataset)
-    held_out = None
+    eval_set = None
     if recipe.data.has_eval:
         stats.eval = SplitStats()
-        held_out = _dataset(_truncate(_encode(encoder, eval_rows), limit, stats.eval), None)
-        stats.eval.sequences = len(held_out)
+        eval_set = _dataset(_truncate(_encode(encoder, eval_rows), limit, stats.eval), None)
+        stats.eval.sequences = len(eval_set)
         if not stats.eval.supervised_tokens:
             raise DataError(
                 "the held-out rows hold no supervised token; hold out more rows or raise model.seq_len_tokens"
             )
-    return Prepared(dataset, held_out, stats)
+    return Prepared(dataset, eval_set, stats)
 
 
 def _no_supervision(stats: SplitStats, limit: int) -> str:
@@ -164,8 +167,8 @@ def _examples(
     rendered: list[Rendered] = []
     refused: list[str] = []
     for source, table in loaded:
-        _check_columns(source, table)
-        data_format = _format_of(source, table)
+        check_columns(source, table)
+        data_format = format_of(source, table)
         if encoder.templated and data_format != "text":
             encoder.require_template()
         bad: list[tuple[int, str]] = []
@@ -174,7 +177,7 @@ def _examples(
             try:
                 if row.value is None:
                     raise BadRow(row.problem)
-                value = _renamed(row.value, source.columns)
+                value = renamed(row.value, source.columns)
                 example: Chat | Plain = to_example(value, data_format, templated=encoder.templated)
                 rendered.append(encoder.render(example))
                 good += 1
@@ -211,11 +214,12 @@ def _examples(
     return rendered
 
 
-def _format_of(source: SourceSection, table: Table) -> DataFormat:
+def format_of(source: SourceSection, table: Table) -> DataFormat:
     if source.format != "auto":
         return source.format
-    values = [row.value for row in table.rows[:100] if row.value is not None]
-    found = detect_format(_renamed(value, source.columns) for value in values)
+    readable = (row.value for row in table.rows if row.value is not None)
+    values = list(itertools.islice(readable, 100))
+    found = detect_format(renamed(value, source.columns) for value in values)
     if found is None:
         if not values:
             raise DataError(f"{table.name}: no rows; the file is empty or none of it could be read")
@@ -227,7 +231,7 @@ def _format_of(source: SourceSection, table: Table) -> DataFormat:
     return found
 
 
-def _check_columns(source: SourceSection, table: Table) -> None:
+def check_columns(source: SourceSection, table: Table) -> None:
     """Raises DataError for a field that nothing reads, or a column that is nowhere."""
     values = [row.value for row in table.rows if row.value is not None]
     problems = []
@@ -247,7 +251,7 @@ def _check_columns(source: SourceSection, table: Table) -> None:
         raise DataError("\n".join(f"{table.name}: {problem}" for problem in problems))
 
 
-def _renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     if not columns:
         return value
     return {
@@ -256,17 +260,14 @@ def _renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _split(rows: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:
-    held_out = int(share) if share >= 1 else max(1, round(len(rows) * share))
-    if held_out >= len(rows):
+def draw_held_out(rows: int, share: float, seed: int) -> set[int]:
+    """The places of the rows that data.eval_split holds out. Raises DataError: none would be left to train on."""
+    count = int(share) if share >= 1 else max(1, round(rows * share))
+    if count >= rows:
         raise DataError(
-            f"data.eval_split holds out {held_out} of {len(rows)} rows, which leaves none to train on"
+            f"data.eval_split holds out {count} of {rows} rows, which leaves none to train on"
         )
-    chosen = set(random.Random(seed).sample(range(len(rows)), held_out))
-    return (
-        [row for place, row in enumerate(rows) if place not in chosen],
-        [row for place, row in enumerate(rows) if place in chosen],
-    )
+    return set(random.Random(seed).sample(range(rows), count))
 
 
 def _encode(encoder: Encoder, rows: Sequence[Rendered]) -> list[Encoded]:
