@@ -11,7 +11,7 @@ from fastlora.check.drift import AnswerStats, find_drift
 from fastlora.check.duplicates import find_duplicates
 from fastlora.check.findings import Finding, Findings, as_document
 from fastlora.check.gates import Gate, judge
-from fastlora.check.rows import Row, Rows, example_of, hold_out, read_rows
+from fastlora.check.rows import HalfCharacter, Row, Rows, example_of, hold_out, read_rows
 from fastlora.check.text import text_findings
 from fastlora.check.tokens import TokenStats, check_tokens, special_tokens
 from fastlora.check.turns import order_fault
@@ -94,7 +94,9 @@ def check_data(
     rows, findings = read_rows(recipe), Findings()
     for place, row in enumerate(rows.all):
         if row.problem is not None:
-            findings.add(_kind_of(row.problem), place, str(row.problem), str(row.value or ""))
+            findings.add(
+                _kind_of(row.problem), place, str(row.problem), row.excerpt or repr(row.value)
+            )
     looked_at = rows.good
     if sample and len(rows.good) > SAMPLE_ROWS:
         looked_at = sorted(random.Random(recipe.train.seed).sample(rows.good, SAMPLE_ROWS))
@@ -121,7 +123,9 @@ def _kind_of(problem: BadRow) -> str:
         return "empty_turn"
     if isinstance(problem, UnknownRole):
         return "role_unknown"
-    return "unreadable_bytes" if str(problem).startswith(NOT_UTF8) else "unreadable_row"
+    if isinstance(problem, HalfCharacter) or str(problem).startswith(NOT_UTF8):
+        return "unreadable_bytes"
+    return "unreadable_row"
 
 
 def _look_at_words(

@@ -65,7 +65,8 @@ def write_clean(report: Report, path: Path, files: Files) -> dict[str, Any]:
         else:
             source = rows.source(place)
             entry = {"source": source.name, source.unit: row.number, "split": rows.split(place)}
-            removed.append(_line({**entry, "reasons": reasons, "row": row.value}))
+            content = row.excerpt if row.value is None else row.value
+            removed.append(_line({**entry, "reasons": reasons, "row": content}))
     written = {key: files[key] for key, lines in kept.items() if lines}
     if not any(split == "train" for _, split in written):
         raise DataError(f"{path}: not written: no row to train on would be left")
@@ -98,7 +99,8 @@ def _settings(written: Files, rows: Rows) -> list[str]:
                 columns = (f"{name} = {_quoted(to)}" for name, to in source.section.columns.items())
                 entry += f", columns = {{ {', '.join(columns)} }}"
             entries.append(f"{{ {entry} }}")
-        if entries:
+        # Where no held-out row is left, the old ones are not to be taken.
+        if entries or (split == "eval" and any(source.eval for source in rows.sources)):
             settings.append(f"{key}=[{', '.join(entries)}]")
     return settings
 

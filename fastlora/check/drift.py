@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _FEW = 0.1
 """Up to this share of the answers is a drift; above it, the data hold two kinds."""
 _MIN_ANSWERS = 20
-_LANGUAGE_CHARS, _LANGUAGE_MIN_BYTES, _LANGUAGE_SURE = 160, 40, 0.99
+_LANGUAGE_CHARS, _LANGUAGE_MIN_BYTES, _LANGUAGE_SURE = 120, 40, 0.99
 _AS_JSON = re.compile(r"\s*(?:\{\s*[\"}]|\[\s*[\"{\[\]])")
 
 

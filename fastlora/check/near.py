@@ -33,7 +33,7 @@ _CHUNK = 2000
 _EARLIER = 16
 """Candidates per text and band: the texts before it that share the band."""
 _SAMPLE = 2000
-_BOILERPLATE_SHARE, _BOILERPLATE_TEXTS = 0.02, 10
+_BOILERPLATE_SHARE, _BOILERPLATE_TEXTS = 0.1, 10
 
 _SEED = 1
 

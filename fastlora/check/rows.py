@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,12 @@ from fastlora.data.load import load_table
 from fastlora.data.prepare import check_columns, draw_held_out, format_of, renamed
 from fastlora.errors import DataError
 from fastlora.recipe.schema import DataFormat, Recipe, SourceSection
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class HalfCharacter(BadRow):
+    """Half of a surrogate pair, which no encoding can write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,8 @@ class Row:
     value: dict[str, Any] | None
     problem: BadRow | None = None
     """Why it is no example."""
+    excerpt: str = ""
+    """The beginning of what could not be read."""
     prompt: str = ""
     """All that is said before the first answer that is taught."""
     answers: tuple[str, ...] = ()
@@ -75,7 +84,7 @@ def read_rows(recipe: Recipe) -> Rows:
             for read in table.rows:
                 row = Row(len(rows.sources) - 1, read.number, read.value)
                 if read.problem is not None:
-                    row.problem = BadRow(read.problem)
+                    row.problem, row.excerpt = BadRow(read.problem), read.excerpt
                 else:
                     _fill(row, example_of(row, rows, templated=templated))
                 rows.all.append(row)
@@ -113,6 +122,8 @@ def _fill(row: Row, example: Chat | Plain | BadRow) -> None:
             row.prompt = "\n\n".join(said[: taught[0]])
             row.rest = "\n\n".join(said[taught[0] :])
             row.answers = tuple(said[place] for place in taught)
+    if found := _SURROGATE.search(row.prompt) or _SURROGATE.search(row.rest):
+        row.problem = HalfCharacter(f"holds {found[0]!r}, half of a surrogate pair")
 
 
 def hold_out(rows: Rows, recipe: Recipe) -> None:

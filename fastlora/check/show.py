@@ -1,4 +1,4 @@
-"""The report on the terminal, and the few lines before a run."""
+"""The report on the terminal."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from rich.text import Text
 from fastlora.check.check import Report
 from fastlora.check.findings import Finding, shortened
 from fastlora.check.rows import Rows
-from fastlora.check.tokens import TokenStats, as_line
+from fastlora.check.tokens import TokenStats
 
 _SHOWN_ROWS = 8
-_BRIEF_FINDINGS = 5
 _STYLES = {"error": "bold red", "warning": "yellow"}
 
 
@@ -108,32 +107,6 @@ def _show_lengths(tokens: TokenStats, console: Console) -> None:
         if not one.rows_cut:
             break
     console.print(table)
-
-
-def brief_lines(report: Report) -> list[str]:
-    """For a run: one for what was looked at, one each for the worst, one for what is cut."""
-    rows = report.rows
-    looked = (
-        f"{len(rows.all):,} rows"
-        if report.looked_at >= len(rows.good)
-        else f"{len(rows.all):,} rows for repeats and leaks, a sample of {report.looked_at:,} for the rest"
-    )
-    lines = [f"check: {looked}: {len(report.refused):,} with errors"]
-    for finding in report.findings[:_BRIEF_FINDINGS]:
-        first = f", first {rows.where(min(finding.rows))}" if finding.rows else ""
-        count = f"{len(finding.rows):,} rows: " if finding.rows else ""
-        lines.append(f"check: {finding.code}: {count}{finding.general or finding.kind.says}{first}")
-    if len(report.findings) > _BRIEF_FINDINGS:
-        lines.append(
-            f"check: and {len(report.findings) - _BRIEF_FINDINGS} more kinds of finding; `fastlora check` lists them"
-        )
-    if report.tokens and report.tokens.lengths[0].rows_cut:
-        lines.append(f"check: {as_line(report.tokens)}")
-    lines += [
-        f"check: gate {'met' if gate.met else 'not met'}: {gate.key}: {gate.says}"
-        for gate in report.gates
-    ]
-    return lines
 
 
 def _say(console: Console, line: str, style: str = "") -> None:

@@ -141,11 +141,3 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> frozenset[str]:
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     marked = {str(token.content) for token in added.values() if token.special}
     return frozenset(one for one in {*tokenizer.all_special_tokens, *marked} if one.strip())
-
-
-def as_line(stats: TokenStats) -> str:
-    chosen = stats.lengths[0]
-    return (
-        f"{chosen.rows_cut:,} rows cut at {chosen.seq_len_tokens:,} tokens: {chosen.answer_tokens_lost:,} answer "
-        f"tokens lost ({stats.lost_answer_share:.1%})"
-    )

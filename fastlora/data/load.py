@@ -20,6 +20,7 @@ from fastlora.recipe.schema import SourceSection
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 NOT_UTF8 = "not UTF-8"
+_EXCERPT_CHARS = 200
 
 # A byte that is not UTF-8 becomes one of these on reading: only the rows that hold one are then bad.
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
@@ -32,10 +33,8 @@ class Row:
     value: dict[str, Any] | None
     problem: str | None = None
     """Why there is no value."""
-
-    @property
-    def is_not_utf8(self) -> bool:
-        return self.problem is not None and self.problem.startswith(NOT_UTF8)
+    excerpt: str = ""
+    """The beginning of what could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,12 @@ def _stray_byte(value: Any) -> str | None:
 def _row(number: int, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(number, value)
-    return Row(number, None, f"is {type(value).__name__}, not an object with fields")
+    problem = f"is {type(value).__name__}, not an object with fields"
+    return Row(number, None, problem, _excerpt(value))
+
+
+def _excerpt(value: Any) -> str:
+    return (value if isinstance(value, str) else repr(value))[:_EXCERPT_CHARS]
 
 
 def _jsonl(raw: bytes) -> Iterator[Row]:
@@ -117,16 +121,18 @@ def _jsonl(raw: bytes) -> Iterator[Row]:
         if not line.strip():
             continue
         if stray and (problem := _stray_byte(line)):
-            yield Row(number, None, problem)
+            yield Row(number, None, problem, _excerpt(line))
             continue
         try:
             yield _row(number, json.loads(line))
         except json.JSONDecodeError as error:
-            yield Row(number, None, f"not JSON: {error.msg} at column {error.colno}")
+            problem = f"not JSON: {error.msg} at column {error.colno}"
+            yield Row(number, None, problem, _excerpt(line))
         except RecursionError:
-            yield Row(number, None, "not readable: nested too deeply")
+            yield Row(number, None, "not readable: nested too deeply", _excerpt(line))
         except ValueError as error:  # Python reads no integer of thousands of digits
-            yield Row(number, None, f"not readable: {str(error).partition(';')[0]}")
+            problem = f"not readable: {str(error).partition(';')[0]}"
+            yield Row(number, None, problem, _excerpt(line))
 
 
 def _json(raw: bytes) -> Iterator[Row]:
@@ -149,7 +155,10 @@ def _json(raw: bytes) -> Iterator[Row]:
         raise ValueError("expected a list of objects")
     for number, value in enumerate(document, start=1):
         problem = _stray_byte(value) if stray else None
-        yield Row(number, None, problem) if problem else _row(number, value)
+        if problem:
+            yield Row(number, None, problem, _excerpt(value))
+        else:
+            yield _row(number, value)
 
 
 def _csv(raw: bytes) -> Iterator[Row]:
@@ -162,16 +171,13 @@ def _csv(raw: bytes) -> Iterator[Row]:
     line = 2
     for value in reader:
         problem = _stray_byte([*value.values()]) if stray else None
-        if problem:
-            yield Row(line, None, problem)
-        elif None in value:
-            yield Row(
-                line, None, f"has more cells than the header's {len(reader.fieldnames or [])}"
-            )
+        cells = len(reader.fieldnames or [])
+        if None in value:
+            problem = problem or f"has more cells than the header's {cells}"
         elif None in value.values():
-            yield Row(
-                line, None, f"has fewer cells than the header's {len(reader.fieldnames or [])}"
-            )
+            problem = problem or f"has fewer cells than the header's {cells}"
+        if problem:
+            yield Row(line, None, problem, _excerpt([*value.values()]))
         else:
             yield Row(line, dict(value))
         line = reader.line_num + 1

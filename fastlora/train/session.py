@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from fastlora.check.brief import check_before_run
 from fastlora.data.prepare import Prepared, prepare_data
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
@@ -64,7 +65,7 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     """
     recipe, notes = request.recipe, Notes(console)
     check_place(Path(recipe.output.dir))
-    engine, _, data = _prepare(recipe, notes)
+    engine, _, data, found = _prepare(recipe, notes)
     preview = Text()
     for text, supervised in data.stats.preview:
         preview.append(text, style="bold green" if supervised else "dim")
@@ -85,6 +86,7 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
         "epochs": epochs,
         "effective_batch": effective_batch(recipe),
         "data": _data_report(data),
+        "check": found,
         "preview": [
             {"text": text, "supervised": supervised} for text, supervised in data.stats.preview
         ],
@@ -94,12 +96,16 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     }
 
 
-def _prepare(recipe: Recipe, notes: Notes) -> tuple[Engine, PreTrainedTokenizerBase, Prepared]:
+def _prepare(
+    recipe: Recipe, notes: Notes
+) -> tuple[Engine, PreTrainedTokenizerBase, Prepared, dict[str, Any]]:
+    """The engine, the tokenizer, the data, and what the check found in them."""
     engine = choose_engine(recipe.engine, notes)
     engine.prepare()
     tokenizer = load_tokenizer(recipe.model)
     check_model(recipe, tokenizer, engine, notes)
-    return engine, tokenizer, prepare_data(recipe, tokenizer, notes)
+    found = check_before_run(recipe, tokenizer, notes)
+    return engine, tokenizer, prepare_data(recipe, tokenizer, notes), found
 
 
 def train_run(
@@ -120,7 +126,7 @@ def train_run(
             run = opened.enter_context(contextlib.closing(open_for_resume(recipe)))
         else:
             check_place(Path(recipe.output.dir))
-        engine, tokenizer, data = _prepare(recipe, notes)
+        engine, tokenizer, data, found = _prepare(recipe, notes)
         if run is None:
             run = opened.enter_context(contextlib.closing(RunDir.create(Path(recipe.output.dir))))
         elif run.manifest["data"]["key"] != data.stats.key:
@@ -128,7 +134,7 @@ def train_run(
                 f"{run.path}: the data have changed since it began; start a new run without --resume"
             )
         notes.say(f"run: {run.path}")
-        job = Job(run, recipe, engine, tokenizer, data, notes, signals)
+        job = Job(run, recipe, engine, tokenizer, data, found, notes, signals)
         try:
             _begin(job, request)
             _go_through(job, on_trained)
@@ -191,6 +197,7 @@ def _begin(job: Job, request: Request) -> None:
     began: dict[str, Any] = {
         "status": "running",
         "notes": notes.said,
+        "check": job.check,
         "versions": provenance.versions(),
         "machine": provenance.machine(),
         "commit": provenance.commit(Path(__file__).parent),
