@@ -23,8 +23,8 @@ def find_duplicates(
     """Exact ones among all good rows, near ones among the places `near_in` of them."""
     prompts = _Texts([(place, rows.all[place].prompt) for place in rows.good])
     rests = _Texts([(place, rows.all[place].rest) for place in rows.good])
-    for texts in (prompts, rests):
-        texts.find_near(near_in, rows, threshold)
+    prompts.find_near(near_in, threshold, instructed=True)
+    rests.find_near(near_in, threshold, instructed=False)
     train = [place for place in rows.good if place not in rows.held_out]
     held_out = [place for place in rows.good if place in rows.held_out]
     for split in (train, held_out):
@@ -52,10 +52,11 @@ class _Texts:
             self.same[place] = first.setdefault(key.digest(), place)
         self._texts = dict(texts)
 
-    def find_near(self, among: Sequence[int], rows: Rows, threshold: float) -> None:
+    def find_near(self, among: Sequence[int], threshold: float, *, instructed: bool) -> None:
         """Fill `near`: the first row that says a text -> those that say nearly the same, in both directions."""
         distinct = sorted({self.same[place] for place in among})
-        pairs = near_pairs([self._texts[place] for place in distinct], threshold)
+        texts = [self._texts[place] for place in distinct]
+        pairs = near_pairs(texts, threshold, instructed=instructed)
         for later, earlier in pairs.items():
             for one in earlier:
                 self.near.setdefault(distinct[later], []).append(distinct[one])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Hashes = NDArray[np.uint64]
+    Hashes = NDArray[np.uint32]
 
 # Scripts that write no spaces between words: each character stands for one.
 _WORD = re.compile(
@@ -30,64 +29,70 @@ _MIN_PIECES = 8
 _BANDS, _BAND_ROWS = 21, 6
 _PERMUTATIONS = 128
 _CHUNK = 2000
-_EARLIER = 16
-"""Candidates per text and band: the texts before it that share the band."""
+_EARLIER = 4
+"""Candidates per text and band: the first that shares the band, and so many before the text."""
+_COMPARED = 8
+"""Candidates per text that are compared for what they are: those of the most similar signatures."""
 _SAMPLE = 2000
-_BOILERPLATE_SHARE, _BOILERPLATE_TEXTS = 0.1, 10
+_SHARED_SHARE, _SHARED_TEXTS = 0.1, 10
 
 _SEED = 1
 
 
-def near_pairs(texts: Sequence[str], threshold: float) -> dict[int, list[int]]:
-    """Place of a text -> places of the texts before it that are its near duplicates, the most similar first."""
-    pieces = _Pieces(texts)
-    signatures = np.empty((len(texts), _BANDS * _BAND_ROWS), dtype=np.uint32)
-    enough = np.zeros(len(texts), dtype=bool)
-    for start in range(0, len(texts), _CHUNK):
-        chunk = pieces.of(texts[start : start + _CHUNK])
-        enough[start : start + len(chunk)] = [len(one) >= _MIN_PIECES for one in chunk]
-        signatures[start : start + len(chunk)] = _signatures(chunk)
-    places = np.flatnonzero(enough)
-    found: dict[int, list[int]] = {}
+def near_pairs(texts: Sequence[str], threshold: float, *, instructed: bool) -> dict[int, list[int]]:
+    """Place of a text -> places of the texts before it that are its near duplicates, the most similar first.
+
+    Of many that are alike, each is compared with the first and some others. `instructed`: the texts may hold an
+    instruction that many share, which is then not counted.
+    """
+    pieces, signatures = _digest(texts, _shared_pieces(texts) if instructed else None)
+    places = np.array([at for at, one in enumerate(pieces) if len(one) >= _MIN_PIECES], dtype=int)
     first, second = _candidates(signatures[places])
-    # What differs this much in the signatures (0.12 is 3.4 of their standard deviations) is not worth the comparison.
-    alike = np.empty(len(first))
-    for start in range(0, len(first), 100_000):
-        part = slice(start, start + 100_000)
-        alike[part] = (signatures[places[first[part]]] == signatures[places[second[part]]]).mean(1)
-    wanted = alike >= threshold - 0.12
-    one_text = lru_cache(maxsize=4096)(lambda place: set(pieces.of([texts[place]])[0].tolist()))
+    first, second = places[first], places[second]
+    alike = np.empty(len(first), dtype=np.float32)
+    for start in range(0, len(first), _CHUNK * 50):
+        part = slice(start, start + _CHUNK * 50)
+        alike[part] = (signatures[first[part]] == signatures[second[part]]).mean(1)
+    # What differs so much in the signatures (0.12 is 3.4 of their standard deviations) is not worth the comparison.
+    wanted = np.flatnonzero(alike >= threshold - 0.12)
+    wanted = wanted[np.lexsort((-alike[wanted], second[wanted]))]
+    later = second[wanted]
+    rank = np.arange(len(later)) - np.searchsorted(later, later)
+    wanted = wanted[rank < _COMPARED]
     similar: dict[int, list[tuple[float, int]]] = {}
-    for earlier, later in zip(places[first[wanted]], places[second[wanted]], strict=True):
-        a, b = one_text(int(earlier)), one_text(int(later))
-        similarity = len(a & b) / len(a | b)
+    for at in wanted.tolist():
+        a, b = pieces[first[at]], pieces[second[at]]
+        shared = len(np.intersect1d(a, b, assume_unique=True))
+        similarity = shared / (len(a) + len(b) - shared)
         if similarity >= threshold:
-            similar.setdefault(int(later), []).append((-similarity, int(earlier)))
-    for later, ranked in similar.items():
-        found[later] = [earlier for _, earlier in sorted(ranked)]
-    return found
+            similar.setdefault(int(second[at]), []).append((-similarity, int(first[at])))
+    return {one: [earlier for _, earlier in sorted(ranked)] for one, ranked in similar.items()}
 
 
-class _Pieces:
-    """The hashed pieces of texts, without those of an instruction that many share: it would make all rows of a
-    task alike. A text that has nothing else is compared whole."""
+def _digest(texts: Sequence[str], shared: Hashes | None) -> tuple[list[Hashes], NDArray[np.uint32]]:
+    """Each text's pieces and signature."""
+    pieces: list[Hashes] = []
+    signatures = np.empty((len(texts), _BANDS * _BAND_ROWS), dtype=np.uint32)
+    for start in range(0, len(texts), _CHUNK):
+        chunk = _pieces(texts[start : start + _CHUNK])
+        if shared is not None and len(shared):
+            own = [one[~np.isin(one, shared)] for one in chunk]
+            # A text that has nothing of its own is compared whole.
+            chunk = [some if len(some) else one for some, one in zip(own, chunk, strict=True)]
+        signatures[start : start + len(chunk)] = _signatures(chunk)
+        pieces += chunk
+    return pieces, signatures
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._boilerplate = np.empty(0, dtype=np.uint64)
-        size = min(len(texts), _SAMPLE)
-        chosen = sorted(random.Random(_SEED).sample(range(len(texts)), size))
-        sample = _pieces([texts[place] for place in chosen])
-        if sample:
-            hashes, counts = np.unique(np.concatenate(sample), return_counts=True)
-            many = max(_BOILERPLATE_TEXTS, _BOILERPLATE_SHARE * size)
-            self._boilerplate = hashes[counts >= many]
 
-    def of(self, texts: Sequence[str]) -> list[Hashes]:
-        found = _pieces(texts)
-        if not len(self._boilerplate):
-            return found
-        own = [one[~np.isin(one, self._boilerplate)] for one in found]
-        return [some if len(some) else one for some, one in zip(own, found, strict=True)]
+def _shared_pieces(texts: Sequence[str]) -> Hashes:
+    """Those of an instruction that many texts hold: it would make all rows of a task alike."""
+    size = min(len(texts), _SAMPLE)
+    chosen = sorted(random.Random(_SEED).sample(range(len(texts)), size))
+    sample = _pieces([texts[place] for place in chosen])
+    if not sample:
+        return np.empty(0, dtype=np.uint32)
+    hashes, counts = np.unique(np.concatenate(sample), return_counts=True)
+    return hashes[counts >= max(_SHARED_TEXTS, _SHARED_SHARE * size)]
 
 
 def _pieces(texts: Sequence[str]) -> list[Hashes]:
@@ -103,7 +108,7 @@ def _pieces(texts: Sequence[str]) -> list[Hashes]:
         for offset in range(_RUN_WORDS):
             mixed = (mixed ^ run[offset : offset + length]) * np.uint64(0x9E3779B97F4A7C15)
             mixed ^= mixed >> np.uint64(29)
-        found.append(np.unique(mixed))
+        found.append(np.unique((mixed >> np.uint64(32)).astype(np.uint32)))
     return found
 
 
@@ -111,7 +116,7 @@ def _signatures(pieces: Sequence[Hashes]) -> NDArray[np.uint32]:
     from rensa import RMinHash
 
     offsets = np.concatenate(([0], np.cumsum([len(one) for one in pieces]))).astype(np.uint64)
-    flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint64)
+    flat = np.concatenate(pieces).astype(np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, _PERMUTATIONS, _SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32)[:, : _BANDS * _BAND_ROWS]
 
@@ -127,6 +132,10 @@ def _candidates(signatures: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDAr
             key ^= key >> np.uint64(31)
         order = np.argsort(key, kind="stable")
         ordered = key[order]
+        begins = np.concatenate(([True], ordered[1:] != ordered[:-1]))[:count]
+        head = np.maximum.accumulate(np.where(begins, np.arange(count), 0))
+        behind = np.flatnonzero(~begins)
+        pairs.append(order[head[behind]] * count + order[behind])
         for back in range(1, min(_EARLIER, count - 1) + 1):
             same = np.flatnonzero(ordered[back:] == ordered[:-back])
             if not len(same):

@@ -215,3 +215,13 @@ def test_without_a_tokenizer_the_words_are_checked_all_the_same(tmp_path: Path) 
         'check.require_no = ["role_unknown"]': False,
     }
     assert "not measured" in report.gates[0].says
+
+
+def test_of_many_that_are_nearly_alike_the_first_stays(tmp_path: Path, tokenizer: Any) -> None:
+    words = planted._Words(2)
+    question, answer = words.question(), words.answer()
+    again = [planted.chat(question, f"{answer} {number}") for number in range(60)]
+    others = [planted.chat(words.question(), words.answer()) for _ in range(60)]
+    rows = planted.Planted(train=[*others, *again])
+    report = check_data(recipe_for(rows.write(tmp_path)[0]), tokenizer)
+    assert found(report) == {("near_pair", number) for number in range(62, 121)}
