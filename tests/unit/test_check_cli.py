@@ -9,7 +9,12 @@ import planted
 import pytest
 from click.testing import CliRunner, Result
 
+from fastlora.check import check
+from fastlora.check.brief import check_before_run
 from fastlora.cli.main import cli
+from fastlora.engines.base import load_tokenizer
+from fastlora.errors import GateError
+from fastlora.recipe.load import load_recipe
 
 
 class Place:
@@ -213,3 +218,27 @@ def test_no_clean_file_without_a_row(place: Place) -> None:
     assert done.exit_code == 1
     assert "no row to train on would be left" in done.output
     assert not (place.folder / "clean.jsonl").exists()
+
+
+def test_before_a_run_a_sample_is_looked_at_and_gates_look_at_all(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "SAMPLE_ROWS", 50)
+    rows = planted.clean(100, seed=8).train
+    rows[60] = rows[3]
+    path = place.write(rows)
+    said: list[str] = []
+    recipe = load_recipe(path)
+    found = check_before_run(recipe, load_tokenizer(recipe.model), said.append)
+    assert said[0] == (
+        "check: 100 rows for exact repeats and leaks, a sample of 50 for the rest: 1 with errors"
+    )
+    assert f"first {place.folder}/train.jsonl: line 61" in said[1]
+    assert found["findings"][0]["rows"][0]["line"] == 61
+    assert "example" not in found["findings"][0]
+    recipe = load_recipe(path, ['check.require_no=["leakage"]'])
+    found = check_before_run(recipe, load_tokenizer(recipe.model), said.append)
+    assert found["rows"]["looked_at_closely"] == 100
+    recipe = load_recipe(path, ["check.max_share={ duplicate = 0 }"])
+    with pytest.raises(GateError, match=r"check.max_share.duplicate = 0: 1 of 100 rows"):
+        check_before_run(recipe, load_tokenizer(recipe.model), said.append)
