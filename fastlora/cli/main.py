@@ -13,6 +13,7 @@ from fastlora.errors import FastloraError
 # name -> what `fastlora --help` says of it; the module fastlora.cli.<name> is imported when it is called.
 COMMANDS = {
     "run": "Train an adapter as a recipe says.",
+    "check": "Say what is wrong with a recipe's data.",
     "recipes": "List the bundled recipes, or show one.",
     "bench": "Measure speed and memory of engines on equal work.",
     "chat": "Talk with a run's model, tuned and before.",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fastlora.data.load import FILE_TYPES
 from fastlora.errors import DataError
-from fastlora.recipe.schema import DataSection, MixUnit
+from fastlora.recipe.schema import DataSection, MixUnit, SourceSection
 
 Role = Literal["train", "rehearsal", "eval"]
 UNIT_NAMES: dict[MixUnit, str] = {"tokens": "supervised tokens", "rows": "rows"}
@@ -135,6 +135,16 @@ def _take(units: Sequence[int], target: float, seed: str) -> list[int]:
         taken.append(place)
         total += units[place]
     return sorted(taken)
+
+
+def sources_of(data: DataSection) -> list[tuple[Role, SourceSection]]:
+    """Every source in the order in which its rows are read."""
+    rehearsed = data.rehearsal.source if data.rehearsal else []
+    return [
+        *(("train", source) for source in data.sources),
+        *(("rehearsal", source) for source in rehearsed),
+        *(("eval", source) for source in data.eval_sources),
+    ]
 
 
 def labels(paths: Sequence[str]) -> list[str]:

@@ -45,6 +45,14 @@ class BadRow(ValueError):
     """A row that cannot be trained on; the message says why."""
 
 
+class EmptyText(BadRow):
+    """A turn or field of nothing, or of whitespace alone."""
+
+
+class UnknownRole(BadRow):
+    """A turn whose speaker is not known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chat:
     messages: list[Message]
@@ -183,7 +191,7 @@ def _text(row: dict[str, Any], field: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{field} is {type(value).__name__}, not text")
     if not value.strip():
-        raise BadRow(f"{field} is empty")
+        raise EmptyText(f"{field} is empty")
     return value
 
 
@@ -199,8 +207,10 @@ def _parsed(value: Any, field: str) -> Any:
 
 def _messages(row: dict[str, Any], field: str) -> list[Message]:
     turns = _parsed(row[field], field)
-    if not isinstance(turns, list) or not turns:
-        raise BadRow(f"{field} is not a list of messages" if turns else f"{field} is empty")
+    if not turns:
+        raise EmptyText(f"{field} is empty")
+    if not isinstance(turns, list):
+        raise BadRow(f"{field} is not a list of messages")
     messages = []
     for place, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
@@ -208,7 +218,9 @@ def _messages(row: dict[str, Any], field: str) -> list[Message]:
         said = turn.get("role", turn.get("from"))
         role = _ROLES.get(str(said).lower())
         if role is None:
-            raise BadRow(f"{field}: message {place} has role {said!r}; known: {', '.join(_ROLES)}")
+            raise UnknownRole(
+                f"{field}: message {place} has role {said!r}; known: {', '.join(_ROLES)}"
+            )
         content = turn.get("content", turn.get("value"))
         extras = {key: value for key, value in turn.items() if value is not None}
         for key in ("role", "from", "content", "value"):
@@ -227,7 +239,7 @@ def _messages(row: dict[str, Any], field: str) -> list[Message]:
                 f"{field}: message {place} has content of type {type(content).__name__}, not text"
             )
         elif not content.strip() and not calls:
-            raise BadRow(f"{field}: message {place} is empty")
+            raise EmptyText(f"{field}: message {place} is empty")
         messages.append({"role": role, "content": content, **extras})
     return messages
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +19,11 @@ from fastlora.errors import DataError
 from fastlora.recipe.schema import SourceSection
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+NOT_UTF8 = "not UTF-8"
+_EXCERPT_CHARS = 200
+
+# A byte that is not UTF-8 becomes one of these on reading: only the rows that hold one are then bad.
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,8 @@ class Row:
     value: dict[str, Any] | None
     problem: str | None = None
     """Why there is no value."""
+    excerpt: str = ""
+    """The beginning of what could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +69,74 @@ def _load_file(path: Path) -> Table:
     read = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix]
     try:
         rows = list(read(raw))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (ValueError, RecursionError, OSError, csv.Error) as error:
         raise DataError(f"{path}: not readable as {suffix[1:]}: {error}") from None
     unit = "line" if suffix in (".jsonl", ".csv") else "row"
     return Table(str(path), unit, f"sha256:{hashlib.sha256(raw).hexdigest()}", rows)
 
 
+def _decoded(raw: bytes) -> tuple[str, bool]:
+    """The text, and whether it holds stray bytes.
+
+    Raises ValueError for UTF-16 and UTF-32, where every row would be bad.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{NOT_UTF8}; save it as UTF-8")
+    try:
+        return raw.decode("utf-8-sig"), False
+    except UnicodeDecodeError:
+        return raw.decode("utf-8-sig", errors="surrogateescape"), True
+
+
+def _stray_byte(value: Any) -> str | None:
+    """What is wrong with a row that was read from text with stray bytes; None if it has none."""
+    if isinstance(value, str):
+        found = _STRAY_BYTE.search(value)
+        if found is None:
+            return None
+        before = value[max(0, found.start() - 20) : found.start()]
+        return f"{NOT_UTF8}: byte 0x{ord(found[0]) - 0xDC00:02x} after {before!r}; save it as UTF-8"
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    elif not isinstance(value, list):
+        return None
+    return next(filter(None, map(_stray_byte, value)), None)
+
+
 def _row(number: int, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(number, value)
-    return Row(number, None, f"is {type(value).__name__}, not an object with fields")
+    problem = f"is {type(value).__name__}, not an object with fields"
+    return Row(number, None, problem, _excerpt(value))
+
+
+def _excerpt(value: Any) -> str:
+    return (value if isinstance(value, str) else repr(value))[:_EXCERPT_CHARS]
 
 
 def _jsonl(raw: bytes) -> Iterator[Row]:
+    text, stray = _decoded(raw)
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(raw.decode("utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
+            continue
+        if stray and (problem := _stray_byte(line)):
+            yield Row(number, None, problem, _excerpt(line))
             continue
         try:
             yield _row(number, json.loads(line))
         except json.JSONDecodeError as error:
-            yield Row(number, None, f"not JSON: {error.msg} at column {error.colno}")
+            problem = f"not JSON: {error.msg} at column {error.colno}"
+            yield Row(number, None, problem, _excerpt(line))
         except RecursionError:
-            yield Row(number, None, "not readable: nested too deeply")
+            yield Row(number, None, "not readable: nested too deeply", _excerpt(line))
         except ValueError as error:  # Python reads no integer of thousands of digits
-            yield Row(number, None, f"not readable: {str(error).partition(';')[0]}")
+            problem = f"not readable: {str(error).partition(';')[0]}"
+            yield Row(number, None, problem, _excerpt(line))
 
 
 def _json(raw: bytes) -> Iterator[Row]:
-    text = raw.decode("utf-8-sig")
+    text, stray = _decoded(raw)
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -108,23 +154,30 @@ def _json(raw: bytes) -> Iterator[Row]:
     if not isinstance(document, list):
         raise ValueError("expected a list of objects")
     for number, value in enumerate(document, start=1):
-        yield _row(number, value)
+        problem = _stray_byte(value) if stray else None
+        if problem:
+            yield Row(number, None, problem, _excerpt(value))
+        else:
+            yield _row(number, value)
 
 
 def _csv(raw: bytes) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     # Not splitlines(): cells may hold U+2028 and its like unquoted.
-    reader = csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
+    text, stray = _decoded(raw)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    if stray and (problem := _stray_byte([*(reader.fieldnames or [])])):
+        raise ValueError(f"the header is {problem}")
     line = 2
     for value in reader:
+        problem = _stray_byte([*value.values()]) if stray else None
+        cells = len(reader.fieldnames or [])
         if None in value:
-            yield Row(
-                line, None, f"has more cells than the header's {len(reader.fieldnames or [])}"
-            )
+            problem = problem or f"has more cells than the header's {cells}"
         elif None in value.values():
-            yield Row(
-                line, None, f"has fewer cells than the header's {len(reader.fieldnames or [])}"
-            )
+            problem = problem or f"has fewer cells than the header's {cells}"
+        if problem:
+            yield Row(line, None, problem, _excerpt([*value.values()]))
         else:
             yield Row(line, dict(value))
         line = reader.line_num + 1

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.cache import cache_folder
-from fastlora.data.blend import Pool, Role, blend, describe, is_mixed, labels
+from fastlora.data.blend import Pool, Role, blend, describe, is_mixed, labels, sources_of
 from fastlora.data.format import FIELDS, BadRow, Chat, Plain, detect_format, to_example
 from fastlora.data.load import Table, load_table
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
@@ -105,13 +105,7 @@ class _Input:
 
 
 def _read(recipe: Recipe) -> list[_Input]:
-    data = recipe.data
-    roles: list[tuple[Role, Sequence[SourceSection]]] = [
-        ("train", data.sources),
-        ("rehearsal", data.rehearsal.source if data.rehearsal else []),
-        ("eval", data.eval_sources),
-    ]
-    wanted = [(role, source) for role, sources in roles for source in sources]
+    wanted = sources_of(recipe.data)
     names = labels([source.path for _, source in wanted])
     return [
         _Input(source, load_table(source), role, name)
@@ -252,8 +246,8 @@ def _examples(
     refused: list[str] = []
     for one in inputs:
         source, table = one.source, one.table
-        _check_columns(source, table)
-        data_format = _format_of(source, table)
+        check_columns(source, table)
+        data_format = format_of(source, table)
         if encoder.templated and data_format != "text":
             encoder.require_template()
         bad: list[tuple[int, str]] = []
@@ -263,7 +257,7 @@ def _examples(
             try:
                 if row.value is None:
                     raise BadRow(row.problem)
-                value = _renamed(row.value, source.columns)
+                value = renamed(row.value, source.columns)
                 example: Chat | Plain = to_example(value, data_format, templated=encoder.templated)
                 good.append(encoder.render(example))
             except BadRow as problem:
@@ -301,11 +295,12 @@ def _examples(
     return rendered
 
 
-def _format_of(source: SourceSection, table: Table) -> DataFormat:
+def format_of(source: SourceSection, table: Table) -> DataFormat:
     if source.format != "auto":
         return source.format
-    values = [row.value for row in table.rows[:100] if row.value is not None]
-    found = detect_format(_renamed(value, source.columns) for value in values)
+    readable = (row.value for row in table.rows if row.value is not None)
+    values = list(itertools.islice(readable, 100))
+    found = detect_format(renamed(value, source.columns) for value in values)
     if found is None:
         if not values:
             raise DataError(f"{table.name}: no rows; the file is empty or none of it could be read")
@@ -317,7 +312,7 @@ def _format_of(source: SourceSection, table: Table) -> DataFormat:
     return found
 
 
-def _check_columns(source: SourceSection, table: Table) -> None:
+def check_columns(source: SourceSection, table: Table) -> None:
     """Raises DataError for a field that nothing reads, or a column that is nowhere."""
     values = [row.value for row in table.rows if row.value is not None]
     problems = []
@@ -337,7 +332,7 @@ def _check_columns(source: SourceSection, table: Table) -> None:
         raise DataError("\n".join(f"{table.name}: {problem}" for problem in problems))
 
 
-def _renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     if not columns:
         return value
     return {

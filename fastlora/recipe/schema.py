@@ -6,10 +6,13 @@ mistaken key that is silently ignored costs its user an evening.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fastlora.recipe.findings import KINDS, selected
 
 DataFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text"]
 MixUnit = Literal["tokens", "rows"]
@@ -231,6 +234,48 @@ class KernelsSection(Section):
     """Refuse to train where PEFT's plain layer would run any LoRA layer."""
 
 
+class CheckSection(Section):
+    """Limits and gates of `fastlora check`. A run whose recipe sets a gate checks every row before the model loads."""
+
+    min_answer_chars: int = Field(default=1, ge=1)
+    max_answer_chars: int | None = Field(default=None, ge=1)
+    min_answer_tokens: int | None = Field(default=None, ge=1)
+    """Supervised tokens of a row, with the one that ends the answer."""
+    max_answer_tokens: int | None = Field(default=None, ge=1)
+    near_similarity: float = Field(default=0.8, ge=0.7, le=1)
+    """From which Jaccard similarity of their three-word pieces on two texts are near duplicates."""
+    require_no: list[str] = []
+    """Gate: kinds of finding, or first words of kinds, that may not occur, e.g. ["leakage", "duplicate_pair"]."""
+    max_share: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """Gate: the share of all rows that kinds of finding may have, e.g. { near = 0.02 }."""
+    max_lost_answer_tokens_share: float | None = Field(default=None, ge=0, le=1)
+    """Gate: the share of the supervised tokens that model.seq_len_tokens may cut off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckSection:
+        problems = []
+        for key, names in (("require_no", self.require_no), ("max_share", [*self.max_share])):
+            for name in names:
+                if not selected(name):
+                    near = difflib.get_close_matches(name, KINDS, n=1)
+                    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KINDS)}"
+                    problems.append(f"{key}: no finding is named {name!r}; {hint}")
+        for unit in ("chars", "tokens"):
+            least, most = (getattr(self, f"{end}_answer_{unit}") for end in ("min", "max"))
+            if least and most and least > most:
+                problems.append(
+                    f"min_answer_{unit}: {least} is above max_answer_{unit} ({most}), which no answer meets"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def has_gates(self) -> bool:
+        lost = self.max_lost_answer_tokens_share is not None
+        return bool(self.require_no or self.max_share) or lost
+
+
 class OutputSection(Section):
     dir: str = Field(min_length=1)
     """Each run gets a new numbered folder in it."""
@@ -256,6 +301,7 @@ class Recipe(Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection
+    check: CheckSection = CheckSection()
     train: TrainSection = TrainSection()
     kernels: KernelsSection = KernelsSection()
     eval: EvalSection = EvalSection()

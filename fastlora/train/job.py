@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastlora.data.prepare import Prepared
 from fastlora.engines import Engine
@@ -23,5 +23,7 @@ class Job:
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
+    check: dict[str, Any]
+    """What was found in the data, as JSON."""
     notes: Notes
     signals: StopSignals

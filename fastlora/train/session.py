@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from fastlora.check.brief import check_before_run
 from fastlora.data.prepare import Prepared, prepare_data
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
@@ -68,7 +69,7 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     """
     notes = Notes(console)
     check_place(Path(request.recipe.output.dir))
-    engine, _, data, recipe, filled = _prepare(request.recipe, notes, auto=request.auto)
+    engine, _, data, recipe, filled, found = _prepare(request.recipe, notes, auto=request.auto)
     preview = Text()
     for text, supervised in data.stats.preview:
         preview.append(text, style="bold green" if supervised else "dim")
@@ -90,6 +91,7 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
         "epochs": epochs,
         "effective_batch": effective_batch(recipe),
         "data": _data_report(data),
+        "check": found,
         "preview": _preview(data),
         "engine": engine.name,
         "kernels": [asdict(row) for row in kernels],
@@ -101,16 +103,18 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
 
 def _prepare(
     recipe: Recipe, notes: Notes, *, auto: bool
-) -> tuple[Engine, PreTrainedTokenizerBase, Prepared, Recipe, list[Filled]]:
-    """`auto` fills open keys: the recipe comes back with them, and with what was filled."""
+) -> tuple[Engine, PreTrainedTokenizerBase, Prepared, Recipe, list[Filled], dict[str, Any]]:
+    """`auto` fills open keys: the recipe comes back with them, and with what was filled. Last, what the check found."""
     engine = choose_engine(recipe.engine, notes)
     engine.prepare()
     tokenizer = load_tokenizer(recipe.model)
     check_model(recipe, tokenizer, engine, notes)
-    if auto:
+    if auto:  # what is held out is then known first
         recipe, data, filled = fill_open_keys(recipe, engine.name, tokenizer, notes)
-        return engine, tokenizer, data, recipe, filled
-    return engine, tokenizer, prepare_data(recipe, tokenizer, notes), recipe, []
+        found = check_before_run(recipe, tokenizer, notes)
+        return engine, tokenizer, data, recipe, filled, found
+    found = check_before_run(recipe, tokenizer, notes)
+    return engine, tokenizer, prepare_data(recipe, tokenizer, notes), recipe, [], found
 
 
 def train_run(
@@ -136,7 +140,7 @@ def train_run(
         else:
             check_place(Path(recipe.output.dir))
         begins_auto = request.auto and run is None
-        engine, tokenizer, data, recipe, filled = _prepare(recipe, notes, auto=begins_auto)
+        engine, tokenizer, data, recipe, filled, found = _prepare(recipe, notes, auto=begins_auto)
         request = replace(request, recipe=recipe)
         if run is None:
             run = opened.enter_context(contextlib.closing(RunDir.create(Path(recipe.output.dir))))
@@ -145,7 +149,7 @@ def train_run(
                 f"{run.path}: the data have changed since it began; start a new run without --resume"
             )
         notes.say(f"run: {run.path}")
-        job = Job(run, recipe, engine, tokenizer, data, notes, signals)
+        job = Job(run, recipe, engine, tokenizer, data, found, notes, signals)
         try:
             _begin(job, request, filled)
             _go_through(job, on_trained)
@@ -219,6 +223,7 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
     began: dict[str, Any] = {
         "status": "running",
         "notes": notes.said,
+        "check": job.check,
         "versions": provenance.versions(),
         "machine": provenance.machine(),
         "commit": provenance.commit(Path(__file__).parent),

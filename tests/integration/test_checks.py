@@ -209,3 +209,13 @@ def test_exports_that_cannot_be_made_are_refused_before_training(model: Path) ->
     change(model, quantization_config=None, model_type="gpt_neox")
     with pytest.raises(EngineError, match=r"output\.export: GGUF is written for llama, mistral"):
         check()
+
+
+def test_a_gate_on_the_data_refuses_a_run_before_its_model_is_loaded(workplace: Any) -> None:
+    rows = (workplace.folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (workplace.folder / "rows.jsonl").write_text("".join([*rows, rows[0]]))
+    _, err = workplace.run("--set", 'check.require_no=["duplicate", "leakage"]', expect=3)
+    assert "check: 81 rows: 1 with errors" in err
+    assert "the data do not meet the recipe's [check]:" in err
+    assert "kernels:" not in err
+    assert not (workplace.folder / "runs").exists()

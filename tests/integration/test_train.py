@@ -25,6 +25,8 @@ def test_early_stopping_and_the_best_checkpoint(workplace: object) -> None:
     losses = eval_losses(workplace)
     best = min(losses, key=lambda step: losses[step])
     manifest = workplace.manifest()
+    assert manifest["check"]["rows"]["looked_at_closely"] == 80
+    assert "check: 80 rows: 0 with errors" in manifest["notes"]
     assert manifest["result"]["steps"] == best + 4 < 320
     assert manifest["result"]["best_step"] == best
     from safetensors.torch import load_file

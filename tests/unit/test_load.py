@@ -166,7 +166,7 @@ def test_json_lines_under_the_name_json(tmp_path: Path) -> None:
         ("rows.json", b"{", "not readable as json"),
         ("rows.json", b'{"a": 1}', "a list of objects"),
         ("rows.parquet", b"nonsense", "not readable as parquet"),
-        ("rows.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+        ("rows.jsonl", b"\xff\xfe{\x00", "not UTF-8"),
         ("rows.txt", b"hello", "not a data file"),
         ("org/no-such-set", None, "not loadable from the Hub"),
     ],

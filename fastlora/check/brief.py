@@ -1,0 +1,70 @@
+"""The check that comes before every training: a few lines, in a bounded time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastlora.check.check import Report, check_data
+from fastlora.check.tokens import TokenStats
+from fastlora.errors import GateError
+from fastlora.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SHOWN_FINDINGS = 5
+
+
+def check_before_run(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, announce: Callable[[str], None]
+) -> dict[str, Any]:
+    """What was found, for the manifest, without words of the rows. Looks closely at a sample; where the recipe sets
+    gates at all rows, since a gate that is met in a sample is not met.
+
+    Raises DataError as check_data does; GateError: a gate is not met.
+    """
+    report = check_data(recipe, tokenizer, sample=not recipe.check.has_gates)
+    for line in _lines(report):
+        announce(line)
+    if not report.passed:
+        missed = [f"{gate.key}: {gate.says}" for gate in report.gates if not gate.met]
+        raise GateError(
+            "\n".join(["the data do not meet the recipe's [check]:", *missed])
+            + "\n`fastlora check` names the rows and, with --write-clean, writes the data without them"
+        )
+    return report.document(examples=False)
+
+
+def _lines(report: Report) -> list[str]:
+    """For a run: one for what was looked at, one each for the worst, one for what is cut."""
+    rows = report.rows
+    looked = (
+        f"{len(rows.all):,} rows"
+        if report.looked_at >= len(rows.good)
+        else f"{len(rows.all):,} rows for exact repeats and leaks, a sample of {report.looked_at:,} for the rest"
+    )
+    lines = [f"check: {looked}: {len(report.refused):,} with errors"]
+    for finding in report.findings[:_SHOWN_FINDINGS]:
+        first = f", first {rows.where(min(finding.rows))}" if finding.rows else ""
+        count = f"{len(finding.rows):,} rows: " if finding.rows else ""
+        lines.append(f"check: {finding.code}: {count}{finding.general or finding.kind.says}{first}")
+    if len(report.findings) > _SHOWN_FINDINGS:
+        lines.append(
+            f"check: and {len(report.findings) - _SHOWN_FINDINGS} more kinds of finding; `fastlora check` lists them"
+        )
+    if report.tokens and report.tokens.lengths[0].rows_cut:
+        lines.append(f"check: {_cut(report.tokens)}")
+    lines += [
+        f"check: gate {'met' if gate.met else 'not met'}: {gate.key}: {gate.says}"
+        for gate in report.gates
+    ]
+    return lines
+
+
+def _cut(stats: TokenStats) -> str:
+    chosen = stats.lengths[0]
+    return (
+        f"{chosen.rows_cut:,} rows cut at {chosen.seq_len_tokens:,} tokens: {chosen.answer_tokens_lost:,} answer "
+        f"tokens lost ({stats.lost_answer_share:.1%})"
+    )
