@@ -19,6 +19,16 @@ _works = torch.version.hip is None
 """On AMD a kernel depends on more than is in the key."""
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """Rounded up. Triton's own of that name takes longer to call than all else that a launch works out."""
+    return -(-numerator // denominator)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest that is not below."""
+    return 1 << (least - 1).bit_length()
+
+
 def launch(
     kernel: Any,
     grid: Grid,

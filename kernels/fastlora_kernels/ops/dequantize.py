@@ -12,15 +12,16 @@ Shapes: N outputs, K inputs, R rank, H bytes of a row.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import cdiv, launch, power_of_2
 from fastlora_kernels.ops.four_bit import FourBit
-from fastlora_kernels.triton_or_not import jit, tl, triton
+from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 # The fastest of some twenty on an H100, without a fold and with one. Norms walk whole rows.
@@ -204,10 +205,11 @@ def _scales(weight: FourBit, columns: int) -> int:
     return max(1, columns // size) if whole else 0
 
 
+@cache
 def _ranks(rank: int) -> dict[str, int]:
     """The rank is taken in blocks of at most 64, so that a high one fits into shared memory."""
-    block = min(64, max(16, triton.next_power_of_2(rank)))
-    return {"RANK": rank, "PADDED_RANK": triton.cdiv(rank, block) * block, "BLOCK_R": block}
+    block = min(64, max(16, power_of_2(rank)))
+    return {"RANK": rank, "PADDED_RANK": cdiv(rank, block) * block, "BLOCK_R": block}
 
 
 def _contiguous(fold: Fold) -> Fold:
@@ -237,7 +239,7 @@ def dequantize(
     compiled |= _ranks(a.shape[0] if fold else 1)
     launch(
         _dequantize,
-        (triton.cdiv(n, tile[0]), triton.cdiv(k, tile[1])),
+        (cdiv(n, tile[0]), cdiv(k, tile[1])),
         (*pointers, a, b, weight.table if row_scale is None else row_scale, out_NK),
         (n, k // 2, float(scaling)),
         compiled | {"FOLD": fold is not None, "ROW_SCALE": row_scale is not None},
@@ -261,7 +263,7 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
     like = torch.empty(0, dtype=dtype, device=device)  # its type alone is looked at
     launch(
         _row_norms,
-        (triton.cdiv(n, NORM_TILE[0]),),
+        (cdiv(n, NORM_TILE[0]),),
         (*pointers, a, b, like, out_N),
         (n, k // 2, float(scaling)),
         compiled | _ranks(a.shape[0]),

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastlora_kernels.dispatch import Backend, choose_backend
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import cdiv, launch
 from fastlora_kernels.ops.dequantize import row_norms
 from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.four_bit import FourBit
@@ -34,7 +34,7 @@ from fastlora_kernels.ops.lora_linear import (
     source,
 )
 from fastlora_kernels.ops.skinny import product
-from fastlora_kernels.triton_or_not import jit, tl, triton
+from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 BLOCK_T, BLOCK_N = 64, 64
@@ -79,7 +79,7 @@ def scale_columns(
         out = z.float() * c
         return (out if bias is None else out + bias.float()).to(z.dtype)
     out_TN = torch.empty_like(z)
-    grid = (triton.cdiv(z.shape[0], BLOCK_T), triton.cdiv(z.shape[1], BLOCK_N))
+    grid = (cdiv(z.shape[0], BLOCK_T), cdiv(z.shape[1], BLOCK_N))
     tensors = (z, c, c if bias is None else bias, out_TN)
     constants = {"BIAS": bias is not None, "BLOCK_T": BLOCK_T, "BLOCK_N": BLOCK_N}
     launch(_scale_columns, grid, tensors, tuple(z.shape), constants)
@@ -90,9 +90,9 @@ def column_dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """sum_t left_tn right_tn, (N) in float32: blocks of tokens, then their sums, in a fixed order."""
     if choose_backend(left.device, BACKENDS) == "reference":
         return (left.float() * right.float()).sum(dim=0)
-    blocks = triton.cdiv(left.shape[0], BLOCK_T)
+    blocks = cdiv(left.shape[0], BLOCK_T)
     partial = torch.empty((blocks, left.shape[1]), dtype=torch.float32, device=left.device)
-    grid = (blocks, triton.cdiv(left.shape[1], BLOCK_N))
+    grid = (blocks, cdiv(left.shape[1], BLOCK_N))
     constants = {"BLOCK_T": BLOCK_T, "BLOCK_N": BLOCK_N}
     launch(_column_dots, grid, (left, right, partial), tuple(left.shape), constants)
     return partial.sum(dim=0)

@@ -15,8 +15,8 @@ import torch
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
-from fastlora_kernels.launch import launch
-from fastlora_kernels.triton_or_not import jit, tl, triton
+from fastlora_kernels.launch import cdiv, launch
+from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 BLOCK = 2048
@@ -46,5 +46,5 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     out, size = torch.empty_like(x), x.numel()
     if size:
-        launch(_dropout, (triton.cdiv(size, BLOCK),), (x, seed, out), (size, p), {"BLOCK": BLOCK})
+        launch(_dropout, (cdiv(size, BLOCK),), (x, seed, out), (size, p), {"BLOCK": BLOCK})
     return out

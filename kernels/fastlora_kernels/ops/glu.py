@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import cdiv, launch
 from fastlora_kernels.ops.lora_linear import (
     Gradients,
     Projection,
@@ -26,7 +26,7 @@ from fastlora_kernels.ops.lora_linear import (
     outputs,
     shaped,
 )
-from fastlora_kernels.triton_or_not import jit, tl, triton
+from fastlora_kernels.triton_or_not import jit, tl
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
@@ -93,7 +93,7 @@ def _forward(
     if tokens:
         launch(
             _glu,
-            (tokens, triton.cdiv(width, BLOCK_F)),
+            (tokens, cdiv(width, BLOCK_F)),
             (gate_TF, up_TF, out_TF),
             (gate_TF.stride(0), up_TF.stride(0), width),
             {"ACTIVATION": activation, "BLOCK": BLOCK_F},
@@ -117,7 +117,7 @@ def _backward(
     if tokens:
         launch(
             _glu_backward,
-            (tokens, triton.cdiv(width, BLOCK_F)),
+            (tokens, cdiv(width, BLOCK_F)),
             (dh_TF, gate_TF, up_TF, dgate_TF, dup_TF),
             (gate_TF.stride(0), up_TF.stride(0), dgate_TF.stride(0), dup_TF.stride(0), width),
             {"ACTIVATION": activation, "BLOCK": BLOCK_F},

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from fastlora_kernels.dispatch import Backend, choose_backend
-from fastlora_kernels.launch import launch
-from fastlora_kernels.triton_or_not import jit, tl, triton
+from fastlora_kernels.launch import cdiv, launch, power_of_2
+from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 BLOCK_T, BLOCK_N, BLOCK_SUM = 64, 256, 1024
@@ -120,14 +120,14 @@ def in_one_pass(
 ) -> torch.Tensor:
     """See up_and_gradient; for 16-bit types and ranks up to 64."""
     (tokens, n), rank = g.shape, b.shape[1]
-    strips = triton.cdiv(n, BLOCK_N)
-    chunks = max(1, min(triton.cdiv(tokens, BLOCK_T), PROGRAMS // strips))
-    tokens_each = triton.cdiv(triton.cdiv(tokens, chunks), BLOCK_T) * BLOCK_T
-    chunks = triton.cdiv(tokens, tokens_each)
+    strips = cdiv(n, BLOCK_N)
+    chunks = max(1, min(cdiv(tokens, BLOCK_T), PROGRAMS // strips))
+    tokens_each = cdiv(cdiv(tokens, chunks), BLOCK_T) * BLOCK_T
+    chunks = cdiv(tokens, tokens_each)
     up_parts = torch.empty((strips, tokens, rank), dtype=torch.float32, device=g.device)
     db_parts = torch.empty((chunks, n, rank), dtype=torch.float32, device=g.device)
     blocks = {
-        "BLOCK_R": max(16, triton.next_power_of_2(rank)),
+        "BLOCK_R": max(16, power_of_2(rank)),
         "BLOCK_T": BLOCK_T,
         "BLOCK_N": BLOCK_N,
     }
@@ -145,7 +145,7 @@ def in_one_pass(
         size = parts[0].numel()
         launch(
             _sum_parts,
-            (triton.cdiv(size, BLOCK_SUM),),
+            (cdiv(size, BLOCK_SUM),),
             (parts, out),
             (len(parts), size, out.stride(0), float(factor)),
             {"RANK": rank, "BLOCK": BLOCK_SUM},
