@@ -20,6 +20,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "unreadable_row": Kind("error", "cannot be read as a row of its format"),
     "unreadable_bytes": Kind("error", "bytes that are not UTF-8, or half of a surrogate pair"),
+    "mix_refused": Kind("error", "a run cannot draw its training and held-out rows from these"),
     "empty_turn": Kind("error", "a turn or field of nothing, or of whitespace alone"),
     "role_unknown": Kind("error", "a role that no chat has"),
     "role_order": Kind("error", "turns in an order that no chat has"),

@@ -54,7 +54,7 @@ def test_every_planted_fault_is_found_and_no_other(tmp_path: Path, tokenizer: An
     assert found(report) == rows.expected
     # All kinds that a row of these files can have; the rest are tested below.
     assert {finding.code for finding in report.findings} == set(KINDS) - {
-        "template_unusable", "template_refused", "template_bos", "template_stop", "tokenizer_missing",
+        "mix_refused", "template_unusable", "template_refused", "template_bos", "template_stop", "tokenizer_missing",
     }  # fmt: skip
     severities = [finding.kind.severity for finding in report.findings]
     assert severities == sorted(severities)  # "error" comes first
@@ -70,8 +70,14 @@ def test_nothing_is_found_in_clean_rows(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_a_secret_is_named_and_not_repeated(tmp_path: Path, tokenizer: Any) -> None:
     key = "gh" + "p_" + "q7" * 18
-    rows = planted.Planted(train=[planted.chat("Say it.", f"It is {key}.")])
-    document = json.dumps(check_data(recipe_for(rows.write(tmp_path)[0]), tokenizer).document())
+    answer = f"It is {key}, and ann@posteo.de has it."
+    rows = planted.Planted(train=[planted.chat("Say it.", answer)])
+    # Cut as well: the row is the example of several findings.
+    recipe = recipe_for(rows.write(tmp_path)[0], model={"name": "tiny", "seq_len_tokens": 64})
+    report = check_data(recipe, tokenizer)
+    assert {"secret", "email", "truncated_answer"} <= {one.code for one in report.findings}
+    assert "ann@" not in json.dumps(report.document(examples=False))
+    document = json.dumps(report.document())
     assert "GitHub Token: ghp_" in document
     assert key[:12] not in document
 
