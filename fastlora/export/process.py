@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,8 +54,9 @@ def target_of(run: RunDir, kind: str, quant: str | None) -> Path:
 
 def command_of(run: RunDir, kind: str, quant: str | None) -> str:
     if kind == "16bit" and quant is None:
-        return f"fastlora merge {run.path}"
-    return f"fastlora export {run.path} --format {kind}" + (f" --quant {quant}" if quant else "")
+        return shlex.join(["fastlora", "merge", str(run.path)])
+    typed = ["fastlora", "export", str(run.path), "--format", kind]
+    return shlex.join([*typed, *(["--quant", quant] if quant else [])])
 
 
 def export_in_new_process(run: RunDir, kind: str, quant: str | None = None) -> dict[str, Any]:

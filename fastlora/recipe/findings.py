@@ -42,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "answer_short": Kind("error", "an answer shorter than the recipe allows"),
     "answer_long": Kind("error", "an answer longer than the recipe allows"),
     "truncated_all": Kind("error", "no token of the answer is left at model.seq_len_tokens", True),
+    "token_lost": Kind("warning", "characters without a token, dropped or made unknown by the tokenizer", True),
     "truncated_answer": Kind("warning", "the answer is cut at model.seq_len_tokens", True),
     "duplicate_prompt": Kind("warning", "the question of an earlier row, answered differently"),
     "near_prompt": Kind("warning", "nearly the question of an earlier row, answered differently"),
