@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastlora.check.check import Report, check_data
+from fastlora.check.findings import counted
 from fastlora.check.tokens import TokenStats
 from fastlora.errors import GateError
 from fastlora.recipe.schema import Recipe
@@ -40,18 +41,21 @@ def _lines(report: Report) -> list[str]:
     """For a run: one for what was looked at, one each for the worst, one for what is cut."""
     rows = report.rows
     looked = (
-        f"{len(rows.all):,} rows"
+        counted(len(rows.all), "row")
         if report.looked_at >= len(rows.good)
         else f"{len(rows.all):,} rows for exact repeats and leaks, a sample of {report.looked_at:,} for the rest"
     )
     lines = [f"check: {looked}: {len(report.refused):,} with errors"]
-    for finding in report.findings[:_SHOWN_FINDINGS]:
-        first = f", first {rows.where(min(finding.rows))}" if finding.rows else ""
-        count = f"{len(finding.rows):,} rows: " if finding.rows else ""
-        lines.append(f"check: {finding.code}: {count}{finding.general or finding.kind.says}{first}")
-    if len(report.findings) > _SHOWN_FINDINGS:
+    # What keeps the run from beginning at all it says itself.
+    told = [one for one in report.findings if not one.general]
+    for finding in told[:_SHOWN_FINDINGS]:
+        first = f", first {rows.where(min(finding.rows))}"
         lines.append(
-            f"check: and {len(report.findings) - _SHOWN_FINDINGS} more kinds of finding; `fastlora check` lists them"
+            f"check: {finding.code}: {counted(len(finding.rows), 'row')}: {finding.kind.says}{first}"
+        )
+    if len(told) > _SHOWN_FINDINGS:
+        lines.append(
+            f"check: and {len(told) - _SHOWN_FINDINGS} more kinds of finding; `fastlora check` lists them"
         )
     if report.tokens and report.tokens.lengths[0].rows_cut:
         lines.append(f"check: {_cut(report.tokens)}")
@@ -65,6 +69,6 @@ def _lines(report: Report) -> list[str]:
 def _cut(stats: TokenStats) -> str:
     chosen = stats.lengths[0]
     return (
-        f"{chosen.rows_cut:,} rows cut at {chosen.seq_len_tokens:,} tokens: {chosen.answer_tokens_lost:,} answer "
-        f"tokens lost ({stats.lost_answer_share:.1%})"
+        f"{counted(chosen.rows_cut, 'row')} cut at {chosen.seq_len_tokens:,} tokens: {chosen.answer_tokens_lost:,} "
+        f"answer tokens lost ({stats.lost_answer_share:.1%})"
     )

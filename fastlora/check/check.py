@@ -46,8 +46,9 @@ class Report:
         """As JSON. Without `examples`, which quote the rows, each finding names its first ten rows only."""
         findings = [as_document(one, self.rows) for one in self.findings]
         if not examples:
-            for one in findings:
+            for finding, one in zip(self.findings, findings, strict=True):
                 del one["example"]
+                one["detail"] = finding.general
                 one["rows"] = [
                     {key: value for key, value in row.items() if key != "detail"}
                     for row in one["rows"][:10]
@@ -110,7 +111,8 @@ def check_data(
         tokens = check_tokens(recipe, tokenizer, rows, looked_at, findings)
         good = set(rows.good)
         looked_at = [place for place in looked_at if place in good]
-    hold_out(rows, recipe)
+    if refused := hold_out(rows, recipe):
+        findings.add_general("mix_refused", refused)
     find_duplicates(rows, looked_at, recipe.check.near_similarity, findings)
     answers = find_drift(rows, looked_at, findings)
     found = findings.sorted()

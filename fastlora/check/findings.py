@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastlora.check.rows import Rows
+from fastlora.check.text import masked
 from fastlora.recipe.findings import KINDS, Kind
 
 _EXAMPLE_CHARS = 160
@@ -62,9 +63,13 @@ class Findings:
         return rows
 
 
+def counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def shortened(text: str) -> str:
-    """On one line, with what no terminal should be sent written out."""
-    text = text[: _EXAMPLE_CHARS + 1]
+    """On one line, without keys and passwords, and with what no terminal should be sent written out."""
+    text = masked(text)[: _EXAMPLE_CHARS + 1]
     shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
     return shown if len(shown) <= _EXAMPLE_CHARS else shown[: _EXAMPLE_CHARS - 1] + "…"
 

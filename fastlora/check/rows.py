@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastlora.data.blend import Pool, Role, blend, is_mixed, sources_of
@@ -69,8 +70,14 @@ class Rows:
         return "eval" if place in self.held_out or self.source(place).eval else "train"
 
     def where(self, place: int) -> str:
+        return f"{self.unit(place)} {self.all[place].number}"
+
+    def unit(self, place: int) -> str:
+        """`rows.jsonl: line`; with the folders only where two files have the same name."""
         source = self.source(place)
-        return f"{source.name}: {source.unit} {self.all[place].number}"
+        short = Path(source.name).name
+        alone = sum(Path(other.name).name == short for other in self.sources) == 1
+        return f"{short if alone else source.name}: {source.unit}"
 
 
 def read_rows(recipe: Recipe) -> Rows:
@@ -80,7 +87,7 @@ def read_rows(recipe: Recipe) -> Rows:
     for role, section in sources_of(recipe.data):
         table = load_table(section)
         if not table.rows:
-            raise DataError(f"{table.name}: no rows; the file is empty")
+            raise DataError(f"{table.name}: no rows; the file is empty or holds a header alone")
         check_columns(section, table)
         readable = any(row.value is not None for row in table.rows)
         data_format = format_of(section, table) if readable else "text"
@@ -130,13 +137,16 @@ def _fill(row: Row, example: Chat | Plain | BadRow) -> None:
         row.problem = HalfCharacter(f"holds {found[0]!r}, half of a surrogate pair")
 
 
-def hold_out(rows: Rows, recipe: Recipe) -> None:
+def hold_out(rows: Rows, recipe: Recipe) -> str:
     """Mark the rows that a run would hold out: those of data.eval_sources, or the same draw of data.eval_split. In a
-    mix by tokens the sources' parts, and so how many rows of each, are estimated by the letters of the answers."""
+    mix by tokens the sources' parts, and so how many rows of each, are estimated by the letters of the answers.
+
+    Returns why a run would refuse to draw from these rows; they are still worth a look.
+    """
     data = recipe.data
     rows.held_out = {place for place in rows.good if rows.source(place).eval}
     if not data.eval_split:
-        return
+        return ""
     places: list[list[int]] = [[] for _ in rows.sources]
     for place in rows.good:
         places[rows.all[place].source].append(place)
@@ -152,8 +162,9 @@ def hold_out(rows: Rows, recipe: Recipe) -> None:
     ]
     try:
         drawn = blend(pools, data, recipe.train.seed).held_out
-    except DataError:  # a run says so; here its rows are still worth a look
-        return
+    except DataError as error:
+        return str(error)
     rows.held_out = {
         of_source[n] for of_source, taken in zip(places, drawn, strict=True) for n in taken
     }
+    return ""

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastlora.check.check import Report
-from fastlora.check.findings import Finding, shortened
+from fastlora.check.findings import Finding, counted, shortened
 from fastlora.check.rows import Rows
 from fastlora.check.tokens import TokenStats
 
@@ -47,8 +47,8 @@ def _show_finding(finding: Finding, rows: Rows, console: Console) -> None:
     head = Text(f"\n{kind.severity:<8}", style=_STYLES[kind.severity])
     head.append(finding.code, style="bold")
     if finding.rows:
-        count, share = len(finding.rows), len(finding.rows) / len(rows.all)
-        head.append(f"  {count:,} row{'s' if count > 1 else ''} ({share:.1%})", style="default")
+        share = len(finding.rows) / len(rows.all)
+        head.append(f"  {counted(len(finding.rows), 'row')} ({share:.1%})", style="default")
     head.append(f"  {kind.says}", style="default")
     console.print(head, soft_wrap=True)
     if finding.general:
@@ -64,8 +64,7 @@ def _places(finding: Finding, rows: Rows) -> Iterator[str]:
     places = sorted(finding.rows)
     groups: dict[tuple[str, str], list[str]] = {}
     for place in places[:_SHOWN_ROWS]:
-        source = rows.source(place)
-        key = (f"{source.name}: {source.unit}", finding.rows[place])
+        key = (rows.unit(place), finding.rows[place])
         groups.setdefault(key, []).append(str(rows.all[place].number))
     for (where, detail), numbers in groups.items():
         yield f"{where} {', '.join(numbers)}" + (f": {shortened(detail)}" if detail else "")

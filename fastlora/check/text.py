@@ -82,13 +82,28 @@ def text_findings(text: str, example: Chat | Plain, own_tokens: frozenset[str]) 
     if not text.isascii():
         yield from _badly_decoded(text)
     for what, found in _secrets(text):
-        shown = f"{found[0][:4]}… ({len(found[0])} characters)"
-        yield "secret", f"{what}: {shown}", text[max(0, found.start() - 40) : found.start()] + shown
+        yield (
+            "secret", f"{what}: {_hint(found)}", text[max(0, found.start() - 40) : found.start()] + _hint(found)
+        )  # fmt: skip
     for found in _EMAIL.finditer(text):
         word = text[text.rfind(" ", 0, found.start()) + 1 : found.start()]
         if not _NOBODY.search(found[1]) and "://" not in word:
             yield "email", found[0], around(text, found)
             break
+
+
+def masked(text: str) -> str:
+    """Keys and passwords shortened beyond use: what is printed ends up in logs and in questions to others."""
+    shown = ""
+    while found := next((found for _, found in _secrets(text)), None):
+        shown += text[: found.start()] + _hint(found)
+        # The pattern of a private key is its first line.
+        text = "" if "PRIVATE KEY" in found[0] else text[found.end() :]
+    return shown + text
+
+
+def _hint(found: re.Match[str]) -> str:
+    return f"{found[0][:4]}… ({len(found[0])} characters)"
 
 
 def _markup(text: str, is_chat: bool, own_tokens: frozenset[str]) -> Iterator[Found]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 500
+_SHOWN_LETTERS = 8
 _LONGER = (1, 1.5, 2, 4)
 
 
@@ -63,6 +65,7 @@ def check_tokens(
     except DataError as error:
         findings.add_general("template_unusable", str(error))
         return None
+    letters = Letters(tokenizer)
     stats = TokenStats([PricedLength(int(limit * factor)) for factor in _LONGER])
     refused: set[int] = set()
     for start in range(0, len(places), _CHUNK):
@@ -77,6 +80,9 @@ def check_tokens(
                 refused.add(place)
                 row.problem = problem
                 findings.add("template_refused", place, str(problem), f"{row.prompt} -> {row.rest}")
+            if lost := letters.lost(f"{row.prompt}{row.rest}"):
+                shown = ", ".join(map(repr, lost[:_SHOWN_LETTERS]))
+                findings.add("token_lost", place, shown, f"{row.prompt} -> {row.rest}")
         encoded = encoder.encode([rendered for _, _, rendered in laid_out])
         for (place, example, rendered), one in zip(laid_out, encoded, strict=True):
             _count(one, stats)
@@ -84,6 +90,35 @@ def check_tokens(
                 findings.add(code, place, detail, shown)
     rows.good = [place for place in rows.good if place not in refused]
     return stats
+
+
+class Letters:
+    """Which characters come back when they are made tokens and read again. A tokenizer of another kind than the model's
+    files were written for loses some without a word."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._comes_back: dict[str, bool] = {}
+
+    def lost(self, text: str) -> list[str]:
+        letters = set(text)
+        for letter in letters - self._comes_back.keys():
+            # Others than these, tokenizers may fold and leave out on purpose.
+            plain = letter == " " or (
+                unicodedata.category(letter)[0] in "LNPS" and letter != "\ufffd"
+            )
+            self._comes_back[letter] = not plain or self._is_kept(f"a{letter}a")
+        return sorted(letter for letter in letters if not self._comes_back[letter])
+
+    def _is_kept(self, text: str) -> bool:
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        again = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        # Uncased and normalising tokenizers change a letter, and do not lose it.
+        return _folded(text) in _folded(str(again))
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def _count(row: Encoded, stats: TokenStats) -> None:

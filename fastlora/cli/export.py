@@ -13,7 +13,7 @@ QUANTS = ("f16", "bf16", "q8_0", "q4_k_m")
 
 
 @click.command("export")
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run")
 @click.option(
     "--format",
     "kind",
@@ -27,8 +27,9 @@ QUANTS = ("f16", "bf16", "q8_0", "q4_k_m")
     help="Type of the weights [default: q8_0; 16bit: the base's own].",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def command(run: Path, kind: str, quant: str | None, as_json: bool) -> None:
-    """Write the adapter of RUN (a run's folder, such as runs/tiny/1), with its base, in a format for others.
+def command(run: str, kind: str, quant: str | None, as_json: bool) -> None:
+    """Write the adapter of RUN, with its base, in a format for others. RUN is a run's folder, such as runs/tiny/1, or
+    a recipe, for its newest finished run.
 
     What was written is read back and compared with the adapter before it gets its name. Exit code 3: it does
     not agree; it is kept under a name that says so.
@@ -40,7 +41,7 @@ def command(run: Path, kind: str, quant: str | None, as_json: bool) -> None:
     export(run, kind, quant if kind == "16bit" else quant or "q8_0", as_json)
 
 
-def export(run: Path, kind: str, quant: str | None, as_json: bool) -> None:
+def export(run: str, kind: str, quant: str | None, as_json: bool) -> None:
     from fastlora.train.stop import Interrupted, StopSignals
 
     try:
@@ -56,19 +57,27 @@ def export(run: Path, kind: str, quant: str | None, as_json: bool) -> None:
         click.echo(f"note      {note}", err=True)
 
 
-def _export(run: Path, kind: str, quant: str | None) -> tuple[dict[str, Any], Path]:
-    from fastlora.export.process import export_in_new_process, refuse_unfinished, target_of
+def _export(run: str, kind: str, quant: str | None) -> tuple[dict[str, Any], Path]:
+    from fastlora.export.process import (
+        export_in_new_process,
+        is_complete,
+        refuse_unfinished,
+        target_of,
+    )
+    from fastlora.rundir.find import find_run
     from fastlora.rundir.report import keep_report
     from fastlora.rundir.store import RunDir
 
-    opened = RunDir.open(run)
+    opened = RunDir.open(find_run(run).path)
     try:
         refuse_unfinished(opened)
         report = export_in_new_process(opened, kind, quant)
         if kind == "16bit":
-            opened.update(merge=report, status="finished")
+            opened.update(merge=report)
         else:
             opened.record_export(str(quant), report)
+        if is_complete(opened):  # also where the run itself had failed in its exports
+            opened.update(status="finished")
         keep_report(opened, lambda said: click.echo(said, err=True))
     finally:
         opened.close()

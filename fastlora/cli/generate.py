@@ -105,9 +105,9 @@ def _answers(
 
     from fastlora.data.prompts import read_prompts
     from fastlora.export.answers import answered, in_words
-    from fastlora.export.load import context_tokens, load_encoder, load_run, require_adapter
+    from fastlora.export.load import context_tokens, load_encoder, load_run
 
-    require_adapter(found)
+    found.require_adapter()
     room = context_tokens(found)
     asked = read_prompts(
         prompts,

@@ -83,7 +83,9 @@ def _run(
 
 
 def _print_result(manifest: dict[str, Any]) -> None:
-    result, merge = manifest["result"], manifest.get("merge")
+    from fastlora.rundir.sections import exports
+
+    result = manifest["result"]
     click.echo(f"run       {manifest['path']}")
     click.echo(
         f"loss      {result['first_loss']:.4f} -> {result['last_loss']:.4f} in {result['steps']} steps"
@@ -101,9 +103,7 @@ def _print_result(manifest: dict[str, Any]) -> None:
     if answers := manifest.get("answers"):
         _print_answers(answers, Path(manifest["path"]) / "comparison.json")
     click.echo(f"adapter   {manifest['path']}/adapter")
-    exports = {"merged": merge} if merge else {}
-    exports |= {f"gguf-{quant}": report for quant, report in manifest.get("export", {}).items()}
-    for folder, report in exports.items():
+    for folder, report in exports(manifest).items():
         click.echo(f"{folder:<9} {manifest['path']}/{folder} ({agreement(report)})")
     click.echo(f"report    {manifest['path']}/report.html")
 
@@ -113,13 +113,13 @@ _SHOWN_ANSWERS = 3
 
 def _print_answers(answers: dict[str, Any], compared: Path) -> None:
     """The scores, and the first prompts with their answers, a line each."""
-    from fastlora.export.score import shown
+    from fastlora.rundir.sections import shown_score
 
     for metric, before in answers["before"].items():
         rows = answers["rows"] if metric == "json_valid" else answers["expected"]
         name, after = metric.partition("_")[0], answers["after"].get(metric)
-        now = "" if after is None else f" -> {shown(metric, after)}"
-        click.echo(f"{name:<8}  {shown(metric, before)}{now} of {rows} prompts")
+        now = "" if after is None else f" -> {shown_score(metric, after)}"
+        click.echo(f"{name:<8}  {shown_score(metric, before)}{now} of {rows} prompts")
     click.echo(f"answers   {compared} ({answers['rows']} prompts, before and after)")
     whole = [row for row in json.loads(compared.read_text(encoding="utf-8")) if "after" in row]
     for row in whole[:_SHOWN_ANSWERS]:

@@ -126,7 +126,7 @@ def _jsonl(raw: bytes) -> Iterator[Row]:
         try:
             yield _row(number, json.loads(line))
         except json.JSONDecodeError as error:
-            problem = f"not JSON: {error.msg} at column {error.colno}"
+            problem = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
             yield Row(number, None, problem, _excerpt(line))
         except RecursionError:
             yield Row(number, None, "not readable: nested too deeply", _excerpt(line))
@@ -165,7 +165,10 @@ def _csv(raw: bytes) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     # Not splitlines(): cells may hold U+2028 and its like unquoted.
     text, stray = _decoded(raw)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    header = text.partition("\n")[0]
+    # Spreadsheets write semicolons where the comma stands in numbers.
+    comma = "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=comma)
     if stray and (problem := _stray_byte([*(reader.fieldnames or [])])):
         raise ValueError(f"the header is {problem}")
     line = 2

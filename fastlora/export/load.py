@@ -12,7 +12,7 @@ from fastlora.data.mask import Encoder
 from fastlora.data.prompts import prompt_encoder
 from fastlora.engines.base import not_loadable
 from fastlora.engines.peft import PeftEngine
-from fastlora.errors import EngineError, RunDirError
+from fastlora.errors import EngineError
 from fastlora.recipe.schema import ModelSection
 from fastlora.rundir.store import RunDir
 
@@ -52,16 +52,6 @@ class Tuned:
             yield self.model
 
 
-def require_adapter(run: RunDir) -> None:
-    """Raises RunDirError: the run has not come to its adapter."""
-    if "result" not in run.manifest or not (run.adapter / "adapter_model.safetensors").exists():
-        way_on = run.manifest.get("resume_command")
-        raise RunDirError(
-            f"{run.path}: holds no adapter; the run has not finished"
-            + (f"; go on with:\n  {way_on}" if way_on else "")
-        )
-
-
 def load_encoder(run: RunDir) -> Encoder:
     """Lays prompts out as in the run's training; its tokenizer is the adapter's."""
     from transformers import AutoTokenizer
@@ -97,7 +87,7 @@ def load_run(run: RunDir) -> Tuned:
     Through transformers and PEFT, whichever engine trained. Raises RunDirError: the run holds no adapter.
     EngineError: the base cannot be loaded, or not here in the type that the recipe asks for.
     """
-    require_adapter(run)
+    run.require_adapter()
     engine = PeftEngine()
     engine.prepare()
     room = context_tokens(run)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,10 +33,18 @@ _DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 
 def refuse_unfinished(run: RunDir) -> None:
     """Raises RunDirError: the run has no adapter yet, or has not yet answered with it."""
-    if "result" not in run.manifest or "after" not in run.manifest.get("answers", ["after"]):
+    run.require_adapter()
+    if "after" not in run.manifest.get("answers", ["after"]):
         raise RunDirError(
             f"{run.path}: the run has not finished; go on with:\n  {run.manifest.get('resume_command')}"
         )
+
+
+def is_complete(run: RunDir) -> bool:
+    """Whether a run that was trained holds every export that its recipe asks for."""
+    output, made = run.manifest["recipe"]["output"], run.manifest
+    merged = output["merge"] == "none" or "merge" in made
+    return merged and set(output.get("export", ())) <= set(made.get("export", {}))
 
 
 def target_of(run: RunDir, kind: str, quant: str | None) -> Path:
@@ -45,8 +54,9 @@ def target_of(run: RunDir, kind: str, quant: str | None) -> Path:
 
 def command_of(run: RunDir, kind: str, quant: str | None) -> str:
     if kind == "16bit" and quant is None:
-        return f"fastlora merge {run.path}"
-    return f"fastlora export {run.path} --format {kind}" + (f" --quant {quant}" if quant else "")
+        return shlex.join(["fastlora", "merge", str(run.path)])
+    typed = ["fastlora", "export", str(run.path), "--format", kind]
+    return shlex.join([*typed, *(["--quant", quant] if quant else [])])
 
 
 def export_in_new_process(run: RunDir, kind: str, quant: str | None = None) -> dict[str, Any]:
@@ -136,8 +146,7 @@ def open_plan(run: RunDir) -> Plan:
     from fastlora.export.plan import Plan
     from fastlora.export.stream import base_folder
 
-    if not (run.adapter / "adapter_model.safetensors").exists():
-        raise RunDirError(f"{run.path}: holds no adapter; the run has not finished")
+    run.require_adapter()
     model = run.manifest["recipe"]["model"]
     folder = base_folder(model["name"], model["revision"])
     return Plan(folder, run.adapter, model["trust_remote_code"])

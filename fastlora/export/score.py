@@ -34,11 +34,6 @@ def score(
     return found
 
 
-def shown(metric: str, value: float) -> str:
-    """For people."""
-    return f"{value:.1f}" if metric == "chrf" else f"{value:.1%}"
-
-
 Pairs = Sequence[tuple[str, str]]
 
 

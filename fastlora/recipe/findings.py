@@ -20,6 +20,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "unreadable_row": Kind("error", "cannot be read as a row of its format"),
     "unreadable_bytes": Kind("error", "bytes that are not UTF-8, or half of a surrogate pair"),
+    "mix_refused": Kind("error", "a run cannot draw its training and held-out rows from these"),
     "empty_turn": Kind("error", "a turn or field of nothing, or of whitespace alone"),
     "role_unknown": Kind("error", "a role that no chat has"),
     "role_order": Kind("error", "turns in an order that no chat has"),
@@ -41,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "answer_short": Kind("error", "an answer shorter than the recipe allows"),
     "answer_long": Kind("error", "an answer longer than the recipe allows"),
     "truncated_all": Kind("error", "no token of the answer is left at model.seq_len_tokens", True),
+    "token_lost": Kind("warning", "characters without a token, dropped or made unknown by the tokenizer", True),
     "truncated_answer": Kind("warning", "the answer is cut at model.seq_len_tokens", True),
     "duplicate_prompt": Kind("warning", "the question of an earlier row, answered differently"),
     "near_prompt": Kind("warning", "nearly the question of an earlier row, answered differently"),

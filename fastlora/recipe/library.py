@@ -65,5 +65,5 @@ def find(name: str) -> Path:
         )
         raise UsageError(f"{name}: no such file{hint}")
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"{name}: no bundled recipe of that name; {hint}Known: {', '.join(known)}")
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise UsageError(f"{name}: no bundled recipe of that name{hint} Known: {', '.join(known)}")

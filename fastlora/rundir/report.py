@@ -46,7 +46,7 @@ def write_report(run: RunDir) -> Path:
         splits=sections.splits(data),
         sources=sections.sources(data.get("sources") or []),
         kernels=sections.kernels(latest.get("kernels") or []),
-        exports={key: manifest[key] for key in ("merge", "export", "exports") if manifest.get(key)},
+        exports=sections.exports(manifest),
         notes=latest.get("notes") or [],
         facts=list(sections.facts(manifest, latest)),
         settings=sections.settings(manifest.get("recipe") or {}),
@@ -86,12 +86,6 @@ def _headline(manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
         said.append(f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {steps:,} steps")
     if held_out:
         said.append(f"held out {held_out[0]:.4f} to {min(held_out):.4f} at best")
-    exact = manifest.get("exact_match") or {}
-    if exact.get("rows") and "after" in exact:
-        rows = exact["rows"]
-        said.append(
-            f"exact match {exact['before'] / rows:.1%} to {exact['after'] / rows:.1%} of {rows:,} rows"
-        )
     answers = manifest.get("answers") or {}
     for metric, *values in sections.scores(answers)["rows"]:
         if len(values) == 2 and all(values):

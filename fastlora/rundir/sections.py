@@ -41,16 +41,20 @@ def scores(answers: Mapping[str, Any]) -> dict[str, Any]:
     times = [when for when in ("before", "after") if isinstance(answers.get(when), dict)]
     metrics = dict.fromkeys(metric for when in times for metric in answers[when])
     rows = [
-        [metric.replace("_", " "), *(_score(metric, answers[when].get(metric)) for when in times)]
+        [
+            metric.replace("_", " "),
+            *(
+                shown_score(metric, answers[when][metric]) if metric in answers[when] else ""
+                for when in times
+            ),
+        ]
         for metric in metrics
     ]
     return _aligned(["metric", *times], rows)
 
 
-def _score(metric: str, value: float | None) -> str:
+def shown_score(metric: str, value: float) -> str:
     """chrF goes to 100; the others are shares."""
-    if value is None:
-        return ""
     return f"{value:.1f}" if metric == "chrf" else f"{value:.1%}"
 
 
@@ -112,6 +116,14 @@ def kernels(engaged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         | ({"why no faster one": reason} if reason else {})
         for (kernel, reason), same in kinds.items()
     ]
+
+
+def exports(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of the export's folder -> what the gate measured."""
+    merged = {"merged": manifest["merge"]} if manifest.get("merge") else {}
+    return merged | {
+        f"gguf-{quant}": report for quant, report in (manifest.get("export") or {}).items()
+    }
 
 
 def _aligned(columns: list[str], rows: list[list[str]]) -> dict[str, Any]:

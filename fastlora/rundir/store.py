@@ -267,22 +267,42 @@ class RunDir:
         try:
             self.manifest = dict(json.loads(self.manifest_path.read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError) as error:
-            raise RunDirError(f"{self.path}: not a run's folder ({error})") from None
+            why = "holds no manifest.json" if isinstance(error, FileNotFoundError) else error
+            raise RunDirError(f"{self.path}: not a run's folder ({why})") from None
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise RunDirError(
+                f"{self.path}: cannot be written: {error.strerror}; make it writable, or copy it and name the copy"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
             raise RunDirError(
-                f"{self.path}: another process is training here; wait for it or stop it"
+                f"{self.path}: another process is at work here (training or exporting); wait for it or stop it"
             ) from None
 
     def close(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def require_adapter(self) -> None:
+        """Raises RunDirError: the run has not come to its adapter, or the adapter is gone."""
+        way_on = self.manifest.get("resume_command")
+        if "result" not in self.manifest:
+            raise RunDirError(
+                f"{self.path}: holds no adapter; the run has not finished"
+                + (f"; go on with:\n  {way_on}" if way_on else "")
+            )
+        if not (self.adapter / "adapter_model.safetensors").exists():
+            raise RunDirError(
+                f"{self.path}: its adapter is gone: no {self.adapter / 'adapter_model.safetensors'}; put it back, or "
+                "train again"
+            )
 
     def update(self, **entries: Any) -> None:
         """Set manifest entries and write it."""

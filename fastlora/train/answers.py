@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.data.prompts import Question
 from fastlora.export.answers import Row, answered, in_words, questions, read_rows, save_answers
-from fastlora.export.score import score, shown
+from fastlora.export.score import score
+from fastlora.rundir.sections import shown_score
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -118,5 +119,7 @@ def _save(job: Job, rows: Sequence[Row], *times: str) -> None:
         told[when] = score(metrics, answers, expected)
     run.update(answers=told)
     if last := told[times[-1]]:
-        scores = ", ".join(f"{metric} {shown(metric, value)}" for metric, value in last.items())
+        scores = ", ".join(
+            f"{metric} {shown_score(metric, value)}" for metric, value in last.items()
+        )
         job.notes.say(f"answers {times[-1]} training: {scores} of {len(whole)} prompts")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastlora.engines.base import (
@@ -46,6 +47,7 @@ def check_model(
         problems.append(not_loadable(model.name, error))
     else:
         problems += _export_problems(recipe, config, announce)
+        problems += _weight_problems(recipe, config)
         problems += _token_problems(model.name, tokenizer, config, announce)
         if recipe.lora.target_modules != "all-linear":
             problems += target_problems(recipe.lora.target_modules, config, engine, announce)
@@ -69,6 +71,23 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
             yield (
                 f"eval.metrics: {metric} needs {PACKAGES[metric][1]}; pip install 'fastlora[metrics]', or leave it out"
             )
+
+
+def _weight_problems(recipe: Recipe, config: PretrainedConfig) -> Iterator[str]:
+    """A folder that was copied in part, found before the rows are read; only headers of files are."""
+    from fastlora.export.stream import Checkpoint
+
+    folder, output = Path(recipe.model.name), recipe.output
+    if not folder.is_dir():
+        return
+    # Loadable for a training, while an export reads safetensors.
+    otherwise_stored = hasattr(config, "quantization_config") or any(folder.glob("*.bin"))
+    if otherwise_stored and output.merge == "none" and not output.export:
+        return
+    try:
+        Checkpoint(folder)
+    except EngineError as error:
+        yield f"model.name: {str(error).removeprefix('model.name: ')}"
 
 
 def _export_problems(recipe: Recipe, config: PretrainedConfig, announce: Announce) -> Iterator[str]:

@@ -80,8 +80,12 @@ def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
         assert line in bad.output
     assert "Traceback" not in bad.output
     assert runner.invoke(cli, ["run"]).exit_code == 2
-    assert runner.invoke(cli, ["rnu"]).exit_code == 2
-    assert runner.invoke(cli, ["merge", str(tmp_path)]).exit_code == 1
+    mistyped = runner.invoke(cli, ["rnu"])
+    assert (mistyped.exit_code, "Did you mean 'run'?" in mistyped.output) == (2, True)
+    for arguments in (["merge"], ["export", "--format", "gguf"], ["report"], ["chat"]):
+        assert runner.invoke(cli, [*arguments, str(tmp_path)]).exit_code == 1
+        nowhere = runner.invoke(cli, [*arguments, str(tmp_path / "nowhere")])
+        assert (nowhere.exit_code, "no folder of a run" in nowhere.output) == (2, True)
 
 
 def test_a_missing_model_is_named_before_anything_is_made(tmp_path: Path) -> None:

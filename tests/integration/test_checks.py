@@ -35,12 +35,16 @@ Checked = Callable[..., tuple[list[str], list[str]]]
 
 @pytest.fixture
 def model(tmp_path: Path, tiny_model: Path) -> Path:
-    """A copy of the tiny model without its weights: nothing here may read them."""
-    return Path(
+    """A copy of the tiny model, its weight file without a tensor: nothing here may read one."""
+    from safetensors.torch import save_file
+
+    copied = Path(
         shutil.copytree(
             tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
         )
     )
+    save_file({}, copied / "model.safetensors")
+    return copied
 
 
 def change(folder: Path, **keys: Any) -> None:
@@ -209,6 +213,23 @@ def test_exports_that_cannot_be_made_are_refused_before_training(model: Path) ->
     change(model, quantization_config=None, model_type="gpt_neox")
     with pytest.raises(EngineError, match=r"output\.export: GGUF is written for llama, mistral"):
         check()
+
+
+def test_weights_copied_in_part_are_found_without_loading_them(
+    checked: Checked, model: Path
+) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (problem,), _ = checked()
+    assert "is damaged or incomplete" in problem
+    weights.unlink()
+    (problem,), _ = checked()
+    assert "has no model.safetensors" in problem
+    (model / "pytorch_model.bin").write_bytes(
+        b""
+    )  # loadable, for all that is known, and not exportable
+    assert checked(output={"dir": "runs", "merge": "none"})[0] == []
+    assert len(checked(output={"dir": "runs", "merge": "16bit"})[0]) == 1
 
 
 def test_a_gate_on_the_data_refuses_a_run_before_its_model_is_loaded(workplace: Any) -> None:

@@ -54,7 +54,7 @@ def test_the_report_and_the_document(place: Place) -> None:
     report = done.stdout
     assert "5 rows, 3 with errors" in report
     assert report.index("duplicate_pair") < report.index("email")
-    assert f"{place.folder}/train.jsonl: line 3: as {place.folder}/train.jsonl: line 1" in report
+    assert "        train.jsonl: line 3: as train.jsonl: line 1\n" in report
     assert "e.g. Who is it? -> It is the baker." in report
     document = json.loads(place.check("--json").stdout)
     assert document["rows"] == {
@@ -117,6 +117,13 @@ def test_a_model_that_is_not_there(place: Place) -> None:
     assert "tokenizer_missing" in done.stdout
     assert "no-model cannot be loaded" in done.stdout
     assert "duplicate_pair" in done.stdout
+
+
+def test_what_a_run_would_refuse_to_draw_is_a_finding(place: Place) -> None:
+    place.write([GOOD, OTHER], data="eval_split = 200")
+    report = place.check().stdout
+    assert "mix_refused" in report
+    assert "leaves none to train on" in report
 
 
 def test_a_missing_source_is_an_error(place: Place) -> None:
@@ -233,7 +240,8 @@ def test_before_a_run_a_sample_is_looked_at_and_gates_look_at_all(
     assert said[0] == (
         "check: 100 rows for exact repeats and leaks, a sample of 50 for the rest: 1 with errors"
     )
-    assert f"first {place.folder}/train.jsonl: line 61" in said[1]
+    assert "duplicate_pair: 1 row: " in said[1]
+    assert "first train.jsonl: line 61" in said[1]
     assert found["findings"][0]["rows"][0]["line"] == 61
     assert "example" not in found["findings"][0]
     recipe = load_recipe(path, ['check.require_no=["leakage"]'])

@@ -51,10 +51,11 @@ def check(rows: planted.Planted, folder: Path, tokenizer: Any) -> Report:
 def test_every_planted_fault_is_found_and_no_other(tmp_path: Path, tokenizer: Any) -> None:
     rows = planted.with_faults(500, each=2)
     report = check(rows, tmp_path, tokenizer)
-    assert found(report) == rows.expected
+    # Faults that are not ASCII: the tiny model's tokenizer knows nothing else.
+    assert {one for one in found(report) if one[0] != "token_lost"} == rows.expected
     # All kinds that a row of these files can have; the rest are tested below.
     assert {finding.code for finding in report.findings} == set(KINDS) - {
-        "template_unusable", "template_refused", "template_bos", "template_stop", "tokenizer_missing",
+        "mix_refused", "template_unusable", "template_refused", "template_bos", "template_stop", "tokenizer_missing",
     }  # fmt: skip
     severities = [finding.kind.severity for finding in report.findings]
     assert severities == sorted(severities)  # "error" comes first
@@ -68,10 +69,35 @@ def test_nothing_is_found_in_clean_rows(tmp_path: Path, tokenizer: Any) -> None:
     assert set(report.answers.languages or {}) == {"en"}
 
 
+def test_characters_that_the_tokenizer_drops(tmp_path: Path, tokenizer: Any) -> None:
+    class Lossy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: Any, **settings: Any) -> Any:
+            kept = [one.replace("z", "") for one in ([text] if isinstance(text, str) else text)]
+            return tokenizer(kept[0] if isinstance(text, str) else kept, **settings)
+
+    rows = planted.Planted(
+        train=[planted.chat("Say it.", "It is a zebra."), *planted.clean(40, seed=1).train]
+    )
+    path = rows.write(tmp_path)[0]
+    assert "token_lost" not in {code for code, _ in found(check_data(recipe_for(path), tokenizer))}
+    lossy: Any = Lossy()
+    (one,) = [f for f in check_data(recipe_for(path), lossy).findings if f.code == "token_lost"]
+    assert one.rows == {0: "'z'"}
+
+
 def test_a_secret_is_named_and_not_repeated(tmp_path: Path, tokenizer: Any) -> None:
     key = "gh" + "p_" + "q7" * 18
-    rows = planted.Planted(train=[planted.chat("Say it.", f"It is {key}.")])
-    document = json.dumps(check_data(recipe_for(rows.write(tmp_path)[0]), tokenizer).document())
+    answer = f"It is {key}, and ann@posteo.de has it."
+    rows = planted.Planted(train=[planted.chat("Say it.", answer)])
+    # Cut as well: the row is the example of several findings.
+    recipe = recipe_for(rows.write(tmp_path)[0], model={"name": "tiny", "seq_len_tokens": 64})
+    report = check_data(recipe, tokenizer)
+    assert {"secret", "email", "truncated_answer"} <= {one.code for one in report.findings}
+    assert "ann@" not in json.dumps(report.document(examples=False))
+    document = json.dumps(report.document())
     assert "GitHub Token: ghp_" in document
     assert key[:12] not in document
 

@@ -96,6 +96,14 @@ def test_csv_lines_count_line_breaks_in_cells(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_of_spreadsheets_that_write_no_commas(mark: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'prompt{mark}completion\n"a{mark}b"{mark}1,5\n')
+    (row,) = load_table(SourceSection(path=str(path))).rows
+    assert row.value == {"prompt": f"a{mark}b", "completion": "1,5"}
+
+
 @pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c"])
 def test_csv_cells_hold_what_python_takes_for_a_line_break(odd: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"

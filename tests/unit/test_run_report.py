@@ -52,7 +52,7 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
     text = seen(page)
     for figure in (
         "llama31/7", "finished", "Loss 3.0000 to 0.0750 in 40 steps", "held out 1.9000 to 1.6000 at best",
-        "exact match 5.0% to 75.0% of 200 rows", "tokens 120,130", "median 9,123", "reserved 7.06 GiB", "for 600 s",
+        "lora.rank = 32 for 1,150 rows", "tokens 120,130", "median 9,123", "reserved 7.06 GiB", "for 600 s",
         "Loss (nats", "held out", "Held-out loss by source", "cipher", "$general$", "Learning rate",
         "Speed (tokens/s)", "Peak GPU memory (GiB)", "allocated",
         "Say it.", "before " + HOSTILE, "after It.", "expected It.", "As messages",
@@ -105,7 +105,7 @@ def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
 def test_a_run_that_failed_says_why_and_how_to_go_on(tmp_path: Path) -> None:
     page = page_of(make_run(
         tmp_path / "1", status="failed", error="RunDirError: the disk is full", result=None,
-        exact_match={"rows": 200, "before": 3}, metrics=entries(5),
+        metrics=entries(5),
     ))  # fmt: skip
     text = seen(page)
     assert "failed : Loss 3.0000 to 0.6000 in 5 steps" in text

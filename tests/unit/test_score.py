@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastlora.export.score import score, shown
+from fastlora.export.score import score
+from fastlora.rundir.sections import shown_score
 
 
 def test_exact_match_is_of_rows_with_an_expected_answer() -> None:
@@ -43,4 +44,4 @@ def test_what_cannot_be_taken_is_left_out() -> None:
 
 
 def test_how_they_are_shown() -> None:
-    assert (shown("chrf", 38.888), shown("rouge_l", 0.5)) == ("38.9", "50.0%")
+    assert (shown_score("chrf", 38.888), shown_score("rouge_l", 0.5)) == ("38.9", "50.0%")

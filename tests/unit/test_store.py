@@ -74,6 +74,21 @@ def test_resume_passes_by_runs_that_it_cannot_take(tmp_path: Path) -> None:
     assert f"{tmp_path}/4:\n  not today" in str(refused.value)
 
 
+def test_a_run_that_cannot_be_locked_or_has_no_adapter_says_why(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path)
+    run.update(resume_command="fastlora run x --resume")
+    run.close()
+    with pytest.raises(RunDirError, match=r"(?s)has not finished; go on with:.*fastlora run x"):
+        run.require_adapter()
+    run.update(result={})
+    with pytest.raises(RunDirError, match="its adapter is gone"):
+        run.require_adapter()
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()  # root is refused this too
+    with pytest.raises(RunDirError, match="cannot be written"):
+        RunDir.open(run.path)
+
+
 def test_only_decimal_names_are_runs(tmp_path: Path) -> None:
     (tmp_path / "²").mkdir()
     assert RunDir.create(tmp_path).path.name == "1"
