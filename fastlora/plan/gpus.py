@@ -1,0 +1,89 @@
+"""GPUs: what their makers state, and the one in this machine."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+REACHED = {"tflops": 0.76, "gb_s": 0.84}
+"""Of the stated figures, what a 16-bit product of 8,192³ and a copy reach: H100 0.75 and 0.84 (3 machines), H200 0.80 and
+no copy measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    vram_gib: float | None
+    tflops: float
+    """Of a 16-bit matrix product, as reached."""
+    gb_s: float
+    """Of a copy, read and write together."""
+    hopper: bool
+    """Compute capability 9.0 or later: larger cuBLAS workspaces."""
+    bfloat16: bool
+    source: str
+
+
+# Part of the name that nvidia-smi gives -> (GB of memory, dense 16-bit TFLOP/s with float32 sums, GB/s, compute
+# capability), from NVIDIA's data sheets. The first match counts, so longer names come first.
+_STATED: dict[str, tuple[float, float, float, float]] = {
+    "B200": (180, 2250, 8000, 10.0),
+    "H200": (141, 989, 4800, 9.0),
+    "H100 NVL": (94, 835, 3900, 9.0),
+    "H100 PCIe": (80, 756, 2000, 9.0),
+    "H100": (80, 989, 3350, 9.0),
+    "A100-PCIE-40GB": (40, 312, 1555, 8.0),
+    "A100-SXM4-40GB": (40, 312, 1555, 8.0),
+    "A100": (80, 312, 1935, 8.0),
+    "L40S": (48, 362, 864, 8.9),
+    "L40": (48, 181, 864, 8.9),
+    "L4": (24, 121, 300, 8.9),
+    "A40": (48, 150, 696, 8.6),
+    "A10": (24, 125, 600, 8.6),
+    "RTX A6000": (48, 155, 768, 8.6),
+    "RTX 6000 Ada": (48, 364, 960, 8.9),
+    "RTX 5090": (32, 209, 1792, 12.0),
+    "RTX 4090": (24, 165, 1008, 8.9),
+    "RTX 3090": (24, 71, 936, 8.6),
+    "T4": (16, 65, 320, 7.5),
+    "V100": (32, 125, 900, 7.0),
+}
+
+
+def known() -> list[str]:
+    return list(_STATED)
+
+
+def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None:
+    """`ceilings`: measured by `fastlora bench` on this GPU; they go before the stated ones. None: not known."""
+    key = next((known for known in _STATED if known.lower() in name.lower()), None)
+    if key is None and not ceilings:
+        return None
+    vram, tflops, gb_s, capability = _STATED.get(key or "", (None, 0.0, 0.0, 8.0))
+    source = f"NVIDIA's data sheet x {REACHED['tflops']}"
+    tflops, gb_s = tflops * REACHED["tflops"], gb_s * REACHED["gb_s"]
+    if ceilings:
+        tflops, gb_s = ceilings["gemm_tflops"], ceilings["copy_gb_s"]
+        source = "measured by fastlora bench"
+    return Gpu(
+        name=name,
+        vram_gib=None if vram is None else vram * 1e9 / 2**30,
+        tflops=tflops,
+        gb_s=gb_s,
+        hopper=capability >= 9,
+        bfloat16=capability >= 8,
+        source=source,
+    )
+
+
+def installed() -> tuple[str, float] | None:
+    """(name, GiB) of this machine's first GPU; None where there is none."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+        name, mib = done.stdout.splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(mib) / 1024
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
