@@ -91,6 +91,7 @@ def _show_lengths(tokens: TokenStats, console: Console) -> None:
         "tokens lost",
         "answer tokens lost",
         "recovered",
+        "GiB of GPU",
     ):
         table.add_column(column, justify="right")
     for one in tokens.lengths:
@@ -103,6 +104,7 @@ def _show_lengths(tokens: TokenStats, console: Console) -> None:
             f"{one.tokens_lost:,}",
             f"{one.answer_tokens_lost:,} ({lost_share:.1%})",
             f"{recovered / max(1, chosen.answer_tokens_lost):.0%}" if one is not chosen else "",
+            "" if one.peak_gib is None else f"{one.peak_gib:.1f}",
         )
         if not one.rows_cut:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,9 @@ from fastlora.check.findings import Findings
 from fastlora.check.rows import Rows, example_of
 from fastlora.data.format import BadRow, Chat, Plain
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
-from fastlora.errors import DataError
+from fastlora.errors import DataError, FastloraError
+from fastlora.plan.predict import Card, predict
+from fastlora.plan.shape import read_config, shape_of
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ class PricedLength:
     rows_without_answer: int = 0
     tokens_lost: int = 0
     answer_tokens_lost: int = 0
+    peak_gib: float | None = None
+    """What training on rows cut there needs of a GPU, as `fastlora plan` predicts it."""
 
 
 @dataclass(slots=True)
@@ -83,7 +88,21 @@ def check_tokens(
             for code, detail, shown in _faults(example, rendered, one, encoder, recipe):
                 findings.add(code, place, detail, shown)
     rows.good = [place for place in rows.good if place not in refused]
+    _add_memory(stats, recipe)
     return stats
+
+
+def _add_memory(stats: TokenStats, recipe: Recipe) -> None:
+    """Left out where the model has no config.json that is understood."""
+    with contextlib.suppress(FastloraError):
+        shape = shape_of(read_config(recipe.model.name, recipe.model.revision))
+        for priced in stats.lengths:
+            model = recipe.model.model_copy(update={"seq_len_tokens": priced.seq_len_tokens})
+            longer = recipe.model_copy(update={"model": model})
+            # A packed sequence is always full.
+            longest = None if recipe.data.packing else stats.longest_row_tokens
+            found = predict(longer, shape, Card(gpu=None, vram_gib=None), row_tokens=longest)
+            priced.peak_gib = round(found.memory.comfortable_gib, 2)
 
 
 def _count(row: Encoded, stats: TokenStats) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 
 import click
 
@@ -43,7 +44,7 @@ def command(
         settings = (*settings, f"model.seq_len_tokens={seq}")
     loaded = load_recipe(library.find(recipe), settings)
 
-    from fastlora.plan.advise import advise
+    from fastlora.plan.advise import advise, with_settings
     from fastlora.plan.gpus import gpu_named, installed, known
     from fastlora.plan.measured import ceilings
     from fastlora.plan.predict import Card, Prediction, predict
@@ -55,6 +56,8 @@ def command(
     found = gpu_named(name, ceilings(name)) if name else None
     if gpu and found is None:
         raise UsageError(f"--gpu {gpu}: not known; known are {', '.join(known())}")
+    if here and loaded.engine == "auto" and find_spec("unsloth") is None:
+        loaded = with_settings(loaded, {"engine": "peft"})  # as a run here would
     size = vram or (here[1] if here else found.vram_gib if found else None)
     card = Card(gpu=found, vram_gib=size, host_gib=host)
     config = read_config(loaded.model.name, loaded.model.revision)

@@ -24,29 +24,30 @@ class Gpu:
     source: str
 
 
-# Part of the name that nvidia-smi gives -> (GB of memory, dense 16-bit TFLOP/s with float32 sums, GB/s, compute
-# capability), from NVIDIA's data sheets. The first match counts, so longer names come first.
+# Part of the name that nvidia-smi gives -> (GiB that CUDA can use, dense 16-bit TFLOP/s with float32 sums, GB/s, compute
+# capability). TFLOP/s and GB/s are NVIDIA's; of the memory, H100's and H200's were read here, the others are what is
+# usually reported and hold to 1 %. The first match counts, so longer names come first.
 _STATED: dict[str, tuple[float, float, float, float]] = {
-    "B200": (180, 2250, 8000, 10.0),
-    "H200": (141, 989, 4800, 9.0),
-    "H100 NVL": (94, 835, 3900, 9.0),
-    "H100 PCIe": (80, 756, 2000, 9.0),
-    "H100": (80, 989, 3350, 9.0),
-    "A100-PCIE-40GB": (40, 312, 1555, 8.0),
-    "A100-SXM4-40GB": (40, 312, 1555, 8.0),
-    "A100": (80, 312, 1935, 8.0),
-    "L40S": (48, 362, 864, 8.9),
-    "L40": (48, 181, 864, 8.9),
-    "L4": (24, 121, 300, 8.9),
-    "A40": (48, 150, 696, 8.6),
-    "A10": (24, 125, 600, 8.6),
-    "RTX A6000": (48, 155, 768, 8.6),
-    "RTX 6000 Ada": (48, 364, 960, 8.9),
-    "RTX 5090": (32, 209, 1792, 12.0),
-    "RTX 4090": (24, 165, 1008, 8.9),
-    "RTX 3090": (24, 71, 936, 8.6),
-    "T4": (16, 65, 320, 7.5),
-    "V100": (32, 125, 900, 7.0),
+    "B200": (178, 2250, 8000, 10.0),
+    "H200": (139.8, 989, 4800, 9.0),
+    "H100 NVL": (93.1, 835, 3900, 9.0),
+    "H100 PCIe": (79.2, 756, 2000, 9.0),
+    "H100": (79.2, 989, 3350, 9.0),
+    "A100-PCIE-40GB": (39.4, 312, 1555, 8.0),
+    "A100-SXM4-40GB": (39.4, 312, 1555, 8.0),
+    "A100": (79.2, 312, 1935, 8.0),
+    "L40S": (44.4, 362, 864, 8.9),
+    "L40": (44.4, 181, 864, 8.9),
+    "L4": (22.0, 121, 300, 8.9),
+    "A40": (44.4, 150, 696, 8.6),
+    "A10": (22.0, 125, 600, 8.6),
+    "RTX A6000": (47.5, 155, 768, 8.6),
+    "RTX 6000 Ada": (47.4, 364, 960, 8.9),
+    "RTX 5090": (31.4, 209, 1792, 12.0),
+    "RTX 4090": (23.5, 165, 1008, 8.9),
+    "RTX 3090": (23.6, 71, 936, 8.6),
+    "T4": (14.6, 65, 320, 7.5),
+    "V100": (31.7, 125, 900, 7.0),
 }
 
 
@@ -67,7 +68,7 @@ def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None
         source = "measured by fastlora bench"
     return Gpu(
         name=name,
-        vram_gib=None if vram is None else vram * 1e9 / 2**30,
+        vram_gib=vram,
         tflops=tflops,
         gb_s=gb_s,
         hopper=capability >= 9,
@@ -77,13 +78,16 @@ def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None
 
 
 def installed() -> tuple[str, float] | None:
-    """(name, GiB) of this machine's first GPU; None where there is none."""
+    """(name, GiB that CUDA can use) of this machine's first GPU; None where there is none."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", "--query-gpu=name,memory.total,memory.reserved", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, check=True, timeout=10,
         )  # fmt: skip
-        name, mib = done.stdout.splitlines()[0].rsplit(",", 1)
-        return name.strip(), float(mib) / 1024
+        name, total, reserved = done.stdout.splitlines()[0].rsplit(",", 2)
+        held = (
+            float(reserved) if reserved.strip().isdigit() else 0.0
+        )  # by the driver; old ones do not say
+        return name.strip(), (float(total) - held) / 1024
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None

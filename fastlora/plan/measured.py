@@ -20,6 +20,8 @@ from fastlora.rundir.store import write_atomic
 
 _KEPT = 50
 _TAKEN = 5
+_MOST = 1.5
+"""A correction beyond it is a fault of the prediction, and not this machine's."""
 _DECIDE = ("torch", "unsloth", "unsloth_zoo", "transformers", "peft", "bitsandbytes")
 """Packages whose version decides memory."""
 
@@ -33,6 +35,8 @@ class Peak:
     always_gib: float
     predicted_gib: float
     """Reserved, before any correction."""
+    shown_gib: float
+    """As it was told the user before the run: corrected by the runs before."""
     measured_gib: float
     model: str
     tokens: int
@@ -41,8 +45,8 @@ class Peak:
 
     @property
     def error(self) -> float:
-        """Of the prediction: 0.05 is 5 % too much."""
-        return self.predicted_gib / self.measured_gib - 1
+        """Of what was shown: 0.05 is 5 % too much."""
+        return self.shown_gib / self.measured_gib - 1
 
     @property
     def ratio(self) -> float:
@@ -105,7 +109,7 @@ class Correction:
     factor: float
     runs: int
     error: float | None
-    """Of the last like prediction as it was shown uncorrected."""
+    """The largest of these runs' predictions, as they were shown: 0.03 is within 3 %."""
 
 
 def correction(gpu: str | None, setup: Setup) -> Correction:
@@ -113,4 +117,5 @@ def correction(gpu: str | None, setup: Setup) -> Correction:
     taken = [one for one in (peaks(gpu) if gpu else []) if one.like == like][-_TAKEN:]
     if not taken:
         return Correction(1.0, 0, None)
-    return Correction(median(one.ratio for one in taken), len(taken), taken[-1].error)
+    factor = min(_MOST, max(1 / _MOST, median(one.ratio for one in taken)))
+    return Correction(factor, len(taken), max(abs(one.error) for one in taken))

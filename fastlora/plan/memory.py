@@ -54,7 +54,11 @@ class Memory:
     @property
     def reserved_gib(self) -> float:
         """What PyTorch takes from the card when it is free to, as a run reports it."""
-        return self._corrected((_sum(self.moments[self.peak]) + self.holes) / GIB)
+        return self._corrected(self.uncorrected_gib)
+
+    @property
+    def uncorrected_gib(self) -> float:
+        return (_sum(self.moments[self.peak]) + self.holes) / GIB
 
     @property
     def needed_gib(self) -> float:
@@ -122,7 +126,7 @@ def memory(
     if setup.loss == "logits":
         holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
     else:
-        holes = working.HOLES * peak
+        holes = working.HOLES * peak + working.SMALL_HOLES
     return Memory(moments, holes, context, _host(shape, setup), correction)
 
 

@@ -89,7 +89,7 @@ class Prediction:
             "correction": {
                 "factor": round(self.correction.factor, 4),
                 "runs": self.correction.runs,
-                "last_error": self.correction.error and round(self.correction.error, 4),
+                "largest_error": self.correction.error and round(self.correction.error, 4),
             },
             "notes": list(setup.notes),
         }

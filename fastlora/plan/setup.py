@@ -130,7 +130,7 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         )
     if setup.kernels:
         found.append(
-            "fastlora's kernels: counted as Liger's layers, not measured for a whole model yet"
+            "fastlora's kernels: counted on a CPU, not measured on a GPU for a whole model yet"
         )
     if setup.quantization == "int8" or setup.item == 4:
         found.append("only nf4 in 16-bit arithmetic has been measured")

@@ -70,8 +70,8 @@ def _totals(found: Prediction, console: Console) -> None:
     console.print(f"host {mem.host_gib:.1f} GiB: {host}", highlight=False, soft_wrap=True)
     if fixed.error is not None:
         console.print(
-            f"corrected by {fixed.runs} runs like it on this GPU: x {fixed.factor:.3f} beside weights and state; the "
-            f"last was predicted {fixed.error:+.1%} off",
+            f"within {fixed.error:.1%} on this GPU over {fixed.runs} runs like it, by which what comes beside weights and "
+            f"state is multiplied ({fixed.factor:.3f})",
             highlight=False,
             soft_wrap=True,
         )
@@ -82,16 +82,16 @@ def _speed(found: Prediction, console: Console) -> None:
     if rate is None or gpu is None:
         console.print("speed: not known without a GPU; name one with --gpu, e.g. --gpu 'RTX 4090'")
         return
-    whole = f"; {_time(found.seconds)} in all" if found.seconds else ""
+    whole = f"; {time_said(found.seconds)} in all" if found.seconds else ""
     console.print(
         f"speed about {rate.tokens_per_s:,.0f} tokens/s, bound by the {rate.bound_by}; "
-        f"{_time(rate.seconds(1e6))} for a million tokens{whole} ({gpu.name}, {gpu.tflops:.0f} TFLOP/s: {gpu.source})",
+        f"{time_said(rate.seconds(1e6))} for a million tokens{whole} ({gpu.name}, {gpu.tflops:.0f} TFLOP/s: {gpu.source})",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def _time(seconds: float) -> str:
+def time_said(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -17,12 +17,12 @@ GIB = 2**30
 CONTEXT = {"peft": 768 * MIB, "liger": 768 * MIB, "unsloth": 838 * MIB}
 """What the driver counts beside PyTorch's allocator: CUDA context and loaded kernels (H100, 8 arms: 0.75 and 0.82 GiB)."""
 
-HOLES = 0.025
-"""Reserved over allocated where no tensor is a great part of all: 1.7 to 5.6 % in 5 arms."""
+HOLES, SMALL_HOLES = 0.02, 48 * MIB
+"""Reserved beside allocated where no tensor is a great part of all: this share of it, and so much in any case (11 arms)."""
 
-LOGITS_HOLES = 1.5
+LOGITS_HOLES = 1.6
 """The same where logits are kept whole, in logits of 2 bytes: freed in the forward pass, they leave room that the float32
-ones of the backward do not fit into. 1.3, 1.5 and 2.1 in 3 arms; which, is the allocator's luck."""
+ones of the backward do not fit into. 1.3 to 2.1 in 6 arms; which, is the allocator's luck."""
 
 _UNSLOTH_LOGIT = 16
 """Bytes of one logit by which unsloth_zoo 2026.10 sizes its chunks; their target is half of the free memory, but at most:"""
@@ -43,18 +43,24 @@ def fused_by_unsloth(shape: Shape, setup: Setup) -> bool:
 
 
 def layer_saves(shape: Shape, setup: Setup) -> int:
-    """What a decoder layer saves for backward, per micro-batch.
+    """What a decoder layer saves for backward, per micro-batch; peft's and fastlora's as a profiler counts it (a test
+    repeats that on a CPU), the others' by what their functions save.
 
     unsloth: x, both norms' outputs, the residual between (4 h); q, k, v; attention's output (q); gate and up (2 i), of
-    which backward makes the product again. liger, and fastlora's kernels: half a norm more, and the product (3 i).
-    peft: the norms' float32 copies of their inputs (2 x 2 h), their outputs, and silu(gate) too (4 i).
+    which backward makes the product again. liger: the same and the product (3 i). peft: the norms' float32 copies of
+    their inputs (2 x 2 h), their outputs, and silu(gate) and the product too (4 i); on a base that is not quantized PEFT
+    gives every adapter a copy of its input (3 h and q more). With fastlora's kernels neither, and no product (2 i).
     """
     h, i, q, k = shape.hidden, shape.intermediate, shape.query, shape.key_value
     attention = 2 * q + 2 * k
     if fused_by_unsloth(shape, setup):
         elements = 4 * h + attention + 2 * i
-    elif setup.engine == "peft" and not setup.kernels:
+    elif setup.kernels:
+        elements = 6 * h + attention + 2 * i
+    elif setup.engine == "peft":
         elements = 6 * h + attention + 4 * i
+        if setup.quantization == "none":
+            elements += 3 * h + q
     else:
         elements = 4 * h + attention + 3 * i
     if shape.norms > 4 * h:  # gemma's norms after attention and MLP save their inputs too
@@ -66,23 +72,29 @@ def layer_saves(shape: Shape, setup: Setup) -> int:
     if setup.dropout:  # the dropped input, and a byte of mask
         elements += sum(one.inputs for one in adapted)
         extra = sum(one.inputs for one in adapted)
-    statistics = 4 * shape.heads  # attention's log-sum-exp, float32
+    elements += len(adapted) * setup.rank  # x A^T
+    statistics = 4 * (shape.heads + 2)  # attention's log-sum-exp and the norms' roots, float32
     return setup.tokens * (setup.item * elements + statistics + extra)
 
 
 def layer_works(shape: Shape, setup: Setup) -> int:
-    """What the backward of a layer makes beside what is saved, at its largest: in the MLP the gradient of its product, and
-    unsloth's copies of gate, up and product (4 i), or the activation's gradient (2 i, peft); the gradient of the output (h).
-    In attention the float32 sums of dq and the unshared dk and dv, when the MLP's have gone."""
+    """What the backward of a layer makes beside what is saved, at its largest. In the MLP the gradient of its output (h),
+    and unsloth's copies of gate, up and product (4 i), peft's gradients of product and activation (2 i; with an
+    unquantized base's copies 4 h and i more), or fastlora's of product, gate and up (3 i). In attention, when the MLP's
+    have gone, the float32 sums of dq and the unshared dk and dv; in peft's norms their float32 gradients (10 h)."""
     h, i, q = shape.hidden, shape.intermediate, shape.query
+    others = 6 * q
     if fused_by_unsloth(shape, setup):
         mlp, saved = 4 * i, 2 * i
-    elif setup.engine == "peft" and not setup.kernels:
-        mlp, saved = 2 * i, 4 * i
+    elif setup.kernels:
+        mlp, saved = 3 * i, 2 * i
+    elif setup.engine == "peft":
+        mlp, saved, others = 2 * i, 4 * i, max(others, 9 * h)
+        if setup.quantization == "none":
+            mlp += 4 * h + i
     else:
         mlp, saved = i, 3 * i
-    attention = 4 * q + 2 * q - saved
-    return setup.tokens * setup.item * (h + max(mlp, attention))
+    return setup.tokens * setup.item * (h + max(mlp, others - saved))
 
 
 def dequantized_bytes(shape: Shape, setup: Setup) -> int:
