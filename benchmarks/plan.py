@@ -3,8 +3,8 @@
 python benchmarks/plan.py          # what lies between the two markers is made anew
 python benchmarks/plan.py --check  # exit 1 if docs/plan.md is not what it would be
 
-Measured are benchmarks/results (reports, and the engines' JSON lines) and benchmarks/measured.json, which holds figures that
-docs/log.md and docs/benchmarking.md report without a file of their own. No correction by runs on this machine is taken.
+Measured are benchmarks/results (reports, and the engines' JSON lines) and benchmarks/measured.json, which holds figures
+that docs/log.md and docs/benchmarking.md report without a file of their own. No correction by this machine's runs.
 """
 
 from __future__ import annotations

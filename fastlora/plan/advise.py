@@ -1,4 +1,4 @@
-"""What to change where a recipe does not fit: first what leaves the training as it is, by the speed it costs; then the rest."""
+"""What to change where a recipe does not fit: first what leaves the training as it is, by its speed; then the rest."""
 
 from __future__ import annotations
 

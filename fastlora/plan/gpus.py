@@ -6,8 +6,8 @@ import subprocess
 from dataclasses import dataclass
 
 REACHED = {"tflops": 0.76, "gb_s": 0.84}
-"""Of the stated figures, what a 16-bit product of 8,192³ and a copy reach: H100 0.75 and 0.84 (3 machines), H200 0.80 and
-no copy measured."""
+"""Of the stated figures, what a 16-bit product of 8,192³ and a copy reach: H100 0.75 and 0.84 (3 machines), H200 0.80
+and no copy measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class Gpu:
     source: str
 
 
-# Part of the name that nvidia-smi gives -> (GiB that CUDA can use, dense 16-bit TFLOP/s with float32 sums, GB/s, compute
-# capability). TFLOP/s and GB/s are NVIDIA's; of the memory, H100's and H200's were read here, the others are what is
-# usually reported and hold to 1 %. The first match counts, so longer names come first.
+# Part of the name that nvidia-smi gives -> (GiB that CUDA can use, dense 16-bit TFLOP/s with float32 sums, GB/s,
+# compute capability). TFLOP/s and GB/s are NVIDIA's; of the memory, H100's and H200's were read here, the others are
+# what is usually reported and hold to 1 %. The first match counts, so longer names come first.
 _STATED: dict[str, tuple[float, float, float, float]] = {
     "B200": (178, 2250, 8000, 10.0),
     "H200": (139.8, 989, 4800, 9.0),

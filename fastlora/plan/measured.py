@@ -1,7 +1,7 @@
 """What runs on this machine needed, beside what was predicted; and the ceilings that the benchmark measured here.
 
-A file per GPU in fastlora's cache. The next prediction for a like setup (engine, policy, loss, quantization, versions) is
-corrected by the median of what the last runs needed beyond weights and state, over what was predicted of it.
+A file per GPU in fastlora's cache. The next prediction for a like setup (engine, policy, loss, quantization, versions)
+is corrected by the median of what the last runs needed beyond weights and state, over what was predicted of it.
 """
 
 from __future__ import annotations

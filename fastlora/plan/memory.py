@@ -158,7 +158,7 @@ def _kept(shape: Shape, setup: Setup) -> Term:
 
 
 def _optimizer_work(shape: Shape, setup: Setup) -> float:
-    """PyTorch's AdamW works on all tensors at once, with one temporary as large as the adapter; bitsandbytes in place."""
+    """PyTorch's AdamW takes all tensors at once, with a temporary as large as they are; bitsandbytes works in place."""
     return stored.adapter_bytes(shape, setup) if setup.optimizer == "adamw" else 0
 
 

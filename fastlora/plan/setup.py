@@ -14,7 +14,7 @@ Policy = Literal["none", "full", "unsloth"]
 Loss = Literal["logits", "fastlora", "liger", "unsloth"]
 """logits: kept whole, with a float32 copy; the others take chunks of tokens."""
 
-# The architectures whose LoRA layers unsloth 2026.10 fuses (engines/unsloth.py has them too, and a test that they agree).
+# The architectures whose LoRA layers unsloth 2026.10 fuses (as in engines/unsloth.py; a test holds them equal).
 FUSED = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
 
 

@@ -61,8 +61,8 @@ def _memory_table(found: Prediction) -> Table:
 def _totals(found: Prediction, console: Console) -> None:
     mem, fixed = found.memory, found.correction
     console.print(
-        f"allocated {mem.allocated_gib:.2f} GiB; reserved {mem.reserved_gib:.2f}, where the card has room; CUDA context "
-        f"{mem.context / GIB:.2f}; card {mem.needed_gib:.2f} at least, {mem.comfortable_gib:.2f} with room",
+        f"allocated {mem.allocated_gib:.2f} GiB; reserved {mem.reserved_gib:.2f}, where the card has room; CUDA "
+        f"context {mem.context / GIB:.2f}; card {mem.needed_gib:.2f} at least, {mem.comfortable_gib:.2f} with room",
         highlight=False,
         soft_wrap=True,
     )
@@ -70,8 +70,8 @@ def _totals(found: Prediction, console: Console) -> None:
     console.print(f"host {mem.host_gib:.1f} GiB: {host}", highlight=False, soft_wrap=True)
     if fixed.error is not None:
         console.print(
-            f"within {fixed.error:.1%} on this GPU over {fixed.runs} runs like it, by which what comes beside weights and "
-            f"state is multiplied ({fixed.factor:.3f})",
+            f"within {fixed.error:.1%} on this GPU over {fixed.runs} runs like it, by which what comes beside weights "
+            f"and state is multiplied ({fixed.factor:.3f})",
             highlight=False,
             soft_wrap=True,
         )
@@ -85,7 +85,8 @@ def _speed(found: Prediction, console: Console) -> None:
     whole = f"; {time_said(found.seconds)} in all" if found.seconds else ""
     console.print(
         f"speed about {rate.tokens_per_s:,.0f} tokens/s, bound by the {rate.bound_by}; "
-        f"{time_said(rate.seconds(1e6))} for a million tokens{whole} ({gpu.name}, {gpu.tflops:.0f} TFLOP/s: {gpu.source})",
+        f"{time_said(rate.seconds(1e6))} for a million tokens{whole} "
+        f"({gpu.name}, {gpu.tflops:.0f} TFLOP/s: {gpu.source})",
         highlight=False,
         soft_wrap=True,
     )

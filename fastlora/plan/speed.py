@@ -14,11 +14,12 @@ from fastlora.plan.setup import Setup
 from fastlora.plan.shape import Shape
 
 EFFICIENCY = {"peft": 0.46, "liger": 0.5, "unsloth": 0.594}
-"""Share of the ceiling with what is recomputed: unsloth's at 8B; liger's at Qwen2.5 7B. peft has never been bound by the GPU
-where it was measured (0.40 at most), so its is a guess under liger's."""
+"""Share of the ceiling with what is recomputed: unsloth's at 8B; liger's at Qwen2.5 7B. peft has never been bound by
+the GPU where it was measured (0.40 at most), so its is a guess under liger's."""
 
 HOST_MS = {"peft": 19.6, "liger": 18.8, "unsloth": 12.6}
-"""Of a layer, forward, computed again and backward (H100 machines): means of 1B, 7B and 8B. Hosts differ by 20 % and more."""
+"""Of a layer, forward, computed again and backward (H100 machines): means of 1B, 7B and 8B. Hosts differ much: the
+H200's took 8.7 for unsloth."""
 _WITHOUT_RECOMPUTING = 0.83
 """Of that: 1B with unsloth, 35,672 against 29,461 tokens/s."""
 
@@ -36,8 +37,8 @@ class Speed:
 
 
 def flops(shape: Shape, setup: Setup) -> float:
-    """Of a micro-batch's forward and backward to the inputs: 4 per frozen weight and token (6 in layers that are computed
-    again), head included; attention over the causal half of the square, 2 row² width forward and twice that back."""
+    """Of a micro-batch's forward and backward to the inputs: 4 per frozen weight and token (6 in layers that are
+    computed again), head included; attention over the causal half of the square, 2 row² width forward, twice back."""
     body = shape.layers * sum(one.weights for one in shape.linears)
     again = setup.policy != "none"
     products = setup.tokens * ((6 if again else 4) * body + 4 * shape.head.weights)

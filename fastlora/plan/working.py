@@ -15,17 +15,17 @@ MIB = 2**20
 GIB = 2**30
 
 CONTEXT = {"peft": 768 * MIB, "liger": 768 * MIB, "unsloth": 838 * MIB}
-"""What the driver counts beside PyTorch's allocator: CUDA context and loaded kernels (H100, 8 arms: 0.75 and 0.82 GiB)."""
+"""What the driver counts beside PyTorch's allocator: CUDA context and loaded kernels (H100: 0.75 and 0.82 GiB)."""
 
-HOLES, SMALL_HOLES = 0.02, 48 * MIB
-"""Reserved beside allocated where no tensor is a great part of all: this share of it, and so much in any case (11 arms)."""
+HOLES, SMALL_HOLES = 0.02, 40 * MIB
+"""Reserved beside allocated where no tensor is a great part of all: this share of it, and so much in any case."""
 
 LOGITS_HOLES = 1.6
-"""The same where logits are kept whole, in logits of 2 bytes: freed in the forward pass, they leave room that the float32
-ones of the backward do not fit into. 1.3 to 2.1 in 6 arms; which, is the allocator's luck."""
+"""The same where logits are kept whole, in logits of 2 bytes: freed in the forward pass, they leave room that the
+float32 ones of the backward do not fit into. 1.3 to 2.1 in 6 arms; which, is the allocator's luck."""
 
 _UNSLOTH_LOGIT = 16
-"""Bytes of one logit by which unsloth_zoo 2026.10 sizes its chunks; their target is half of the free memory, but at most:"""
+"""Bytes of one logit by which unsloth_zoo 2026.10 sizes its chunks; they aim at half of what is free, at most:"""
 _UNSLOTH_CHUNK_TARGET = 4 * GIB
 
 
@@ -48,8 +48,8 @@ def layer_saves(shape: Shape, setup: Setup) -> int:
 
     unsloth: x, both norms' outputs, the residual between (4 h); q, k, v; attention's output (q); gate and up (2 i), of
     which backward makes the product again. liger: the same and the product (3 i). peft: the norms' float32 copies of
-    their inputs (2 x 2 h), their outputs, and silu(gate) and the product too (4 i); on a base that is not quantized PEFT
-    gives every adapter a copy of its input (3 h and q more). With fastlora's kernels neither, and no product (2 i).
+    their inputs (2 x 2 h), their outputs, and silu(gate) and the product too (4 i); on a base that is not quantized
+    PEFT gives every adapter a copy of its input (3 h and q more). With fastlora's kernels neither, nor product (2 i).
     """
     h, i, q, k = shape.hidden, shape.intermediate, shape.query, shape.key_value
     attention = 2 * q + 2 * k
@@ -78,8 +78,8 @@ def layer_saves(shape: Shape, setup: Setup) -> int:
 
 
 def layer_works(shape: Shape, setup: Setup) -> int:
-    """What the backward of a layer makes beside what is saved, at its largest. In the MLP the gradient of its output (h),
-    and unsloth's copies of gate, up and product (4 i), peft's gradients of product and activation (2 i; with an
+    """What the backward of a layer makes beside what is saved, at its largest. In the MLP the gradient of its output
+    (h), and unsloth's copies of gate, up and product (4 i), peft's gradients of product and activation (2 i; with an
     unquantized base's copies 4 h and i more), or fastlora's of product, gate and up (3 i). In attention, when the MLP's
     have gone, the float32 sums of dq and the unshared dk and dv; in peft's norms their float32 gradients (10 h)."""
     h, i, q = shape.hidden, shape.intermediate, shape.query
@@ -136,13 +136,13 @@ def loss_bytes(shape: Shape, setup: Setup, free: float) -> int:
         return unsloth_chunk_tokens(shape, setup, free) * v * 2 * item + norm
     if setup.loss == "fastlora":
         return min(2**28, t * v * item) + norm
-    chunk = 2 ** ceil(ceil(t / ceil(v / h)) - 1).bit_length()
+    chunk: int = 1 << (ceil(t / ceil(v / h)) - 1).bit_length()
     return min(chunk, t) * v * (item + 4) + norm
 
 
 def unsloth_chunk_tokens(shape: Shape, setup: Setup, free: float) -> int:
-    """Of a chunk of unsloth's loss: their number is a multiple of 4 beyond 1, so that a chunk takes no more than half of
-    the free memory at 16 bytes a logit, and never more than 4 GiB."""
+    """Of a chunk of unsloth's loss: their number is a multiple of 4 beyond 1, so that a chunk takes no more than half
+    of the free memory at 16 bytes a logit, and never more than 4 GiB."""
     target = max(1.0, min(_UNSLOTH_CHUNK_TARGET, free / 2))
     exact = setup.tokens * shape.vocabulary * _UNSLOTH_LOGIT / target
     chunks = 1 if exact <= 1 else min(setup.tokens, 4 * ceil(exact / 4 - 1e-9))

@@ -55,7 +55,7 @@ def _said(found: Prediction, job: Job) -> str:
         parts.append(f"about {found.speed.tokens_per_s:,.0f} tokens/s, {time_said(seconds)} in all")
     if found.verdict == "no":
         parts.append(
-            f"it needs {memory.needed_gib:.2f} GiB at least and may run out of memory; `fastlora plan` says what to change"
+            f"it needs {memory.needed_gib:.2f} GiB at least and may run out of it; fastlora plan says what to change"
         )
     return "; ".join(parts)
 
