@@ -91,9 +91,9 @@ def _show_lengths(tokens: TokenStats, console: Console) -> None:
         "tokens lost",
         "answer tokens lost",
         "recovered",
-        "GiB of GPU",
+        "GPU GiB",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "seq_len_tokens")
     for one in tokens.lengths:
         recovered = chosen.answer_tokens_lost - one.answer_tokens_lost
         lost_share = one.answer_tokens_lost / max(1, tokens.answer_tokens)

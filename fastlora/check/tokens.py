@@ -93,9 +93,9 @@ def check_tokens(
 
 
 def _add_memory(stats: TokenStats, recipe: Recipe) -> None:
-    """Left out where the model has no config.json that is understood."""
+    """Left out where the model has no config.json that is understood; the tokenizer has brought a Hub model's."""
     with contextlib.suppress(FastloraError):
-        shape = shape_of(read_config(recipe.model.name, recipe.model.revision))
+        shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
         for priced in stats.lengths:
             model = recipe.model.model_copy(update={"seq_len_tokens": priced.seq_len_tokens})
             longer = recipe.model_copy(update={"model": model})

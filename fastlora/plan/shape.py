@@ -80,8 +80,9 @@ class Shape:
         return self.layers * layer + outside
 
 
-def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The config.json of a folder or of a Hub id; of the latter that file alone is fetched, into the Hub's cache.
+def read_config(name: str, revision: str | None = None, *, local: bool = False) -> dict[str, Any]:
+    """The config.json of a folder or of a Hub id; of the latter that file alone is fetched, into the Hub's cache, or
+    with `local` only looked for there.
 
     Raises EngineError: there is none, or it is not JSON.
     """
@@ -89,7 +90,7 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     if not Path(name).is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise EngineError(f"model.name: {name}: no such folder")
-        path = _fetched(name, revision)
+        path = _fetched(name, revision, local)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -103,11 +104,11 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     return config
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _fetched(name: str, revision: str | None, local: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=local))
     except Exception as error:  # the Hub client raises many unrelated types
         reason = next((line for line in str(error).splitlines() if line.strip()), "no answer")
         raise EngineError(

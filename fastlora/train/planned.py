@@ -29,7 +29,7 @@ def predict_run(job: Job) -> Prediction | None:
     name = properties.name
     card = Card(gpu=gpu_named(name, ceilings(name)), vram_gib=properties.total_memory / 2**30)
     try:
-        shape = shape_of(read_config(recipe.model.name, recipe.model.revision), recipe.model.name)
+        shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
         longest = None if recipe.data.packing else job.data.stats.train.longest_row_tokens
         found = predict(
             recipe, shape, card, engine=cast(EngineName, job.engine.name), row_tokens=longest

@@ -74,7 +74,11 @@ def test_every_measured_peak_is_met(generator: ModuleType) -> None:
     assert {one.arm for one in peaks} >= {"peft", "liger", "unsloth", "unsloth-checkpointing"}
     for one in peaks:
         for what in ("allocated", "reserved"):
-            assert abs(one.errors.get(what, 0)) <= generator.WITHIN, (one.suite, one.arm, one.source)
+            assert abs(one.errors.get(what, 0)) <= generator.WITHIN, (
+                one.suite,
+                one.arm,
+                one.source,
+            )
     frontier = [one for one in found if one.fits is not None]
     assert len(frontier) >= 5
     for one in frontier:
@@ -183,9 +187,7 @@ def test_what_leaves_the_training_as_it_is_comes_first() -> None:
 
 def test_a_smaller_micro_batch_keeps_the_effective_batch() -> None:
     _, singles = advised(7, engine="unsloth", train={"micro_batch": 8, "effective_batch": 24})
-    sizes = [
-        one.change.settings for one in singles if "train.micro_batch" in one.change.settings
-    ]
+    sizes = [one.change.settings for one in singles if "train.micro_batch" in one.change.settings]
     assert sizes == [
         {"train.micro_batch": size, "train.effective_batch": 24} for size in (4, 2, 1)
     ]  # fmt: skip
@@ -207,7 +209,7 @@ def test_only_what_changes_the_training_is_left() -> None:
     assert best
     assert best.change.settings == {"model.quantization": "nf4"}
     assert not best.change.same_training
-    assert advised(4, engine="unsloth") [0] is None
+    assert advised(4, engine="unsloth")[0] is None
 
 
 # -- what runs teach -----------------------------------------------------------------------
@@ -272,6 +274,38 @@ def test_a_run_on_a_cpu_is_not_predicted() -> None:
     assert compare_with_plan(None, None, print) is None
 
 
+def test_a_run_says_its_prediction_before_it_loads(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from fastlora.train.planned import predict_run
+
+    card = SimpleNamespace(name=H100, total_memory=int(79.2 * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    rows = SimpleNamespace(longest_row_tokens=1500, tokens=1_000_000, rows=1000)
+    data = SimpleNamespace(train=range(1000), stats=SimpleNamespace(train=rows))
+    said: list[str] = []
+    job: Any = SimpleNamespace(
+        recipe=recipe(model={"name": str(model)}, train={"epochs": 2.0}),
+        data=data, engine=SimpleNamespace(name="unsloth"), notes=said.append,
+    )  # fmt: skip
+    found = predict_run(job)
+    assert found
+    assert found.setup.row_tokens == 1500
+    assert found.speed
+    seconds = 2_000_000 / found.speed.tokens_per_s
+    assert said[0].startswith(f"plan: {found.memory.reserved_gib:.2f} GiB and 0.82 of CUDA context")
+    assert f"{seconds / 60:.0f} min in all" in said[0]
+    teach(found, found.memory.reserved_gib + 1)
+    assert predict_run(job)
+    assert "over 1 runs like it" in said[1]
+    (model / "config.json").write_text("{}")
+    assert predict_run(job) is None  # and the run goes on
+    assert "not predicted" in said[2]
+
+
 # -- GPUs and configurations ---------------------------------------------------------------
 
 
@@ -322,7 +356,9 @@ def test_an_unknown_family_is_taken_for_a_llama_aloud() -> None:
     shape = shape_of(LLAMA_8B | {"model_type": "granite"})
     assert "granite: not among the families" in shape.notes[0]
     assert shape.parameters == shape_of(LLAMA_8B).parameters
-    seen = shape_of({"model_type": "gemma3", "text_config": LLAMA_8B | {"model_type": "gemma3_text"}})
+    seen = shape_of(
+        {"model_type": "gemma3", "text_config": LLAMA_8B | {"model_type": "gemma3_text"}}
+    )
     assert seen.model_type == "gemma3_text"
     assert "language model alone" in seen.notes[0]
 

@@ -50,9 +50,7 @@ def model_of(config: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     built = AutoConfig.for_model(**config, use_cache=False)
-    return AutoModelForCausalLM.from_config(
-        built, dtype=torch.bfloat16, attn_implementation="sdpa"
-    )
+    return AutoModelForCausalLM.from_config(built, dtype=torch.bfloat16, attn_implementation="sdpa")
 
 
 def adapted(model: Any, rank: int = 8, **more: Any) -> Any:
