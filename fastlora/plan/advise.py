@@ -84,8 +84,11 @@ def advise(now: Prediction, again: Again) -> tuple[Advice | None, list[Advice]]:
 
 
 def _less(advice: Advice, now: Prediction) -> bool:
-    before, after = now.memory, advice.result.memory
-    return after.needed_gib < 0.995 * before.needed_gib or after.host_gib < 0.995 * before.host_gib
+    """Of the card's memory, or of the host's if that is what does not suffice."""
+    before, after, limit = now.memory, advice.result.memory, now.card.host_gib
+    if limit is not None and before.host_gib > limit:
+        return after.host_gib < 0.995 * before.host_gib
+    return after.needed_gib < 0.995 * before.needed_gib
 
 
 def _combinations(levers: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:

@@ -204,6 +204,18 @@ def test_changes_are_combined_where_one_is_not_enough() -> None:
     assert best.result.memory.needed_gib <= 8.0
 
 
+def test_what_needs_more_of_the_card_is_offered_for_the_host_alone() -> None:
+    full = {"train.checkpointing": "full"}
+    _, singles = advised(7, engine="unsloth")
+    assert full not in [one.change.settings for one in singles]
+    shape, little = shape_of(LLAMA_8B), card(24, host_gib=9)
+    now = predict(recipe(engine="unsloth"), shape, little)
+    best, singles = advise(now, lambda other: predict(other, shape, little))
+    assert full in [one.change.settings for one in singles]
+    assert best
+    assert best.result.verdict != "no"
+
+
 def test_only_what_changes_the_training_is_left() -> None:
     best, _ = advised(9, engine="unsloth", model={"quantization": "none"})
     assert best
