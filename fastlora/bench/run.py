@@ -28,6 +28,7 @@ from fastlora.bench.suites import Plan, ingredients, plan_for, renamed
 from fastlora.cache import cache_folder
 from fastlora.engines.base import not_loadable
 from fastlora.errors import EngineError, UsageError
+from fastlora.plan.measured import remember_ceilings
 from fastlora.recipe.schema import KernelsSection, ModelSection
 from fastlora.rundir import provenance
 from fastlora.train.stop import Interrupted, StopSignals
@@ -111,6 +112,8 @@ class Bench:
     def _run(self, signals: StopSignals, keep: Callable[[Report], None]) -> Report:
         began, started = datetime.now(UTC), time.perf_counter()
         self.machine = self._worker("probe", "")
+        if gpu := self.machine["machine"].get("gpu"):
+            remember_ceilings(gpu, self.machine["ceilings"])  # for `fastlora plan`
         self.plan = self._plan()
         self._say(
             f"{self.plan.name} on {self.machine['machine'].get('gpu', 'the CPU')}; "

@@ -90,8 +90,9 @@ def _show_lengths(tokens: TokenStats, console: Console) -> None:
         "tokens lost",
         "answer tokens lost",
         "recovered",
+        "GPU GiB",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "seq_len_tokens")
     for one in tokens.lengths:
         recovered = chosen.answer_tokens_lost - one.answer_tokens_lost
         lost_share = one.answer_tokens_lost / max(1, tokens.answer_tokens)
@@ -102,6 +103,7 @@ def _show_lengths(tokens: TokenStats, console: Console) -> None:
             f"{one.tokens_lost:,}",
             f"{one.answer_tokens_lost:,} ({lost_share:.1%})",
             f"{recovered / max(1, chosen.answer_tokens_lost):.0%}" if one is not chosen else "",
+            "" if one.peak_gib is None else f"{one.peak_gib:.1f}",
         )
         if not one.rows_cut:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from fastlora.check.findings import Findings
 from fastlora.check.rows import Rows, example_of
 from fastlora.data.format import BadRow, Chat, Plain
 from fastlora.data.mask import IGNORED, Encoded, Encoder, Rendered
-from fastlora.errors import DataError
+from fastlora.errors import DataError, FastloraError
+from fastlora.plan.predict import Card, predict
+from fastlora.plan.shape import read_config, shape_of
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ class PricedLength:
     rows_without_answer: int = 0
     tokens_lost: int = 0
     answer_tokens_lost: int = 0
+    peak_gib: float | None = None
+    """What training on rows cut there needs of a GPU, as `fastlora plan` predicts it."""
 
 
 @dataclass(slots=True)
@@ -89,6 +94,7 @@ def check_tokens(
             for code, detail, shown in _faults(example, rendered, one, encoder, recipe):
                 findings.add(code, place, detail, shown)
     rows.good = [place for place in rows.good if place not in refused]
+    _add_memory(stats, recipe)
     return stats
 
 
@@ -119,6 +125,19 @@ class Letters:
 
 def _folded(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _add_memory(stats: TokenStats, recipe: Recipe) -> None:
+    """Left out where the model has no config.json that is understood; the tokenizer has brought a Hub model's."""
+    with contextlib.suppress(FastloraError):
+        shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+        for priced in stats.lengths:
+            model = recipe.model.model_copy(update={"seq_len_tokens": priced.seq_len_tokens})
+            longer = recipe.model_copy(update={"model": model})
+            # A packed sequence is always full.
+            longest = None if recipe.data.packing else stats.longest_row_tokens
+            found = predict(longer, shape, Card(gpu=None, vram_gib=None), row_tokens=longest)
+            priced.peak_gib = round(found.memory.comfortable_gib, 2)
 
 
 def _count(row: Encoded, stats: TokenStats) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from fastlora.bench.schema import Report
 
 
-def _gib(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+def gib(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """An option's amount of memory, e.g. 24GiB."""
     if value is None:
         return None
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(GiB|GB|G)?\s*", value, re.IGNORECASE)
@@ -42,7 +43,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: float) -
     type=click.Choice(["full", "real"]),
     help="Rows all full, or of an instruction set's lengths: padded, and packed.",
 )
-@click.option("--vram-cap", callback=_gib, metavar="24GiB", help="As on a card of that size.")
+@click.option("--vram-cap", callback=gib, metavar="24GiB", help="As on a card of that size.")
 @click.option("--model", metavar="PATH", help="A real checkpoint in place of random weights.")
 @click.option("--ledger", is_flag=True, help="What each ingredient of the last arm is worth.")
 @click.option("--frontier", is_flag=True, help="Longest row and largest batch that fit.")

@@ -15,6 +15,7 @@ from fastlora.errors import FastloraError
 COMMANDS = {
     "run": "Train an adapter as a recipe says.",
     "check": "Say what is wrong with a recipe's data.",
+    "plan": "Say what a run will need, and whether it fits.",
     "recipes": "List the bundled recipes, or show one.",
     "bench": "Measure speed and memory of engines on equal work.",
     "chat": "Talk with a run's model, tuned and before.",

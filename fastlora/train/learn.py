@@ -19,6 +19,7 @@ from fastlora.train.callbacks import Metrics, TokenCounter
 from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.held_out import BaseLosses, CurveWatch
 from fastlora.train.job import Job
+from fastlora.train.planned import compare_with_plan, predict_run
 from fastlora.train.steps import count_steps
 from fastlora.train.trackers import Trackers
 from fastlora.train.trainer import build_trainer
@@ -40,6 +41,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     for torn in run.drop_incomplete_checkpoints():
         notes(f"resume: {torn.name} was not written to its end; removed")
 
+    predicted = predict_run(job)
     loading = time.perf_counter()
     model, kernels = load_model(job.engine, recipe, notes)
     run.update(load_s=round(time.perf_counter() - loading, 1))
@@ -89,9 +91,11 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
         job.tokenizer.save_pretrained(str(folder))
     entries = run.read_metrics()
     plot_loss(entries, run.path / "loss.png")
+    result = _result(entries, state.global_step, time.perf_counter() - started)
+    planned = compare_with_plan(predicted, result["peak_reserved_gib"], notes)
     run.update(
-        result=_result(entries, state.global_step, time.perf_counter() - started)
-        | {"best_step": state.best_global_step if recipe.train.keep_best else None},
+        result=result | {"best_step": state.best_global_step if recipe.train.keep_best else None},
+        **({"plan": planned} if planned else {}),
         notes=notes.said,
         advice=advise_on_curves(
             run, recipe, state.best_global_step if best is not None else state.global_step, notes

@@ -16,7 +16,15 @@ HEAVY = ("torch", "transformers", "pydantic", "datasets", "rich", "matplotlib", 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["recipes"], ["recipes", "tiny"], ["run", "--help"], ["--version"]]
+    "arguments",
+    [
+        ["--help"],
+        ["recipes"],
+        ["recipes", "tiny"],
+        ["run", "--help"],
+        ["plan", "--help"],
+        ["--version"],
+    ],
 )
 def test_answers_at_once_and_imports_nothing_heavy(arguments: list[str]) -> None:
     program = (

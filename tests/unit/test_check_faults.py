@@ -173,7 +173,28 @@ def test_limits_in_tokens_and_priced_truncation(tmp_path: Path, tokenizer: Any) 
         assert priced.seq_len_tokens == limit
         assert priced.tokens_lost == priced.answer_tokens_lost == sum(lost)
         assert priced.rows_cut == sum(one > 0 for one in lost)
+        assert priced.peak_gib is None  # no config.json
     assert tokens.tokens == sum(totals)
+
+
+def test_longer_rows_have_their_price_in_memory(tmp_path: Path, tokenizer: Any) -> None:
+    shape = {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 8, "num_attention_heads": 32,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    rows = planted.Planted(train=[planted.chat("q", "x" * 40)])
+    recipe = recipe_for(
+        rows.write(tmp_path)[0],
+        model={"name": str(tmp_path), "seq_len_tokens": 16},
+        train={"micro_batch": 512},
+    )
+    tokens = check_data(recipe, tokenizer).tokens
+    assert tokens is not None
+    prices = [one.peak_gib for one in tokens.lengths]  # 16, 24, 32, 64, and the longest row has 46
+    assert None not in prices
+    assert prices == sorted(set(prices))
+    assert 1 < prices[0] < prices[-1] < 10
 
 
 @pytest.mark.parametrize("suffix", [".json", ".csv"])

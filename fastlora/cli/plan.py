@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+
+import click
+
+from fastlora.cli.bench import gib
+from fastlora.errors import UsageError
+from fastlora.recipe import library
+
+
+@click.command("plan")
+@click.argument("recipe")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key, e.g. --set train.micro_batch=4.",
+)
+@click.option("--vram", callback=gib, metavar="24GiB", help="Of the card; else this machine's.")
+@click.option("--host", callback=gib, metavar="64GiB", help="Memory of the host.")
+@click.option("--seq", type=click.IntRange(min=8), metavar="TOKENS", help="Longest row.")
+@click.option("--gpu", metavar="NAME", help="Whose speed to take, e.g. 'RTX 4090'.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(
+    recipe: str,
+    settings: tuple[str, ...],
+    vram: float | None,
+    host: float | None,
+    seq: int | None,
+    gpu: str | None,
+    as_json: bool,
+) -> None:
+    """Say what training as RECIPE says will need and how fast it will be, and whether that fits.
+
+    From the model's config.json alone, in a second. Exits with 3 when it does not fit; what to change is shown.
+    """
+    from fastlora.recipe.load import load_recipe
+
+    if seq is not None:
+        settings = (*settings, f"model.seq_len_tokens={seq}")
+    loaded = load_recipe(library.find(recipe), settings)
+
+    from fastlora.plan.advise import advise, with_settings
+    from fastlora.plan.gpus import gpu_named, installed, known
+    from fastlora.plan.measured import ceilings
+    from fastlora.plan.predict import Card, Prediction, predict
+    from fastlora.plan.shape import read_config, shape_of
+    from fastlora.recipe.schema import Recipe
+
+    here = None if gpu else installed()
+    name = gpu or (here[0] if here else None)
+    found = gpu_named(name, ceilings(name)) if name else None
+    if gpu and found is None:
+        raise UsageError(f"--gpu {gpu}: not known; known are {', '.join(known())}")
+    if here and loaded.engine == "auto" and find_spec("unsloth") is None:
+        loaded = with_settings(loaded, {"engine": "peft"})  # as a run here would
+    size = vram or (here[1] if here else found.vram_gib if found else None)
+    card = Card(gpu=found, vram_gib=size, host_gib=host)
+    config = read_config(loaded.model.name, loaded.model.revision)
+    shape = shape_of(config, f"{loaded.model.name}/config.json")
+
+    def again(other: Recipe) -> Prediction:
+        return predict(other, shape, card)
+
+    now = again(loaded)
+    best, singles = advise(now, again) if now.verdict in ("no", "tight") else (None, [])
+    if as_json:
+        document = {
+            "recipe": recipe,
+            **now.document(),
+            "changes": [one.document() for one in singles],
+            "cheapest": best and best.document(),
+        }
+        click.echo(json.dumps(document))
+    else:
+        from rich.console import Console
+
+        from fastlora.plan.show import show
+
+        show(now, best, singles, Console())
+    if now.verdict == "no":
+        sys.exit(3)

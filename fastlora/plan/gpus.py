@@ -1,0 +1,93 @@
+"""GPUs: what their makers state, and the one in this machine."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+REACHED = {"tflops": 0.76, "gb_s": 0.84}
+"""Of the stated figures, what a 16-bit product of 8,192³ and a copy reach: H100 0.75 and 0.84 (3 machines), H200 0.80
+and no copy measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    vram_gib: float | None
+    tflops: float
+    """Of a 16-bit matrix product, as reached."""
+    gb_s: float
+    """Of a copy, read and write together."""
+    hopper: bool
+    """Compute capability 9.0 or later: larger cuBLAS workspaces."""
+    bfloat16: bool
+    source: str
+
+
+# Part of the name that nvidia-smi gives -> (GiB that CUDA can use, dense 16-bit TFLOP/s with float32 sums, GB/s,
+# compute capability). TFLOP/s and GB/s are NVIDIA's; of the memory, H100's and H200's were read here, the others are
+# what is usually reported and hold to 1 %. The first match counts, so longer names come first.
+_STATED: dict[str, tuple[float, float, float, float]] = {
+    "B200": (178, 2250, 8000, 10.0),
+    "H200": (139.8, 989, 4800, 9.0),
+    "H100 NVL": (93.1, 835, 3900, 9.0),
+    "H100 PCIe": (79.2, 756, 2000, 9.0),
+    "H100": (79.2, 989, 3350, 9.0),
+    "A100-PCIE-40GB": (39.4, 312, 1555, 8.0),
+    "A100-SXM4-40GB": (39.4, 312, 1555, 8.0),
+    "A100": (79.2, 312, 1935, 8.0),
+    "L40S": (44.4, 362, 864, 8.9),
+    "L40": (44.4, 181, 864, 8.9),
+    "L4": (22.0, 121, 300, 8.9),
+    "A40": (44.4, 150, 696, 8.6),
+    "A10": (22.0, 125, 600, 8.6),
+    "RTX A6000": (47.5, 155, 768, 8.6),
+    "RTX 6000 Ada": (47.4, 364, 960, 8.9),
+    "RTX 5090": (31.4, 209, 1792, 12.0),
+    "RTX 4090": (23.5, 165, 1008, 8.9),
+    "RTX 3090": (23.6, 71, 936, 8.6),
+    "T4": (14.6, 65, 320, 7.5),
+    "V100": (31.7, 125, 900, 7.0),
+}
+
+
+def known() -> list[str]:
+    return list(_STATED)
+
+
+def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None:
+    """`ceilings`: measured by `fastlora bench` on this GPU; they go before the stated ones. None: not known."""
+    key = next((known for known in _STATED if known.lower() in name.lower()), None)
+    if key is None and not ceilings:
+        return None
+    vram, tflops, gb_s, capability = _STATED.get(key or "", (None, 0.0, 0.0, 8.0))
+    source = f"NVIDIA's data sheet x {REACHED['tflops']}"
+    tflops, gb_s = tflops * REACHED["tflops"], gb_s * REACHED["gb_s"]
+    if ceilings:
+        tflops, gb_s = ceilings["gemm_tflops"], ceilings["copy_gb_s"]
+        source = "measured by fastlora bench"
+    return Gpu(
+        name=name,
+        vram_gib=vram,
+        tflops=tflops,
+        gb_s=gb_s,
+        hopper=capability >= 9,
+        bfloat16=capability >= 8,
+        source=source,
+    )
+
+
+def installed() -> tuple[str, float] | None:
+    """(name, GiB that CUDA can use) of this machine's first GPU; None where there is none."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total,memory.reserved", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+        name, total, reserved = done.stdout.splitlines()[0].rsplit(",", 2)
+        held = (
+            float(reserved) if reserved.strip().isdigit() else 0.0
+        )  # by the driver; old ones do not say
+        return name.strip(), (float(total) - held) / 1024
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

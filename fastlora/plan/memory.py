@@ -1,0 +1,182 @@
+"""A step's memory at each of its moments. The peak is the largest moment, not the sum of each term's largest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastlora.plan import stored, working
+from fastlora.plan.setup import Setup
+from fastlora.plan.shape import Shape
+from fastlora.plan.working import GIB
+
+Moment = Literal["loss", "backward of a layer", "optimizer step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    name: str
+    bytes: float
+    about: str
+    """Formula or reason, for the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of one GPU and its host. GiB unless said otherwise."""
+
+    moments: dict[Moment, tuple[Term, ...]]
+    """What is allocated at each."""
+    holes: float
+    """Bytes that PyTorch's allocator reserves beside what is allocated at the peak."""
+    context: float
+    """Bytes that the driver counts beside the allocator."""
+    host: tuple[Term, ...]
+    correction: float = 1.0
+    """From this machine's own runs: what is not stored weights and state is multiplied by it."""
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: _sum(self.moments[moment]))
+
+    @property
+    def always_gib(self) -> float:
+        """Weights, adapter, gradients and optimizer state: exact, so not corrected."""
+        return sum(one.bytes for one in self.moments["loss"] if one.name in ALWAYS) / GIB
+
+    def _corrected(self, gib: float) -> float:
+        return self.always_gib + (gib - self.always_gib) * self.correction
+
+    @property
+    def allocated_gib(self) -> float:
+        return self._corrected(_sum(self.moments[self.peak]) / GIB)
+
+    @property
+    def reserved_gib(self) -> float:
+        """What PyTorch takes from the card when it is free to, as a run reports it."""
+        return self._corrected(self.uncorrected_gib)
+
+    @property
+    def uncorrected_gib(self) -> float:
+        return (_sum(self.moments[self.peak]) + self.holes) / GIB
+
+    @property
+    def needed_gib(self) -> float:
+        """The smallest card: near its limit the allocator gives its holes back, so that only what is
+        allocated counts, and the context. (8B with PEFT at 24 GiB: 10,240 tokens went in, predicted 23.9.)"""
+        return self.allocated_gib + self.context / GIB
+
+    @property
+    def comfortable_gib(self) -> float:
+        """The card on which the allocator need not give anything back."""
+        return self.reserved_gib + self.context / GIB
+
+    @property
+    def host_gib(self) -> float:
+        return _sum(self.host) / GIB
+
+    def dominant(self) -> Term:
+        return max(self.moments[self.peak], key=lambda one: one.bytes)
+
+
+ALWAYS = ("weights", "embedding, head, norms", "adapter", "gradients", "optimizer state")
+
+
+def _sum(terms: tuple[Term, ...]) -> float:
+    return sum(one.bytes for one in terms)
+
+
+def memory(
+    shape: Shape, setup: Setup, *, vram_gib: float, hopper: bool, correction: float = 1.0
+) -> Memory:
+    """vram_gib: of the card, by which unsloth sizes its loss chunks."""
+    always = _always(shape, setup)
+    buffers = [Term("cuBLAS workspaces", working.cublas_bytes(hopper), "one a thread")]
+    dequantized = Term(
+        "dequantized weight", working.dequantized_bytes(shape, setup), "the largest, in 16 bits"
+    )
+    kept = [_kept(shape, setup)]
+    if setup.policy == "unsloth":
+        kept = [Term("copy buffers", working.staging_bytes(shape, setup), "2 x tokens x hidden")]
+    if mask := working.mask_bytes(setup):
+        kept.append(Term("attention mask", mask, "tokens x row"))
+    lasting = [*always, *buffers, *kept]
+    if setup.engine == "unsloth":
+        lasting.append(dequantized)
+    context = working.CONTEXT[setup.engine]
+    free = vram_gib * GIB - context - _sum((*lasting,))
+    loss = Term("loss", working.loss_bytes(shape, setup, free), _LOSSES[setup.loss])
+    layer = [
+        Term("a layer's work", working.layer_works(shape, setup), "gradients of its widest part")
+    ]
+    if setup.policy != "none":
+        again = working.layer_saves(shape, setup)
+        if setup.policy == "full":  # its input is among the checkpoints
+            again -= setup.tokens * shape.hidden * setup.item
+        layer.append(Term("a layer computed again", again, "what it saves"))
+    if setup.engine != "unsloth":
+        layer.append(dequantized)
+    step = [Term("optimizer's work", _optimizer_work(shape, setup), "of its largest operation")]
+    moments: dict[Moment, tuple[Term, ...]] = {
+        "loss": (*lasting, loss),
+        "backward of a layer": (*lasting, *layer),
+        "optimizer step": (*always, *buffers, *step),
+    }
+    peak = max(_sum(terms) for terms in moments.values())
+    if setup.loss == "logits":
+        holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
+    else:
+        holes = working.HOLES * peak + working.SMALL_HOLES
+    return Memory(moments, holes, context, _host(shape, setup), correction)
+
+
+_LOSSES = {
+    "logits": "12 bytes a logit: log-probabilities and two gradients",
+    "unsloth": "a chunk's logits and gradient",
+    "fastlora": "a chunk of at most 256 MiB",
+    "liger": "a chunk's logits and gradient",
+}
+
+
+def _always(shape: Shape, setup: Setup) -> list[Term]:
+    adapter = stored.adapter_bytes(shape, setup)
+    return [
+        Term("weights", stored.body_bytes(shape, setup), setup.quantization),
+        Term("embedding, head, norms", stored.rest_bytes(shape, setup), f"{8 * setup.item}-bit"),
+        Term("adapter", adapter, f"rank {setup.rank}, float32"),
+        Term("gradients", adapter, "float32"),
+        Term("optimizer state", stored.optimizer_bytes(shape, setup), setup.optimizer),
+    ]
+
+
+def _kept(shape: Shape, setup: Setup) -> Term:
+    if setup.policy == "none":
+        return Term(
+            "activations", shape.layers * working.layer_saves(shape, setup), "of every layer"
+        )
+    return Term("checkpoints", working.checkpoint_bytes(shape, setup), "every layer's input")
+
+
+def _optimizer_work(shape: Shape, setup: Setup) -> float:
+    """PyTorch's AdamW takes all tensors at once, with a temporary as large as they are; bitsandbytes works in place."""
+    return stored.adapter_bytes(shape, setup) if setup.optimizer == "adamw" else 0
+
+
+_PROCESS = 3.5 * GIB
+"""Python, PyTorch with its CUDA libraries, transformers: an estimate."""
+_SHARD = 5e9
+"""Of a checkpoint's files, as save_pretrained cuts them; they are read one after the other."""
+
+
+def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
+    file = shape.parameters * (0.55 if shape.quantized == "bitsandbytes" else 2)
+    terms = [
+        Term("process", _PROCESS, "estimate: Python, PyTorch, CUDA"),
+        Term("loading", min(_SHARD, file), "one file of the checkpoint"),
+    ]
+    if setup.policy == "unsloth":
+        pinned = working.checkpoint_bytes(shape, setup)
+        terms.append(Term("pinned checkpoints", pinned, "every layer's input"))
+    if paged := stored.optimizer_bytes(shape, setup, paged=True):
+        terms.append(Term("paged optimizer state", paged, "where the card has no room"))
+    return tuple(terms)

@@ -1,0 +1,139 @@
+"""What decides memory and speed besides the model's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fastlora.errors import RecipeError
+from fastlora.plan.shape import Linear, Shape
+from fastlora.recipe.schema import Recipe
+
+EngineName = Literal["peft", "liger", "unsloth"]
+Policy = Literal["none", "full", "unsloth"]
+Loss = Literal["logits", "fastlora", "liger", "unsloth"]
+"""logits: kept whole, with a float32 copy; the others take chunks of tokens."""
+
+# The architectures whose LoRA layers unsloth 2026.10 fuses (as in engines/unsloth.py; a test holds them equal).
+FUSED = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    engine: EngineName
+    policy: Policy
+    loss: Loss
+    quantization: Literal["nf4", "int8", "none"]
+    item: int
+    """Bytes of the compute type."""
+    micro_batch: int
+    row_tokens: int
+    """Of the longest row of a micro-batch."""
+    rank: int
+    targets: tuple[str, ...] | Literal["all-linear"]
+    dora: bool
+    train_biases: bool
+    dropout: float
+    optimizer: Literal["adamw_8bit", "paged_adamw_8bit", "adamw"]
+    accumulation: int
+    kernels: bool
+    """fastlora's run the LoRA layers."""
+    packed: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.micro_batch * self.row_tokens
+
+    def adapted(self, linear: Linear) -> bool:
+        if self.targets == "all-linear":
+            return linear.name not in ("lm_head", "embed_tokens")
+        return linear.name in {target.rpartition(".")[2] for target in self.targets}
+
+
+def setup_of(
+    recipe: Recipe,
+    shape: Shape,
+    *,
+    engine: EngineName | None = None,
+    row_tokens: int | None = None,
+    bfloat16: bool = True,
+) -> Setup:
+    """As the recipe would be run on a GPU.
+
+    engine: what `auto` stands for there; row_tokens: of the longest row, if it is known and below
+    model.seq_len_tokens; bfloat16: the GPU has it.
+    Raises RecipeError: lora.target_modules names no layer of the model.
+    """
+    model, lora, train = recipe.model, recipe.lora, recipe.train
+    name: EngineName = engine or (recipe.engine if recipe.engine != "auto" else "unsloth")
+    notes = list(shape.notes)
+    if recipe.engine == "auto" and engine is None:
+        notes.append(
+            "engine: unsloth, which auto is where it is installed beside a GPU; --set engine=peft for the other"
+        )
+    default: Policy = "unsloth" if name == "unsloth" else "full"
+    policy = train.checkpointing if train.checkpointing != "auto" else default
+    if policy == "unsloth" and name != "unsloth":
+        raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
+    kernels = name == "peft" and recipe.kernels.mode != "off"
+    chunked = train.chunked_loss if train.chunked_loss is not None else kernels
+    targets = (
+        lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
+    )
+    setup = Setup(
+        engine=name,
+        policy=policy,
+        loss=name if name != "peft" else "fastlora" if chunked else "logits",
+        quantization=model.quantization,
+        item=4 if model.dtype == "float32" else 2,
+        micro_batch=train.micro_batch,
+        row_tokens=min(row_tokens or model.seq_len_tokens, model.seq_len_tokens),
+        rank=lora.rank,
+        targets=targets,
+        dora=lora.dora,
+        train_biases=lora.bias != "none",
+        dropout=lora.dropout,
+        optimizer=train.optimizer,
+        accumulation=train.accumulation_steps,
+        kernels=kernels,
+        packed=recipe.data.packing,
+    )  # fmt: skip
+    if not bfloat16 and model.dtype == "auto":
+        notes.append("model.dtype: float16, since this GPU has no bfloat16")
+    if problems := list(_target_problems(setup, shape)):
+        raise RecipeError("recipe", problems)
+    notes += _not_measured(setup, shape)
+    return replace(setup, notes=tuple(notes))
+
+
+def _target_problems(setup: Setup, shape: Shape) -> list[str]:
+    if setup.targets == "all-linear":
+        return []
+    known = [one.name for one in (*shape.linears, shape.embedding, shape.head)]
+    return [
+        f"lora.target_modules: the model has no {target}; it has {', '.join(known)}"
+        for target in setup.targets
+        if target.rpartition(".")[2] not in known
+    ]
+
+
+def _not_measured(setup: Setup, shape: Shape) -> list[str]:
+    """Where the prediction stands on counting alone."""
+    found = []
+    if setup.engine == "unsloth" and (
+        shape.model_type not in FUSED or setup.dora or setup.targets != "all-linear"
+    ):
+        found.append(
+            "unsloth's fused kernels do not cover all of these layers: counted as PEFT's, not measured"
+        )
+    if setup.kernels:
+        found.append(
+            "fastlora's kernels: counted on a CPU, not measured on a GPU for a whole model yet"
+        )
+    if setup.quantization == "int8" or setup.item == 4:
+        found.append("only nf4 in 16-bit arithmetic has been measured")
+    if setup.dora or setup.dropout:
+        found.append("DoRA and dropout keep more activations: counted, not measured")
+    return found

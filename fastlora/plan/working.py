@@ -1,0 +1,149 @@
+"""What comes and goes within a step, in bytes. Counted tensor by tensor from what the engines save and make; the few
+constants that cannot be counted stand at the top, with the measurements that they come from.
+
+T tokens of a micro-batch, h hidden, i intermediate, q and k widths of the query and of keys (and values).
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from fastlora.plan.setup import FUSED, Setup
+from fastlora.plan.shape import Shape
+
+MIB = 2**20
+GIB = 2**30
+
+CONTEXT = {"peft": 768 * MIB, "liger": 768 * MIB, "unsloth": 838 * MIB}
+"""What the driver counts beside PyTorch's allocator: CUDA context and loaded kernels (H100: 0.75 and 0.82 GiB)."""
+
+HOLES, SMALL_HOLES = 0.02, 40 * MIB
+"""Reserved beside allocated where no tensor is a great part of all: this share of it, and so much in any case."""
+
+LOGITS_HOLES = 1.6
+"""The same where logits are kept whole, in logits of 2 bytes: freed in the forward pass, they leave room that the
+float32 ones of the backward do not fit into. 1.3 to 2.1 in 6 arms; which, is the allocator's luck."""
+
+_UNSLOTH_LOGIT = 16
+"""Bytes of one logit by which unsloth_zoo 2026.10 sizes its chunks; they aim at half of what is free, at most:"""
+_UNSLOTH_CHUNK_TARGET = 4 * GIB
+
+
+def cublas_bytes(hopper: bool) -> int:
+    """Workspaces of the forward's and of the backward's thread: 32 MiB each on Hopper and later, else 8.1 MiB."""
+    return 2 * (32 * MIB if hopper else 8_519_680)
+
+
+def fused_by_unsloth(shape: Shape, setup: Setup) -> bool:
+    """Whether unsloth's own functions run a layer's LoRA, and so decide what it saves."""
+    whole = setup.targets == "all-linear" or {one.name for one in shape.linears} <= set(
+        setup.targets
+    )
+    return setup.engine == "unsloth" and shape.model_type in FUSED and whole and not setup.dora
+
+
+def layer_saves(shape: Shape, setup: Setup) -> int:
+    """What a decoder layer saves for backward, per micro-batch; peft's and fastlora's as a profiler counts it (a test
+    repeats that on a CPU), the others' by what their functions save.
+
+    unsloth: x, both norms' outputs, the residual between (4 h); q, k, v; attention's output (q); gate and up (2 i), of
+    which backward makes the product again. liger: the same and the product (3 i). peft: the norms' float32 copies of
+    their inputs (2 x 2 h), their outputs, and silu(gate) and the product too (4 i); on a base that is not quantized
+    PEFT gives every adapter a copy of its input (3 h and q more). With fastlora's kernels neither, nor product (2 i).
+    """
+    h, i, q, k = shape.hidden, shape.intermediate, shape.query, shape.key_value
+    attention = 2 * q + 2 * k
+    if fused_by_unsloth(shape, setup):
+        elements = 4 * h + attention + 2 * i
+    elif setup.kernels:
+        elements = 6 * h + attention + 2 * i
+    elif setup.engine == "peft":
+        elements = 6 * h + attention + 4 * i
+        if setup.quantization == "none":
+            elements += 3 * h + q
+    else:
+        elements = 4 * h + attention + 3 * i
+    if shape.norms > 4 * h:  # gemma's norms after attention and MLP save their inputs too
+        elements += 2 * h
+    extra = 0
+    adapted = [one for one in shape.linears if setup.adapted(one)]
+    if setup.dora:  # the base's result and the adapter's, which the magnitude's gradient takes
+        elements += 2 * sum(one.outputs for one in adapted)
+    if setup.dropout:  # the dropped input, and a byte of mask
+        elements += sum(one.inputs for one in adapted)
+        extra = sum(one.inputs for one in adapted)
+    elements += len(adapted) * setup.rank  # x A^T
+    statistics = 4 * (shape.heads + 2)  # attention's log-sum-exp and the norms' roots, float32
+    return setup.tokens * (setup.item * elements + statistics + extra)
+
+
+def layer_works(shape: Shape, setup: Setup) -> int:
+    """What the backward of a layer makes beside what is saved, at its largest. In the MLP the gradient of its output
+    (h), and unsloth's copies of gate, up and product (4 i), peft's gradients of product and activation (2 i; with an
+    unquantized base's copies 4 h and i more), or fastlora's of product, gate and up (3 i). In attention, when the MLP's
+    have gone, the float32 sums of dq and the unshared dk and dv; in peft's norms their float32 gradients (10 h)."""
+    h, i, q = shape.hidden, shape.intermediate, shape.query
+    others = 6 * q
+    if fused_by_unsloth(shape, setup):
+        mlp, saved = 4 * i, 2 * i
+    elif setup.kernels:
+        mlp, saved = 3 * i, 2 * i
+    elif setup.engine == "peft":
+        mlp, saved, others = 2 * i, 4 * i, max(others, 9 * h)
+        if setup.quantization == "none":
+            mlp += 4 * h + i
+    else:
+        mlp, saved = i, 3 * i
+    return setup.tokens * setup.item * (h + max(mlp, others - saved))
+
+
+def dequantized_bytes(shape: Shape, setup: Setup) -> int:
+    """The largest weight in the compute type: of a quantized base each product makes one. unsloth keeps its buffer."""
+    if setup.quantization == "none":
+        return 0
+    return setup.item * max(one.weights for one in shape.linears)
+
+
+def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
+    """The inputs of all layers, which checkpointing keeps."""
+    return shape.layers * setup.tokens * shape.hidden * setup.item
+
+
+def staging_bytes(shape: Shape, setup: Setup) -> int:
+    """unsloth's two buffers through which checkpoints come back from the host."""
+    return 2 * setup.tokens * shape.hidden * setup.item
+
+
+def mask_bytes(setup: Setup) -> int:
+    """A padded micro-batch's attention mask, T x row, a byte each; unsloth has none."""
+    if setup.engine == "unsloth" or setup.packed or setup.micro_batch == 1:
+        return 0
+    return setup.tokens * setup.row_tokens
+
+
+def loss_bytes(shape: Shape, setup: Setup, free: float) -> int:
+    """The loss and its gradient, at their largest, with the last norm. `free`: bytes before it, as unsloth asks for.
+
+    logits: log-probabilities, their gradient and that of the logits, float32 all: 12 bytes a logit; a soft cap keeps
+    two more. unsloth: a chunk's logits and their gradient, 4 bytes. fastlora: a buffer of at most 256 MiB, and the
+    hidden states' gradient. liger: chunks so small that they weigh as much as the hidden states.
+    """
+    t, v, h, item = setup.tokens, shape.vocabulary, shape.hidden, setup.item
+    norm = 2 * t * h * item  # what it saves (its input in float32), or the chunks' gradients
+    if setup.loss == "logits":
+        return t * v * (12 + 2 * item * shape.softcapped) + norm
+    if setup.loss == "unsloth":
+        return unsloth_chunk_tokens(shape, setup, free) * v * 2 * item + norm
+    if setup.loss == "fastlora":
+        return min(2**28, t * v * item) + norm
+    chunk: int = 1 << (ceil(t / ceil(v / h)) - 1).bit_length()
+    return min(chunk, t) * v * (item + 4) + norm
+
+
+def unsloth_chunk_tokens(shape: Shape, setup: Setup, free: float) -> int:
+    """Of a chunk of unsloth's loss: their number is a multiple of 4 beyond 1, so that a chunk takes no more than half
+    of the free memory at 16 bytes a logit, and never more than 4 GiB."""
+    target = max(1.0, min(_UNSLOTH_CHUNK_TARGET, free / 2))
+    exact = setup.tokens * shape.vocabulary * _UNSLOTH_LOGIT / target
+    chunks = 1 if exact <= 1 else min(setup.tokens, 4 * ceil(exact / 4 - 1e-9))
+    return ceil(setup.tokens / chunks)

@@ -1,0 +1,89 @@
+"""What a run was predicted to need, said before its model loads; and what it needed, kept for the next prediction."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, cast
+
+from fastlora.errors import FastloraError
+from fastlora.plan.gpus import gpu_named
+from fastlora.plan.measured import Peak, ceilings, kind, remember
+from fastlora.plan.predict import Card, Prediction, predict
+from fastlora.plan.setup import EngineName
+from fastlora.plan.shape import read_config, shape_of
+from fastlora.plan.show import time_said
+from fastlora.train.steps import count_steps
+
+if TYPE_CHECKING:
+    from fastlora.engines.base import Announce
+    from fastlora.train.job import Job
+
+
+def predict_run(job: Job) -> Prediction | None:
+    """None without a GPU, and where the model cannot be predicted, which is said."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties, recipe = torch.cuda.get_device_properties(0), job.recipe
+    name = properties.name
+    card = Card(gpu=gpu_named(name, ceilings(name)), vram_gib=properties.total_memory / 2**30)
+    try:
+        shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+        longest = None if recipe.data.packing else job.data.stats.train.longest_row_tokens
+        found = predict(
+            recipe, shape, card, engine=cast(EngineName, job.engine.name), row_tokens=longest
+        )
+    except FastloraError as error:
+        job.notes(f"plan: not predicted ({error})")
+        return None
+    job.notes(_said(found, job))
+    return found
+
+
+def _said(found: Prediction, job: Job) -> str:
+    memory, fixed = found.memory, found.correction
+    parts = [
+        f"plan: {memory.reserved_gib:.2f} GiB and {memory.context / 2**30:.2f} of CUDA context, of "
+        f"{found.card.vram_gib:.1f} (the most: {memory.peak})"
+    ]
+    if fixed.error is not None:
+        parts.append(f"within {fixed.error:.1%} over {fixed.runs} runs like it")
+    if found.speed:
+        _, epochs = count_steps(job.recipe, job.data)
+        seconds = found.speed.seconds(job.data.stats.train.tokens * epochs)
+        parts.append(f"about {found.speed.tokens_per_s:,.0f} tokens/s, {time_said(seconds)} in all")
+    if found.verdict == "no":
+        parts.append(
+            f"it needs {memory.needed_gib:.2f} GiB at least and may run out of it; fastlora plan says what to change"
+        )
+    return "; ".join(parts)
+
+
+def compare_with_plan(
+    found: Prediction | None, measured_gib: float | None, announce: Announce
+) -> dict[str, Any] | None:
+    """For the manifest; the next prediction on this GPU is corrected by it. measured_gib: peak reserved."""
+    if found is None:
+        return None
+    document = found.document()
+    if not measured_gib:
+        return document
+    memory, gpu = found.memory, found.card.gpu
+    error = memory.reserved_gib / measured_gib - 1
+    announce(
+        f"plan: {memory.reserved_gib:.2f} GiB were predicted and {measured_gib:.2f} needed ({error:+.1%})"
+    )
+    if gpu is not None:
+        peak = Peak(
+            like=kind(found.setup),
+            always_gib=memory.always_gib,
+            predicted_gib=memory.uncorrected_gib,
+            shown_gib=memory.reserved_gib,
+            measured_gib=measured_gib,
+            model=found.shape.model_type,
+            tokens=found.setup.tokens,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        remember(gpu.name, peak)
+    return document | {"measured_reserved_gib": measured_gib, "error": round(error, 4)}
