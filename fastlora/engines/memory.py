@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from fastlora.errors import EngineError
+from fastlora.errors import EngineError, FastloraError
 
 GIB = 2**30
 
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """
     import torch
 
-    while error is not None:
+    while error is not None and not isinstance(error, FastloraError):  # one is explained already
         if isinstance(error, torch.OutOfMemoryError):
             return True
         # Not any Exception: a message for the user may speak of memory as well.

@@ -126,8 +126,8 @@ class Continuation(TrainerCallback):
         after = [speed for step, speed in speeds if step > shrunk[-1]]
         if min(len(before), len(after)) > 2:
             self.notes(
-                f"out of memory at step {shrunk[0]}: {median(before):,.0f} tokens/s before it, {median(after):,.0f} after "
-                f"the last change, at step {shrunk[-1]}"
+                f"out of memory at step {shrunk[0]}: {median(before):,.0f} tokens/s before it, {median(after):,.0f} "
+                f"after the last change, at step {shrunk[-1]}"
             )
 
     def on_pre_optimizer_step(
@@ -239,8 +239,8 @@ class Continuation(TrainerCallback):
             self._record("step", memory, before=before, rows=rows, lost_s=round(lost_s, 2))
             self.notes(
                 f"{said}. {again}, with {_rows(rows)} in a forward from now on and more forwards to a step: the same "
-                "samples in the same order, the loss normalised as before. Smaller forwards mostly are slower; a new run "
-                f"needs train.micro_batch = {rows} and train.effective_batch = {effective_batch(self.recipe)}"
+                "samples in the same order, the loss normalised as before. Smaller forwards mostly are slower; a new "
+                f"run needs train.micro_batch = {rows} and train.effective_batch = {effective_batch(self.recipe)}"
             )
         elif self.checkpointing == "none" and "full" in self.engine.capabilities.checkpointing:
             self._record(

@@ -31,7 +31,7 @@ from fastlora.train.advising import advise_before, fill_open_keys, filled_from
 from fastlora.train.checks import check_model
 from fastlora.train.job import Job
 from fastlora.train.notes import Notes
-from fastlora.train.resume import open_for_resume
+from fastlora.train.resume import changed_keys, open_for_resume
 from fastlora.train.steps import count_steps, effective_batch
 from fastlora.train.stop import Interrupted, StopSignals
 
@@ -230,6 +230,8 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
         "commit": provenance.commit(Path(__file__).parent),
     }
     if run.manifest:
+        if changed := changed_keys(run.manifest["recipe"], recipe.model_dump(mode="json")):
+            began["changed"] = changed
         resumed = run.manifest.setdefault("resumed", [])
         resumed.append({"at": _now(), **began})
         run.update(status="running")

@@ -9,8 +9,8 @@ import torch
 from transformers import Trainer
 
 PLACES = ("before", "forward", "backward", "last")
-"""Before anything of a step; in a layer of its first forward; in its first backward, when the layers above have their
-gradients; and there in its last forward of all."""
+"""Before anything of a step; in a layer in the middle of its first forward; in its first backward, when the layer above
+has its gradients; and there in its last backward."""
 SAID = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 4.00 GiB."
 
 
@@ -77,7 +77,8 @@ class Ooms:
         (first,) = (layer for name, layer in layers.items() if name.endswith(".layers.0"))
         (second,) = (layer for name, layer in layers.items() if name.endswith(".layers.1"))
         above = [parameter for parameter in second.parameters() if parameter.requires_grad]
-        second.register_forward_pre_hook(lambda *_: self._reach("forward"))
+        # Where kernels run gate and up as one, up's output is waiting then.
+        second.mlp.up_proj.register_forward_pre_hook(lambda *_: self._reach("forward"))
 
         def came_back(gradient: torch.Tensor) -> None:
             if self._armed is not None:
