@@ -148,7 +148,8 @@ def _answers(
             bar = progress.add_task(one, total=len(asked))
             with tuned.speaking(one) as model:
                 try:
-                    for batch in answered(model, [question for _, question in asked], **settings):
+                    questions = [question for _, question in asked]
+                    for batch in answered(model, questions, announce=_note, **settings):
                         for place, ids in batch:
                             rows[place][one] = in_words(tuned.tokenizer, ids)
                             cut += len(ids) >= sampling["max_new_tokens"]
@@ -166,3 +167,7 @@ def _answers(
             err=True,
         )
     return rows
+
+
+def _note(said: str) -> None:
+    click.echo(f"note: {said}", err=True)

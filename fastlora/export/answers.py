@@ -10,7 +10,7 @@ reads and writes it, special tokens included; what is not there is left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +67,12 @@ def answered(
     *,
     batch_rows: int = BATCH_ROWS,
     batch_tokens: int = BATCH_TOKENS,
+    announce: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Batch by batch, prompts of like length together: (place in `asked`, continuation without the token that
     ended it). A batch has at most `batch_rows`, and `batch_tokens` of prompts and answers, or is a single row; one that
-    does not fit into the memory is halved, and no later one has more rows.
+    does not fit into the memory is halved, which is announced, and no later one has more rows.
     `settings` are those of `generation_config`. `model` must be in evaluation mode."""
     config = generation_config(**settings)
     lengths = [len(question.prompt_ids) for question in asked]
@@ -91,6 +92,9 @@ def answered(
         else:
             free_memory()  # not in the handler: there the exception still holds what it came through
             due.insert(0, places)
+            announce(
+                f"answers: out of memory with {len(places)} prompts at a time; at most {most} from now on"
+            )
 
 
 def _answers(

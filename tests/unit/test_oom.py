@@ -194,9 +194,12 @@ def test_answers_are_asked_again_in_smaller_batches() -> None:
             return torch.cat([input_ids, lengths, torch.full_like(lengths, 9)], dim=1)
 
     settings = {"stop_token_ids": [9], "pad_token_id": 0, "max_new_tokens": 2, "batch_rows": 4}
-    answers = [one for batch in answered(Model(), asked, **settings) for one in batch]  # type: ignore[arg-type]
+    said: list[str] = []
+    batches = answered(Model(), asked, announce=said.append, **settings)  # type: ignore[arg-type]
+    answers = [one for batch in batches for one in batch]
     assert answers == [(place, [len(asked[place].prompt_ids)]) for place in range(7)]
     assert seen == [4, 2, 2, 2, 1]
+    assert said == ["answers: out of memory with 4 prompts at a time; at most 2 from now on"]
 
 
 def test_answers_that_do_not_fit_one_by_one() -> None:
