@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 _WAY_OUT = (
-    "It was one prompt alone: start a new run with a lower eval.max_new_tokens or eval.rows = 0, or end other processes on "
-    "this GPU and go on with --resume, which does not train again what was trained"
+    "It was one prompt alone: start a new run with a lower eval.max_new_tokens or eval.rows = 0, or end other "
+    "processes on this GPU and go on with --resume, which does not train again what was trained"
 )
 
 
