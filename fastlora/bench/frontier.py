@@ -12,6 +12,7 @@ from fastlora.bench import work as works
 from fastlora.bench.arm import ArmTask, make_optimizer
 from fastlora.bench.memory import cap_memory, memory, release
 from fastlora.bench.schema import Axis
+from fastlora.engines.memory import is_out_of_memory
 
 RESOLUTION = 0.04
 """The search ends when what fits and what does not lie so close together."""
@@ -126,7 +127,9 @@ def run_frontier(task: FrontierTask) -> dict[str, Any]:
             peak = memory()["peak_reserved_gib"]
             assert peak is not None
             trial = Trial(peak, time.perf_counter() - started)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             optimizer.zero_grad(set_to_none=True)
             trial = None
         release()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from fastlora.engines.base import prefer_expandable_segments
+from fastlora.engines.memory import is_out_of_memory
 from fastlora.errors import FastloraError
 from fastlora.recipe.schema import ModelSection
 
@@ -145,9 +146,7 @@ def main() -> int:
 
 
 def _explained(error: Exception) -> dict[str, Any]:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         from fastlora.bench.memory import memory
 
         reason = str(error).split(". ")

@@ -138,8 +138,9 @@ def _answers(
         if question.expected_ids is not None:
             row["expected"] = in_words(tuned.tokenizer, question.expected_ids)
     cut = 0
-    import torch
     from transformers import set_seed
+
+    from fastlora.engines.memory import is_out_of_memory
 
     set_seed(seed)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -147,15 +148,18 @@ def _answers(
             bar = progress.add_task(one, total=len(asked))
             with tuned.speaking(one) as model:
                 try:
-                    for batch in answered(model, [question for _, question in asked], **settings):
+                    questions = [question for _, question in asked]
+                    for batch in answered(model, questions, announce=_note, **settings):
                         for place, ids in batch:
                             rows[place][one] = in_words(tuned.tokenizer, ids)
                             cut += len(ids) >= sampling["max_new_tokens"]
                         progress.advance(bar, len(batch))
-                except torch.OutOfMemoryError:
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
                     raise EngineError(
-                        f"the GPU is out of memory with --batch-size {batch_size} and --max-new-tokens "
-                        f"{sampling['max_new_tokens']}; lower one of them"
+                        "the GPU is out of memory with one prompt at a time and --max-new-tokens "
+                        f"{sampling['max_new_tokens']}; lower it"
                     ) from None
     if cut:
         click.echo(
@@ -163,3 +167,7 @@ def _answers(
             err=True,
         )
     return rows
+
+
+def _note(said: str) -> None:
+    click.echo(f"note: {said}", err=True)

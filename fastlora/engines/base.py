@@ -48,6 +48,9 @@ class Engine(Protocol):
     def generating(self, model: PeftModel) -> AbstractContextManager[None]:
         """Within it the model generates; after it the model trains on."""
 
+    def drop_broken_step(self) -> None:
+        """Let go of what the framework keeps, outside of the model, of a forward or backward that broke off."""
+
 
 def prefer_expandable_segments() -> None:
     """Let PyTorch's GPU memory grow in place: without it 12.7 GiB in use took 14.5 of the card, in pieces too

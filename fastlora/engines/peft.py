@@ -127,3 +127,6 @@ class PeftEngine:
             yield
         finally:
             model.train(was_training)
+
+    def drop_broken_step(self) -> None:
+        """Nothing: the graph holds it all."""

@@ -113,6 +113,17 @@ class UnslothEngine:
                 model, use_gradient_checkpointing=model._unsloth_gradient_checkpointing
             )
 
+    def drop_broken_step(self) -> None:
+        # Its checkpointing counts layers from one backward to the next; in the first pass it learns how many there are.
+        # Without buffers it has not been used, and the reset cannot be called.
+        from unsloth_zoo import gradient_checkpointing as checkpointing
+
+        if getattr(checkpointing, "CPU_BUFFERS", None):
+            import torch
+
+            torch.cuda.synchronize()  # copies to and from them may still be under way
+            checkpointing.reset_unsloth_gradient_checkpointing_buffers()
+
 
 def without_fused_lora(model: PeftModel) -> int:
     """Put PEFT's forward back wherever unsloth installed a fused LoRA kernel; how many there were.

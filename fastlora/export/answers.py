@@ -10,12 +10,13 @@ reads and writes it, special tokens included; what is not there is left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.data.prompts import Question, last_question
+from fastlora.engines.memory import free_memory, is_out_of_memory
 from fastlora.rundir.store import write_atomic
 
 if TYPE_CHECKING:
@@ -66,33 +67,60 @@ def answered(
     *,
     batch_rows: int = BATCH_ROWS,
     batch_tokens: int = BATCH_TOKENS,
+    announce: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Batch by batch, prompts of like length together: (place in `asked`, continuation without the token that
-    ended it). A batch has at most `batch_rows`, and `batch_tokens` of prompts and answers, or is a single row.
+    ended it). A batch has at most `batch_rows`, and `batch_tokens` of prompts and answers, or is a single row; one that
+    does not fit into the memory is halved, which is announced, and no later one has more rows.
     `settings` are those of `generation_config`. `model` must be in evaluation mode."""
+    config = generation_config(**settings)
+    lengths = [len(question.prompt_ids) for question in asked]
+    new, most = settings["max_new_tokens"], batch_rows
+    due = list(_batches([length + new for length in lengths], batch_rows, batch_tokens))
+    while due:
+        places, rest = due[0][:most], due[0][most:]
+        due[:1] = [rest] if rest else []
+        try:
+            answers = _answers(model, asked, places, config)
+        except Exception as error:
+            if len(places) == 1 or not is_out_of_memory(error):
+                raise
+            answers, most = [], (len(places) + 1) // 2
+        if answers:
+            yield answers
+        else:
+            free_memory()  # not in the handler: there the exception still holds what it came through
+            due.insert(0, places)
+            announce(
+                f"answers: out of memory with {len(places)} prompts at a time; at most {most} from now on"
+            )
+
+
+def _answers(
+    model: PreTrainedModel,
+    asked: Sequence[Question],
+    places: Sequence[int],
+    config: GenerationConfig,
+) -> list[tuple[int, list[int]]]:
     import torch
 
-    config = generation_config(**settings)
-    pad, stops = settings["pad_token_id"], set(settings["stop_token_ids"])
-    lengths = [len(question.prompt_ids) for question in asked]
-    new = settings["max_new_tokens"]
-    for places in _batches([length + new for length in lengths], batch_rows, batch_tokens):
-        width = max(lengths[place] for place in places)
-        prompts = [asked[place].prompt_ids for place in places]
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-            )
-        done = []
-        for place, continuation in zip(places, output[:, width:].tolist(), strict=True):
-            ends = [at for at, token in enumerate(continuation) if token in stops]
-            done.append((place, continuation[: ends[0]] if ends else continuation))
-        yield done
+    pad, stops = config.pad_token_id, set(config.eos_token_id)
+    prompts = [asked[place].prompt_ids for place in places]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+        )
+    done = []
+    for place, continuation in zip(places, output[:, width:].tolist(), strict=True):
+        ends = [at for at, token in enumerate(continuation) if token in stops]
+        done.append((place, continuation[: ends[0]] if ends else continuation))
+    return done
 
 
 def answer(model: PreTrainedModel, asked: Sequence[Question], **settings: Any) -> list[list[int]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from fastlora.data.format import BadRow, Chat, Message, Plain
+from fastlora.engines.memory import is_out_of_memory
 from fastlora.errors import DataError, EngineError
 from fastlora.export.answers import generation_config
 from fastlora.export.load import Tuned, Who
@@ -106,7 +107,9 @@ class Conversation:
             except KeyboardInterrupt:
                 whole = False
                 streamer.end()
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise EngineError(
                     f"the GPU is out of memory at {len(ids):,} tokens of conversation; /reset begins anew"
                 ) from None

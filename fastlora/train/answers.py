@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastlora.data.prompts import Question
+from fastlora.engines.memory import explained
 from fastlora.export.answers import Row, answered, in_words, questions, read_rows, save_answers
 from fastlora.export.score import score
 from fastlora.rundir.sections import shown_score
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from fastlora.train.job import Job
+
+
+_WAY_OUT = (
+    "It was one prompt alone: start a new run with a lower eval.max_new_tokens or eval.rows = 0, or end other "
+    "processes on this GPU and go on with --resume, which does not train again what was trained"
+)
 
 
 def pick_questions(job: Job) -> list[Question]:
@@ -74,8 +81,8 @@ def _ask(job: Job, model: PeftModel, asked: Sequence[Question]) -> dict[int, lis
     minutes = job.recipe.eval.max_minutes
     ends = time.monotonic() + 60 * minutes
     answers: dict[int, list[int]] = {}
-    with job.engine.generating(model):
-        for batch in answered(model, asked, **_settings(job)):
+    with explained("answering prompts", lambda: _WAY_OUT), job.engine.generating(model):
+        for batch in answered(model, asked, announce=job.notes, **_settings(job)):
             answers.update(batch)
             if time.monotonic() > ends and len(answers) < len(asked):
                 job.notes(

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.data.mask import IGNORED
 
+ROW_LENGTHS = "row_lengths"
+"""In a batch, beside its tensors: the tokens of each row, of each of its sequences where rows are packed. No input of a
+model; `split` takes it out."""
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,3 +48,36 @@ class Collator:
             batch["labels"][place, :length] = torch.as_tensor(row["labels"])
             batch["attention_mask"][place, :length] = 1
         return batch
+
+
+class SplittableCollator(Collator):
+    """Batches for `split`, with ROW_LENGTHS."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        packed = "seq_lengths" in rows[0]
+        lengths = [
+            [int(length) for length in row["seq_lengths"]] if packed else len(row["input_ids"])
+            for row in rows
+        ]
+        return {**super().__call__(rows), ROW_LENGTHS: lengths}
+
+
+def split(batch: dict[str, Any], most_rows: int, engine: Engine) -> list[dict[str, torch.Tensor]]:
+    """The model's inputs for so many rows at a time: what the collator makes of those rows alone."""
+    inputs = {name: value for name, value in batch.items() if name != ROW_LENGTHS}
+    rows = batch[ROW_LENGTHS]
+    if len(rows) <= most_rows:
+        return [inputs]
+    parts = []
+    for first in range(0, len(rows), most_rows):
+        some = rows[first : first + most_rows]
+        if isinstance(some[0], list):
+            begins = sum(sum(row) for row in rows[:first])
+            lengths = [length for row in some for length in row]
+            place = (slice(None), slice(begins, begins + sum(lengths)))
+            cut = {name: inputs[name][place].contiguous() for name in ("input_ids", "labels")}
+            parts.append(cut | engine.packed_inputs(lengths))
+        else:
+            place = (slice(first, first + len(some)), slice(max(some)))
+            parts.append({name: value[place].contiguous() for name, value in inputs.items()})
+    return parts

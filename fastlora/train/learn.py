@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fastlora_kernels.layers.head import detach_head
 
 from fastlora.data.template import ChatTemplate
+from fastlora.engines.base import resolve_checkpointing
 from fastlora.engines.engaged import load_model
+from fastlora.engines.memory import explained, explained_loading
 from fastlora.rundir.curves import plot_loss
 from fastlora.rundir.store import whole_folder
 from fastlora.train.advising import advise_on_curves
@@ -19,6 +21,7 @@ from fastlora.train.callbacks import Metrics, TokenCounter
 from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.held_out import BaseLosses, CurveWatch
 from fastlora.train.job import Job
+from fastlora.train.oom import Continuation
 from fastlora.train.planned import compare_with_plan, predict_run
 from fastlora.train.steps import count_steps
 from fastlora.train.trackers import Trackers
@@ -43,7 +46,8 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
 
     predicted = predict_run(job)
     loading = time.perf_counter()
-    model, kernels = load_model(job.engine, recipe, notes)
+    with explained_loading():
+        model, kernels = load_model(job.engine, recipe, notes)
     run.update(load_s=round(time.perf_counter() - loading, 1))
     # A resumed run may be on another machine, with other kernels.
     began = run.manifest.get("resumed", [run.manifest])[-1]
@@ -56,18 +60,22 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     counter = TokenCounter()
     checkpoints = Checkpoints(run, recipe.train, counter, signals)
     base_losses = BaseLosses(run, notes.say)
+    continuation = Continuation(
+        run, recipe, job.engine, resolve_checkpointing(recipe, job.engine), notes
+    )
     metrics = Metrics(run, counter, notes.console)
     trackers = Trackers(recipe, run)
     _, epochs = count_steps(recipe, job.data)
     trainer = build_trainer(
         recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, base_losses,
-        [metrics, CurveWatch(run, recipe, notes), *trackers.callbacks], epochs, notes,
+        continuation, [metrics, CurveWatch(run, recipe, notes), *trackers.callbacks], epochs, notes,
     )  # fmt: skip
     newest = checkpoints.newest()
     started = time.perf_counter()
     with signals.deferring():
         try:
-            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            with explained("training", continuation.way_out):
+                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
             metrics.close()
             trackers.close(notes)

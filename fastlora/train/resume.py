@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.advising import filled_from
+
+MEMORY_KEYS = frozenset({"train.checkpointing"})
+"""What may be other on --resume: it changes how much memory a step takes, and not what the step does."""
 
 
 def open_for_resume(recipe: Recipe, *, auto: bool = False) -> RunDir:
@@ -22,13 +26,15 @@ def open_for_resume(recipe: Recipe, *, auto: bool = False) -> RunDir:
         if "recipe" in manifest and ("auto" in manifest) is not auto:
             return ["it was begun without --auto" if auto else "it was begun with --auto"]
         now = apply(recipe, filled_from(manifest)) if "auto" in manifest else recipe
-        return changed_keys(manifest.get("recipe"), now.model_dump(mode="json"))
+        return changed_keys(manifest.get("recipe"), now.model_dump(mode="json"), but=MEMORY_KEYS)
 
     return RunDir.open_unfinished(Path(recipe.output.dir), unlike)
 
 
-def changed_keys(then: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """A line for each key in which two recipes, as in a manifest, differ."""
+def changed_keys(
+    then: dict[str, Any] | None, now: dict[str, Any], but: Set[str] = frozenset()
+) -> list[str]:
+    """A line for each key in which two recipes, as in a manifest, differ; `but` these."""
     if then is None:
         return ["it ended before it had begun"]
     before, after = _flat(then), _flat(now)
@@ -36,7 +42,7 @@ def changed_keys(then: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
     return [
         f"{key}: was {before.get(key)!r}, now {value!r}"
         for key, value in after.items()
-        if key != "output.dir" and before.get(key) != value
+        if key != "output.dir" and key not in but and before.get(key) != value
     ]
 
 

@@ -19,6 +19,7 @@ from fastlora.data.prepare import Prepared, prepare_data
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
 from fastlora.engines.engaged import load_model
+from fastlora.engines.memory import explained_loading, in_words, is_out_of_memory, memory_now
 from fastlora.errors import EngineError, RunDirError
 from fastlora.export.process import save_held_out
 from fastlora.recipe.advice import Filled, apply, default_epochs
@@ -30,7 +31,7 @@ from fastlora.train.advising import advise_before, fill_open_keys, filled_from
 from fastlora.train.checks import check_model
 from fastlora.train.job import Job
 from fastlora.train.notes import Notes
-from fastlora.train.resume import open_for_resume
+from fastlora.train.resume import changed_keys, open_for_resume
 from fastlora.train.steps import count_steps, effective_batch
 from fastlora.train.stop import Interrupted, StopSignals
 
@@ -55,10 +56,14 @@ class Request:
 
     @property
     def resume_command(self) -> str:
+        return self.command(resume=True)
+
+    def command(self, *more_settings: str, resume: bool = False) -> str:
         parts = ["fastlora", "run", self.recipe_file]
-        for setting in self.settings:
+        for setting in (*self.settings, *more_settings):
             parts += ["--set", setting]
-        return shlex.join([*parts, *(["--auto"] if self.auto else []), "--resume"])
+        flags = [*(["--auto"] if self.auto else []), *(["--resume"] if resume else [])]
+        return shlex.join([*parts, *flags])
 
 
 def dry_run(request: Request, console: Console) -> dict[str, Any]:
@@ -80,12 +85,8 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     steps, epochs = count_steps(recipe, data)
     console.print(f"\n{steps:,} steps of {effective_batch(recipe)} sequences, {epochs:g} epochs")
     advice = advise_before(recipe, data, engine.name, notes)
-    import torch  # here and not above: an engine may have to be imported before
-
-    try:
+    with explained_loading():
         _, kernels = load_model(engine, recipe, notes)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(recipe) from error
     return {
         "steps": steps,
         "epochs": epochs,
@@ -229,6 +230,8 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
         "commit": provenance.commit(Path(__file__).parent),
     }
     if run.manifest:
+        if changed := changed_keys(run.manifest["recipe"], recipe.model_dump(mode="json")):
+            began["changed"] = changed
         resumed = run.manifest.setdefault("resumed", [])
         resumed.append({"at": _now(), **began})
         run.update(status="running")
@@ -257,25 +260,27 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
 
 def _failed(run: RunDir, request: Request, error: BaseException) -> BaseException:
     """What went wrong, in the user's words, with the way on; the manifest keeps it."""
-    import torch
+    from fastlora.train.oom import DoesNotFit
 
     way_on = f"resume with:\n  {request.resume_command}"
     mended: BaseException = error
     if is_disk_full(error):
         mended = RunDirError(f"{run.path}: the disk is full; free some space, then {way_on}")
-    elif isinstance(error, torch.OutOfMemoryError):
-        mended = _out_of_memory(request.recipe)
+    elif isinstance(error, DoesNotFit):
+        resumed = request.command(*error.resumed_with, resume=True)
+        how = "In less memory" if error.resumed_with else "With more memory free"
+        mended = EngineError(
+            f"{error}.\n{how}, {'go on' if run.complete_checkpoints() else 'begin it again'} with:\n  {resumed}\n"
+            f"Or start a new run with shorter rows ({error.why_shorter}):\n  {request.command(error.shorter)}"
+        )
+    elif is_out_of_memory(error):
+        figures = in_words(memory_now(error))
+        mended = EngineError(
+            f"out of memory{figures}: end other processes on this GPU, then {way_on}"
+        )
     with contextlib.suppress(OSError):  # disk full: the manifest says "running", which resumes too
         run.update(status="failed", error=f"{type(error).__name__}: {error}", ended=_now())
     return mended
-
-
-def _out_of_memory(recipe: Recipe) -> EngineError:
-    return EngineError(
-        f"the GPU is out of memory with train.micro_batch = {recipe.train.micro_batch} and model.seq_len_tokens = "
-        f"{recipe.model.seq_len_tokens}. Halve micro_batch and set train.effective_batch = "
-        f"{effective_batch(recipe)} (the training stays the same), or shorten the sequences, and start a new run."
-    )
 
 
 def _now() -> str:

@@ -15,9 +15,10 @@ from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.callbacks import TokenCounter
 from fastlora.train.checkpoints import Checkpoints
-from fastlora.train.collate import Collator
+from fastlora.train.collate import SplittableCollator
 from fastlora.train.held_out import BaseLosses, evaluate_sources
 from fastlora.train.loss import adapted_head_allowed, takes_own_loss
+from fastlora.train.oom import Continuation, DoesNotFit
 from fastlora.train.stop import Interrupted
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def build_trainer(
     counter: TokenCounter,
     checkpoints: Checkpoints,
     base_losses: BaseLosses,
+    continuation: Continuation,
     callbacks: list[TrainerCallback],
     epochs: float,
     announce: Announce,
@@ -57,11 +59,28 @@ def build_trainer(
     own_loss = takes_own_loss(recipe, model, engine, announce)
 
     class CountingTrainer(SFTTrainer):  # type: ignore[misc]
+        current_gradient_accumulation_steps: int
+        share: float | None = None
+        """What the loss of the forward in hand is multiplied with."""
+
         def training_step(
-            self, model: Any, inputs: dict[str, torch.Tensor], *rest: Any, **named: Any
+            self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
         ) -> Any:
+            steps: int = self.current_gradient_accumulation_steps
+
+            def forward(part: dict[str, Any], parts: int, share: float | None) -> Any:
+                # By it is divided what is not normalised by tokens, such as a router's loss.
+                self.share, self.current_gradient_accumulation_steps = share, steps * parts
+                try:
+                    return super(CountingTrainer, self).training_step(
+                        model, part, num_items_in_batch
+                    )
+                finally:
+                    self.share, self.current_gradient_accumulation_steps = None, steps
+
+            loss = continuation.train(forward, inputs, means=num_items_in_batch is None)
             counter.add(inputs)
-            return super().training_step(model, inputs, *rest, **named)
+            return loss
 
         def compute_loss(
             self,
@@ -71,9 +90,24 @@ def build_trainer(
             num_items_in_batch: Any = None,
         ) -> Any:
             method = partial(Trainer.compute_loss, self) if own_loss else super().compute_loss
-            return method(
+            loss = method(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+            return loss if self.share is None else loss * self.share
+
+        def prediction_step(
+            self,
+            model: Any,
+            inputs: dict[str, Any],
+            prediction_loss_only: bool,
+            *rest: Any,
+            **named: Any,
+        ) -> Any:
+            def forward(part: dict[str, Any]) -> Any:
+                step = super(CountingTrainer, self).prediction_step
+                return step(model, part, prediction_loss_only, *rest, **named)[0]
+
+            return continuation.evaluate(forward, inputs), None, None
 
         def _run_epoch(self, *rest: Any, **named: Any) -> None:
             # A run may be resumed whose training is over; the trainer itself would do one step more.
@@ -86,7 +120,7 @@ def build_trainer(
                 with torch.random.fork_rng(devices=()):
                     metrics: dict[str, float] = super().evaluate(*rest, **named)
                 return metrics
-            except Interrupted:
+            except (Interrupted, DoesNotFit):
                 self._save_checkpoint(self.model, None)
                 raise
 
@@ -114,14 +148,14 @@ def build_trainer(
             args=training_arguments(
                 recipe, engine, run, has_eval=data.eval is not None, epochs=epochs
             ),
-            data_collator=Collator(int(tokenizer.pad_token_id), engine),
+            data_collator=SplittableCollator(int(tokenizer.pad_token_id), engine),
             # Tensors, because to make a batch of Python's lists takes 0.6 ms more.
             train_dataset=data.train.with_format("torch"),
             eval_dataset=None if data.eval is None else data.eval.with_format("torch"),
             processing_class=tokenizer,
-            callbacks=[checkpoints, base_losses, *callbacks],
+            callbacks=[checkpoints, base_losses, continuation, *callbacks],
         )
-    checkpoints.trainer = base_losses.trainer = trainer
+    checkpoints.trainer = base_losses.trainer = continuation.trainer = trainer
     base_losses.wanted = len(parts) > 1
     # TRL casts the adapter of a quantized model to bfloat16, where updates below 1/256 of a weight are
     # lost; unsloth keeps it in float32. The same recipe is to mean the same training.

@@ -105,6 +105,13 @@ def group_siblings(model: nn.Module) -> list[str]:
     return found
 
 
+def drop_waiting(model: nn.Module) -> None:
+    """Let go of outputs that wait for a layer which will not be called: the forward that made them was broken off."""
+    for module in model.modules():
+        if isinstance(group := vars(module).get(GROUP), Group):
+            group._waiting = None
+
+
 def _joins(parts: Parts, x: torch.Tensor, dtype: torch.dtype) -> bool:
     return parts.magnitude is None and compute_dtype(parts, x) == dtype
 

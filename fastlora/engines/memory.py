@@ -1,0 +1,102 @@
+"""Memory that runs out: how the libraries say so, what there was, and how what nobody holds is given back."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from fastlora.errors import EngineError, FastloraError
+
+GIB = 2**30
+
+_SAID = re.compile(
+    r"out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|DefaultCPUAllocator: can't allocate memory",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether less work at a time may help against `error`, or against what it was raised from.
+
+    PyTorch's allocator has a type for it; the driver ("CUDA error: out of memory"), Triton ("Triton Error [CUDA]: out
+    of memory"), cuBLAS and cuDNN (..._STATUS_ALLOC_FAILED) and the host's allocator only say it. Triton's
+    OutOfResources is another thing: a kernel that wants more shared memory than a processor has.
+    """
+    import torch
+
+    while error is not None and not isinstance(error, FastloraError):  # one is explained already
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        # Not any Exception: a message for the user may speak of memory as well.
+        if isinstance(error, RuntimeError):
+            said = str(error)
+            if _SAID.search(said) and "out of resource" not in said.lower():
+                return True
+        error = error.__cause__
+    return False
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more; what an exception held is among it once its handler is left."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def memory_now(error: BaseException | None = None) -> dict[str, float]:
+    """GiB of this GPU, empty without one: allocated, reserved, what other processes hold, the whole card, and what
+    `error` says was asked for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, card = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    figures = {
+        "allocated_gib": torch.cuda.memory_allocated() / GIB,
+        "reserved_gib": reserved / GIB,
+        "others_gib": max(0, card - free - reserved) / GIB,
+        "card_gib": card / GIB,
+    }
+    if asked := re.search(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB)", str(error)):
+        figures["asked_gib"] = float(asked[1]) / {"KiB": 2**20, "MiB": 2**10, "GiB": 1}[asked[2]]
+    return {name: round(value, 3) for name, value in figures.items()}
+
+
+def in_words(figures: dict[str, float]) -> str:
+    """`memory_now`, in a sentence's brackets; empty without a GPU."""
+    if not figures:
+        return ""
+    asked = f", {figures['asked_gib']:.2f} more asked for" if "asked_gib" in figures else ""
+    return (
+        f" ({figures['allocated_gib']:.2f} GiB in use and {figures['reserved_gib']:.2f} reserved of "
+        f"{figures['card_gib']:.1f}, {figures['others_gib']:.2f} not by PyTorch{asked})"
+    )
+
+
+@contextmanager
+def explained(doing: str, way_out: Callable[[], str]) -> Iterator[None]:
+    """Out of memory within it, where doing less at a time is not possible, becomes an error for the user.
+
+    Raises EngineError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = f"out of memory while {doing}{in_words(memory_now(error))}. {way_out()}"
+        raise EngineError(said) from error
+
+
+def explained_loading() -> AbstractContextManager[None]:
+    return explained(
+        "loading the model",
+        lambda: (
+            'Set model.quantization = "nf4" if it is not, take a smaller model, or end other processes on this GPU'
+        ),
+    )
