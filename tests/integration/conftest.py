@@ -4,11 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import interrupt
 import pytest
+import torch
+from forked import Forked
+
+from fastlora.cli.main import main as fastlora
+from fastlora.rundir.store import RunDir
 
 # 64 rows of the cipher, 8 steps an epoch, two epochs; dropout on, so that resume must restore the
 # random state as well as the order of the rows.
@@ -49,32 +55,35 @@ class Workplace:
         self.recipe = folder / "recipe.toml"
         self.recipe.write_text(RECIPE.format(model=root / "recipes/tiny/model", folder=folder))
 
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "fastlora", "run", str(self.recipe), *arguments]
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*arguments),
-            cwd=self.folder,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    def run(
+        self, *arguments: str, expect: int = 0, new: bool = False, **environment: str
+    ) -> tuple[str, str]:
+        """`fastlora run`; `new` in a Python of its own, with its own hashes and imports."""
+        return self._ended(
+            fastlora, ["run", str(self.recipe), *arguments], expect, new, environment
         )
 
-    def interrupt(self, how: str, step: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`fastlora run` hit at a step: see interrupt.py."""
-        script = str(Path(__file__).parent / "interrupt.py")
-        return subprocess.run(
-            [sys.executable, script, how, str(step), "run", str(self.recipe), *arguments],
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    def interrupt(
+        self, how: str, step: int, *arguments: str, expect: int, new: bool = False
+    ) -> str:
+        """`fastlora run` hit at a step (see interrupt.py): what it said."""
+        given = [how, str(step), "run", str(self.recipe), *arguments]
+        return self._ended(interrupt.main, given, expect, new)[1]
 
-    def run(self, *arguments: str, expect: int = 0, **environment: str) -> tuple[str, str]:
-        process = self.start(*arguments, **environment)
+    def _ended(
+        self, main: Callable[[], object], arguments: list[str], expect: int, new: bool,
+        environment: Mapping[str, str] = {},
+    ) -> tuple[str, str]:  # fmt: skip
+        env = {**os.environ, **environment}
+        process: Forked | subprocess.Popen[str]
+        if new or torch.cuda.is_available():
+            what = ["-m", "fastlora"] if main is fastlora else [interrupt.__file__]
+            process = subprocess.Popen(
+                [sys.executable, *what, *arguments], cwd=self.folder, env=env,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        else:
+            process = Forked(main, ["fastlora", *arguments], cwd=self.folder, env=env).start()
         out, err = process.communicate(timeout=300)
         assert process.returncode == expect, err[-4000:]
         return out, err
@@ -85,6 +94,11 @@ class Workplace:
     def manifest(self, number: int = 1) -> dict[str, Any]:
         loaded: dict[str, Any] = json.loads((self.path(number) / "manifest.json").read_text())
         return loaded
+
+    def opened(self, number: int = 1) -> RunDir:
+        run = RunDir(self.path(number))
+        run.manifest = self.manifest(number)
+        return run
 
     def losses(self, number: int = 1) -> list[tuple[int, str, float]]:
         """(step, which, value), to the last bit, without what depends on the clock."""

@@ -36,6 +36,9 @@ TEMPLATE = (
 )
 
 
+pytestmark = pytest.mark.xdist_group("answers")  # one worker makes the run
+
+
 def trained(workplace: Any, *settings: str) -> dict[str, Any]:
     request = Request(load_recipe(workplace.recipe, settings), str(workplace.recipe), settings)
     return train_run(request, Console(file=io.StringIO()))

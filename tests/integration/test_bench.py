@@ -3,29 +3,69 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TextIO
 
+import bench_worker
 import psutil
 import pytest
+import torch
+from click.testing import CliRunner
+from forked import Forked
 from rich.console import Console
 
+from fastlora.bench import processes
 from fastlora.bench.processes import Failed, run_worker
 from fastlora.bench.run import Bench, Request
 from fastlora.bench.schema import Arm, ArmResult, Report
+from fastlora.cli.main import cli
 
 pytestmark = pytest.mark.slow
 
-FAULTY = (sys.executable, str(Path(__file__).parent / "bench_worker.py"))
+FAULTY = (sys.executable, bench_worker.__file__)
+KNOWN = (sys.executable, str(Path(__file__).parents[1] / "support/bench_known.py"))
+
+
+class ForkedWorker(Forked):
+    """The worker's process, as run_worker starts, feeds and ends it."""
+
+    def __init__(
+        self, command: list[str], *, stderr: TextIO, env: dict[str, str], **_: object
+    ) -> None:
+        super().__init__(
+            bench_worker.main, command[-2:], env=env, stderr=stderr.name, new_session=True
+        )
+
+    def __enter__(self) -> ForkedWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def communicate(self, task: str, timeout: float) -> tuple[str, str]:  # type: ignore[override]
+        self.start(task)
+        return super().communicate(timeout)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers without their 6 s of imports; test_the_command_measures_reports_and_compares has real ones."""
+    monkeypatch.setenv("FAULTS", "{}")
+    if not torch.cuda.is_available():
+        names = {**vars(subprocess), "Popen": ForkedWorker}
+        monkeypatch.setattr(processes, "subprocess", SimpleNamespace(**names))
 
 
 def bench(
     folder: Path, monkeypatch: pytest.MonkeyPatch, faults: dict[str, str], **request: object
 ) -> tuple[Bench, dict[str, ArmResult]]:
     monkeypatch.setenv("FAULTS", json.dumps(faults))
+    monkeypatch.setenv("BENCH", str(os.getpid()))
     arms = [Arm.parse(name) for name in ("peft", *faults)]
     asked = Request(target="tiny", arms=arms, steps=6, **request)  # type: ignore[arg-type]
     running = Bench(asked, folder, Console(quiet=True), FAULTY)
@@ -36,6 +76,7 @@ def red(arm: ArmResult) -> set[str]:
     return {gate.name for gate in arm.gates if not gate.passed}
 
 
+@pytest.mark.usefixtures("forked")
 def test_planted_faults_show_no_speed_and_dead_arms_are_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +117,7 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
     assert caught.value.detail == "no answer within 2 s"
 
 
+@pytest.mark.usefixtures("forked")
 def test_ctrl_c_leaves_a_partial_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running, arms = bench(
         tmp_path, monkeypatch, {"peft-optimizer": "interrupt", "peft-checkpointing": ""}
@@ -126,12 +168,16 @@ def test_the_command_measures_reports_and_compares(tmp_path: Path) -> None:
     assert json.loads(same)["regressed"] is False
 
 
-def test_a_recipe_is_measured_with_its_own_rows(workplace: object) -> None:
-    out = fastlora(
-        str(workplace.recipe), "--steps", "6", "--lengths", "real", "--arms", "peft,peft+packing",
-        "--json", folder=workplace.folder,
-    )  # fmt: skip
-    report = Report.model_validate_json(out)
+@pytest.mark.usefixtures("forked")
+def test_a_recipe_is_measured_with_its_own_rows(
+    workplace: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace.folder)
+    done = CliRunner().invoke(cli, [
+        "bench", str(workplace.recipe), "--steps", "6", "--lengths", "real", "--arms", "peft,peft+packing", "--json",
+    ])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = Report.model_validate_json(done.stdout)
     assert report.status == "passed", [arm.detail for arm in report.arms]
     padded, packed = report.arms
     assert padded.counted["digest"] == packed.counted["digest"]
@@ -154,20 +200,21 @@ def test_a_recipe_is_measured_with_its_own_rows(workplace: object) -> None:
         (["--compare", "no.json", "no.json"], "no.json"),
     ],
 )
-def test_wrong_arguments_are_explained(arguments: list[str], told: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlora", "bench", *arguments],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
+def test_wrong_arguments_are_explained(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["bench", *arguments])
+    assert done.exit_code == 2
     assert told in " ".join(done.stderr.split())
     assert not list(tmp_path.glob("runs/bench/*/*"))
 
 
-def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
+def measuring(workplace: object) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """`fastlora bench`, and the process of the arm that it has begun to measure."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastlora", "bench", "tiny", "--out", "cut"],
-        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [*KNOWN, "bench", str(workplace.recipe), "--out", "cut"],
+        cwd=workplace.folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
@@ -175,6 +222,11 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
             break
     time.sleep(1)
     (arm,) = psutil.Process(process.pid).children(recursive=True)
+    return process, arm
+
+
+def test_a_worker_dies_with_its_parent(workplace: object) -> None:
+    process, arm = measuring(workplace)
     process.kill()
     process.communicate(timeout=60)
     arm.wait(timeout=10)
@@ -195,20 +247,13 @@ def test_a_signal_while_the_machine_is_asked_leaves_with_its_number(tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_command_and_its_process(tmp_path: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastlora", "bench", "tiny", "--out", "cut"],
-        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "peft ..." in line:
-            break
-    time.sleep(1)
-    (arm,) = psutil.Process(process.pid).children(recursive=True)
+def test_a_signal_ends_the_command_and_its_process(
+    workplace: object, number: signal.Signals
+) -> None:
+    process, arm = measuring(workplace)
     process.send_signal(number)
     process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert not arm.is_running()
-    report = Report.model_validate_json((tmp_path / "cut/report.json").read_text())
+    report = Report.model_validate_json((workplace.folder / "cut/report.json").read_text())
     assert report.status == "partial"

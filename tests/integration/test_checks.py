@@ -86,7 +86,7 @@ def test_all_problems_come_together_and_leave_no_run(workplace: Any) -> None:
         "--set", 'output.report_to=["tensorboard", "wandb"]',
         "--set", "train.checkpointing=unsloth",
         "--set", 'lora.target_modules=["q_proj", "lm_head", "embed_tokens", "v_prj"]',
-        expect=1, PYTHONPATH=path,
+        expect=1, new=True, PYTHONPATH=path,
     )  # fmt: skip
     for problem in (
         "output.report_to: tensorboard is not installed; pip install tensorboard",

@@ -19,7 +19,6 @@ from fastlora.errors import GateError
 from fastlora.export import gguf_write, merge
 from fastlora.export.gguf_run import gguf_run
 from fastlora.export.process import merge_run
-from fastlora.rundir.store import RunDir
 
 PLAIN = """
 import json, sys, torch
@@ -41,6 +40,9 @@ print(json.dumps([float((got - wanted).norm()), effect]))
 """
 
 
+pytestmark = pytest.mark.xdist_group("export")  # one worker makes the run
+
+
 @pytest.fixture(scope="module")
 def exported(make_workplace: Any) -> Any:
     made = make_workplace()
@@ -49,12 +51,6 @@ def exported(make_workplace: Any) -> Any:
         "--set", "output.merge=16bit", "--set", 'output.export=["q8_0"]',
     )  # fmt: skip
     return made
-
-
-def opened(workplace: Any) -> RunDir:
-    run = RunDir(workplace.path())
-    run.manifest = workplace.manifest()
-    return run
 
 
 def test_merge_and_export_in_a_run_are_green(exported: Any) -> None:
@@ -87,7 +83,7 @@ def test_adapter_and_merged_model_load_without_fastlora(exported: Any) -> None:
 def test_a_perturbed_weight_is_red_and_kept_apart(
     exported: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = opened(exported)
+    run = exported.opened()
     good = (run.merged / "model.safetensors").read_bytes()
     blocks = merge._blocks
 
@@ -144,7 +140,7 @@ def test_types_that_a_format_does_not_have(exported: Any) -> None:
 
 def test_float16_is_nearer_than_bfloat16(exported: Any) -> None:
     """Where the weights are in its range; for those who ask for it."""
-    run = opened(exported)
+    run = exported.opened()
     bf16 = exported.manifest()["merge"]
     f16 = merge_run(run, "f16")
     assert (bf16["dtype"], f16["dtype"]) == ("bfloat16", "float16")

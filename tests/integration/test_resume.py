@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker makes what they are compared with
 STEPS = 16
 # A rate this high makes the held-out loss rise after its first falls.
 EARLY = (
@@ -36,21 +37,21 @@ def weights(workplace: object, number: int = 1) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def uninterrupted(make_workplace: Make) -> object:
     workplace = make_workplace()
-    workplace.run()
+    workplace.run(new=True)
     return workplace
 
 
 @pytest.fixture(scope="module")
 def whole_by_epochs(make_workplace: Make) -> object:
     workplace = by_epochs(make_workplace())
-    workplace.run()
+    workplace.run(new=True)
     return workplace
 
 
 @pytest.fixture(scope="module")
 def stopped_early(make_workplace: Make) -> object:
     workplace = make_workplace()
-    workplace.run(*EARLY)
+    workplace.run(*EARLY, new=True)
     return workplace
 
 
@@ -79,15 +80,15 @@ def test_two_runs_are_the_same_and_neither_overwrites(uninterrupted: object) -> 
 def test_a_signal_saves_and_resume_goes_on(
     how: str, step: int, uninterrupted: object, workplace: object
 ) -> None:
-    stopped = workplace.interrupt(how, step)
-    assert stopped.returncode == (143 if how == "SIGTERM" else 130), stopped.stderr[-3000:]
-    assert f"fastlora run {workplace.recipe} --resume\n" in stopped.stderr
+    new = how == "SIGTERM"
+    said = workplace.interrupt(how, step, expect=143 if how == "SIGTERM" else 130, new=new)
+    assert f"fastlora run {workplace.recipe} --resume\n" in said
     assert workplace.manifest()["status"] == "interrupted"
     page = workplace.path() / "report.html"
     assert f"<pre>fastlora run {workplace.recipe} --resume</pre>" in page.read_text()
     assert (workplace.path() / "checkpoints" / f"checkpoint-{step}" / "COMPLETE").exists()
     assert (step, "eval_loss") not in [entry[:2] for entry in workplace.losses()]
-    workplace.run("--resume")
+    workplace.run("--resume", new=new)
     assert "<strong>finished</strong>" in page.read_text()
     assert_same_run(workplace, uninterrupted)
 
@@ -99,8 +100,7 @@ def test_a_signal_saves_and_resume_goes_on(
 def test_an_interrupt_does_not_evaluate(
     how: str, step: int, whole_by_epochs: object, workplace: object
 ) -> None:
-    stopped = by_epochs(workplace).interrupt(how, step)
-    assert stopped.returncode == 130, stopped.stderr[-3000:]
+    by_epochs(workplace).interrupt(how, step, expect=130)
     assert step not in [entry[0] for entry in workplace.losses() if entry[1] == "eval_loss"]
     checkpoint = workplace.path() / "checkpoints" / f"checkpoint-{step}"
     assert (checkpoint / "COMPLETE").exists()
@@ -116,8 +116,7 @@ def test_a_run_that_has_stopped_early_does_not_train_on(
 ) -> None:
     """Stopped before the evaluation that ends training, and after it."""
     last = stopped_early.manifest()["result"]["steps"]
-    stopped = workplace.interrupt(how, last, *EARLY)
-    assert stopped.returncode == 130, stopped.stderr[-3000:]
+    workplace.interrupt(how, last, *EARLY, expect=130)
     workplace.run("--resume", *EARLY)
     assert_same_run(workplace, stopped_early)
 
@@ -125,8 +124,7 @@ def test_a_run_that_has_stopped_early_does_not_train_on(
 def test_a_signal_in_a_finaliser_before_the_merge(workplace: object) -> None:
     """Python swallows what is raised there; and the training, over in mid-epoch, stays over."""
     settings = ("--set", "train.steps=5", "--set", "output.merge=16bit")
-    stopped = workplace.interrupt("finaliser", 0, *settings)
-    assert stopped.returncode == 143, stopped.stderr[-3000:]
+    workplace.interrupt("finaliser", 0, *settings, expect=143)
     assert workplace.manifest()["status"] == "interrupted"
     assert not (workplace.path() / "merged").exists()
     then, trained = workplace.losses(), weights(workplace)
@@ -137,15 +135,14 @@ def test_a_signal_in_a_finaliser_before_the_merge(workplace: object) -> None:
 
 
 def test_a_second_signal_leaves_at_once(workplace: object, uninterrupted: object) -> None:
-    stopped = workplace.interrupt("twice", 6)
-    assert stopped.returncode == 130
+    workplace.interrupt("twice", 6, expect=130)
     assert not (workplace.path() / "checkpoints" / "checkpoint-6").exists()
     workplace.run("--resume")  # from checkpoint 4
     assert_same_run(workplace, uninterrupted)
 
 
 def test_kill_in_the_middle_of_a_save(workplace: object, uninterrupted: object) -> None:
-    assert workplace.interrupt("kill-save", 8).returncode == -9
+    workplace.interrupt("kill-save", 8, expect=-9)
     torn = workplace.path() / "checkpoints" / "checkpoint-8"
     assert torn.exists()
     assert not (torn / "COMPLETE").exists()
@@ -155,18 +152,17 @@ def test_kill_in_the_middle_of_a_save(workplace: object, uninterrupted: object) 
 
 
 def test_a_full_disk_says_so_and_resumes(workplace: object, uninterrupted: object) -> None:
-    stopped = workplace.interrupt("full-save", 8)
-    assert stopped.returncode == 1
-    assert "the disk is full; free some space" in stopped.stderr
-    assert f"fastlora run {workplace.recipe} --resume" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
+    said = workplace.interrupt("full-save", 8, expect=1)
+    assert "the disk is full; free some space" in said
+    assert f"fastlora run {workplace.recipe} --resume" in said
+    assert "Traceback" not in said
     assert "file write failed" in (workplace.path() / "report.html").read_text()
     workplace.run("--resume")
     assert_same_run(workplace, uninterrupted)
 
 
 def test_resume_refuses_another_recipe_or_other_data(workplace: object) -> None:
-    assert workplace.interrupt("SIGINT", 2).returncode == 130
+    workplace.interrupt("SIGINT", 2, expect=130)
     _, err = workplace.run("--resume", "--set", "train.lr=1e-3", "--set", "lora.rank=8", expect=1)
     assert "no unfinished run of this recipe" in err
     assert (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlora.export.process import merge_run
 from fastlora.rundir.store import RunDir
 
 
@@ -119,14 +120,12 @@ def test_nf4_on_a_cpu(workplace: object) -> None:
         "model.quantization=nf4",
         "--set",
         "lora.dropout=0.0",
-        "--set",
-        "output.merge=16bit",
     )
     losses = [value for _, which, value in workplace.losses() if which == "loss"]
     assert losses[-1] < 0.8 * losses[0]
     manifest = workplace.manifest()
     assert manifest["recipe"]["model"]["quantization"] == "nf4"
-    assert manifest["merge"]["carried"] == pytest.approx(1, abs=0.05)
+    assert merge_run(workplace.opened())["carried"] == pytest.approx(1, abs=0.05)
     from transformers import AutoModelForCausalLM
 
     merged = AutoModelForCausalLM.from_pretrained(workplace.path() / "merged")
@@ -161,7 +160,7 @@ def test_dry_run_shows_and_counts_and_trains_nothing(workplace: object) -> None:
 def test_the_embedded_default(workplace: object) -> None:
     """`fastlora run tiny`, at its full length: it learns what the base cannot do."""
     workplace.recipe = "tiny"
-    out, _ = workplace.run("--json", "--set", f"output.dir={workplace.folder}/runs")
+    out, _ = workplace.run("--json", "--set", f"output.dir={workplace.folder}/runs", new=True)
     manifest = json.loads(out)
     answers = manifest["answers"]
     assert answers["rows"] == answers["expected"] == 200

@@ -615,10 +615,9 @@ def test_the_saved_adapter_is_plain_pefts(llama: Callable[..., PeftModel], tmp_p
 
 
 def test_importing_the_package_is_cheap() -> None:
-    code = (
-        "import sys, fastlora_kernels; assert not {'torch', 'peft'} & set(sys.modules);"
-        "from fastlora_kernels import Attached, attach, detach, lora_linear; assert callable(lora_linear)"
-    )
+    code = "import sys, fastlora_kernels; assert not {'torch', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    for name in fastlora_kernels.__all__:
+        assert callable(getattr(fastlora_kernels, name))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = fastlora_kernels.nonsense

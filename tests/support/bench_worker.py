@@ -3,7 +3,7 @@
 gradient: one adapter tensor's gradient comes out 5 % too large. deep: one is wrong in a
 layer that the cut-down model has not. frozen: the optimizer does not step.
 tokens: the arm is fed other rows. oom: the third step runs out of memory. kill: the process dies.
-interrupt: the parent gets Ctrl-C while the arm runs.
+interrupt: the benchmark, whose process id is in BENCH, gets Ctrl-C while the arm runs.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def plant(fault: str | None) -> None:
     elif fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "interrupt":
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(int(os.environ["BENCH"]), signal.SIGINT)
         time.sleep(600)
 
 
-if __name__ == "__main__":
+def main() -> int:
     original = worker.arm
 
     def faulty(task: str) -> dict[str, Any]:
@@ -76,4 +76,8 @@ if __name__ == "__main__":
         return original(task)
 
     worker.KINDS["arm"] = faulty
-    sys.exit(worker.main())
+    return worker.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
