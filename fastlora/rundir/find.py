@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from fastlora.errors import RunDirError, UsageError
@@ -34,5 +35,5 @@ def find_run(name: str) -> RunDir:
     except RunDirError:
         raise RunDirError(
             f"{name}: no finished run in {parent.absolute()}; name the run's folder, or train first: "
-            f"fastlora run {name}"
+            f"{shlex.join(['fastlora', 'run', name])}"
         ) from None
