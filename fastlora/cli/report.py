@@ -23,5 +23,7 @@ def command(run: str, as_json: bool) -> None:
     try:
         page = write_report(find_run(run))
     except OSError as error:
-        raise RunDirError(f"{run}: the report cannot be written: {error}") from None
+        raise RunDirError(
+            f"{run}: the report cannot be written: {error.strerror or error}"
+        ) from None
     click.echo(json.dumps({"report": str(page)}) if as_json else f"report    {page}")
