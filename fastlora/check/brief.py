@@ -46,8 +46,8 @@ def _lines(report: Report) -> list[str]:
         else f"{len(rows.all):,} rows for exact repeats and leaks, a sample of {report.looked_at:,} for the rest"
     )
     lines = [f"check: {looked}: {len(report.refused):,} with errors"]
-    # What keeps the run from beginning at all it says itself.
-    told = [one for one in report.findings if not one.general]
+    # What keeps the run from beginning at all it says itself; what is cut has a line of its own.
+    told = [one for one in report.findings if not one.general and one.code != "truncated_answer"]
     for finding in told[:_SHOWN_FINDINGS]:
         first = f", first {rows.where(min(finding.rows))}"
         lines.append(

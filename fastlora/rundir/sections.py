@@ -63,21 +63,29 @@ def findings(check: Mapping[str, Any]) -> list[dict[str, Any]]:
     listed = []
     for one in check.get("findings") or []:
         rows = one.get("rows") or []
-        shown = [
-            " ".join(str(value) for value in row.values()) if isinstance(row, dict) else str(row)
-            for row in rows[:_SHOWN_ROWS]
-        ]
+        count = one.get("count", len(rows))
         listed.append(
             {
-                "name": str(one.get("kind") or one.get("name") or ""),
+                "name": str(one.get("kind") or ""),
                 "severity": str(one.get("severity") or ""),
                 "says": ". ".join(str(one[key]) for key in ("says", "detail") if one.get(key)),
-                "count": one.get("count", len(rows)),
-                "rows": ", ".join(shown),
+                "count": f"{count:,} row{'' if count == 1 else 's'}",
+                "rows": _places(rows[:_SHOWN_ROWS]) + (", ..." if count > _SHOWN_ROWS else ""),
                 "example": str(one.get("example") or ""),
             }
         )
     return listed
+
+
+def _places(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`mine.jsonl: line 3, 7; general.jsonl: line 1`."""
+    places = defaultdict(list)
+    for row in rows:
+        unit = "line" if "line" in row else "row"
+        places[Path(str(row.get("source"))).name, unit].append(str(row.get(unit)))
+    return "; ".join(
+        f"{source}: {unit} {', '.join(numbers)}" for (source, unit), numbers in places.items()
+    )
 
 
 def splits(data: Mapping[str, Any]) -> dict[str, Any]:
