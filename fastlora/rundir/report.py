@@ -46,7 +46,10 @@ def write_report(run: RunDir) -> Path:
         splits=sections.splits(data),
         sources=sections.sources(data.get("sources") or []),
         kernels=sections.kernels(latest.get("kernels") or []),
-        exports=sections.exports(manifest),
+        exports=[
+            (name, sections.gate(report), sections.beside_gate(report))
+            for name, report in sections.exports(manifest).items()
+        ],
         notes=latest.get("notes") or [],
         facts=list(sections.facts(manifest, latest)),
         settings=sections.settings(manifest.get("recipe") or {}),

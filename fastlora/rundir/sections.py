@@ -134,6 +134,30 @@ def exports(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+# What the gate measured, how it is said, and the key of what the base without its adapter would have measured.
+_GATE = (
+    ("logit_error", "logits differ by", "{:.2%}", "effect"),
+    ("kl", "KL, nats a token", "{:.2g}", "kl_forgotten"),
+    ("top1_agreement", "same likeliest token", "{:.2%}", "top1_forgotten"),
+    ("answers_same", "same answers", "{:,}", "answers_forgotten"),
+)
+_NOT_SHOWN = ("answer_tokens", *(key for key, _, _, bare in _GATE for key in (key, bare)))
+
+
+def gate(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each of an export's measures, beside what forgetting the adapter would have given."""
+    rows = [
+        [name, *(form.format(report[key]) if key in report else "" for key in (measured, bare))]
+        for measured, name, form, bare in _GATE
+        if measured in report
+    ]
+    return _aligned(["against the adapter", "export", "base alone"], rows)
+
+
+def beside_gate(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if key not in _NOT_SHOWN}
+
+
 def _aligned(columns: list[str], rows: list[list[str]]) -> dict[str, Any]:
     """As the page draws it: columns of nothing but figures go to the right."""
     right = [

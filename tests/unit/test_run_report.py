@@ -61,13 +61,15 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
         "train.lr a rate of 4e-3: it is outside 1e-4..3e-4. Set 2e-4",
         "supervised tokens 6,513 301", "name rows.jsonl format messages rows 1,200 bad rows 1", "It is taught.",
         "kernel fastlora layers 56 of q_proj 28, v_proj 28 kernel PEFT", "why no faster one dropout",
-        "logit error 0.00199", "model-q8_0.gguf", "NVIDIA H100", "79.2 GiB", "torch 2.11.0", "abc1234def",
+        "logits differ by 0.20% 102.00%", "dtype bfloat16", "same likeliest token 99.80%",
+        "model-q8_0.gguf", "NVIDIA H100", "79.2 GiB", "torch 2.11.0", "abc1234def",
     ):  # fmt: skip
         assert figure in text, figure
     assert '<span class="taught">It is taught.</span>' in page
     assert "<dt>train.lr</dt><dd>0.0002</dd>" in page
     assert "&#34;gpu&#34;: &#34;NVIDIA H100&#34;" in page  # the manifest itself
     assert "987654321" not in page
+    assert "70707" not in text
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing(tmp_path: Path) -> None:
