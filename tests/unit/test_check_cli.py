@@ -57,6 +57,7 @@ def test_the_report_and_the_document(place: Place) -> None:
     assert "        train.jsonl: line 3: as train.jsonl: line 1\n" in report
     assert "e.g. Who is it? -> It is the baker." in report
     assert " --write-clean clean.jsonl\n" in report
+    assert "a run would refuse these data: 2 rows that cannot be trained on" in report
     document = json.loads(place.check("--json").stdout)
     assert document["rows"] == {
         "all": 5,
