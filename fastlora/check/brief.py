@@ -32,7 +32,7 @@ def check_before_run(
         missed = [f"{gate.key}: {gate.says}" for gate in report.gates if not gate.met]
         raise GateError(
             "\n".join(["the data do not meet the recipe's [check]:", *missed])
-            + "\n`fastlora check` names the rows and, with --write-clean, writes the data without them"
+            + "\n`fastlora check` names the rows and, with --write-clean, writes the data without those that have an error"
         )
     return report.document(examples=False)
 
@@ -59,10 +59,7 @@ def _lines(report: Report) -> list[str]:
         )
     if report.tokens and report.tokens.lengths[0].rows_cut:
         lines.append(f"check: {_cut(report.tokens)}")
-    lines += [
-        f"check: gate {'met' if gate.met else 'not met'}: {gate.key}: {gate.says}"
-        for gate in report.gates
-    ]
+    lines += [f"check: gate met: {gate.key}: {gate.says}" for gate in report.gates if gate.met]
     return lines
 
 
