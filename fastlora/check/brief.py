@@ -32,7 +32,7 @@ def check_before_run(
         missed = [f"{gate.key}: {gate.says}" for gate in report.gates if not gate.met]
         raise GateError(
             "\n".join(["the data do not meet the recipe's [check]:", *missed])
-            + "\n`fastlora check` names the rows and, with --write-clean, writes the data without those that have an error"
+            + "\n`fastlora check` names the rows; with --write-clean it writes the data without those with an error"
         )
     return report.document(examples=False)
 
