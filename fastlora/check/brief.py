@@ -32,7 +32,7 @@ def check_before_run(
         missed = [f"{gate.key}: {gate.says}" for gate in report.gates if not gate.met]
         raise GateError(
             "\n".join(["the data do not meet the recipe's [check]:", *missed])
-            + "\n`fastlora check` names the rows and, with --write-clean, writes the data without them"
+            + "\n`fastlora check` names the rows; with --write-clean it writes the data without those with an error"
         )
     return report.document(examples=False)
 
@@ -46,8 +46,8 @@ def _lines(report: Report) -> list[str]:
         else f"{len(rows.all):,} rows for exact repeats and leaks, a sample of {report.looked_at:,} for the rest"
     )
     lines = [f"check: {looked}: {len(report.refused):,} with errors"]
-    # What keeps the run from beginning at all it says itself.
-    told = [one for one in report.findings if not one.general]
+    # What keeps the run from beginning at all it says itself; what is cut has a line of its own.
+    told = [one for one in report.findings if not one.general and one.code != "truncated_answer"]
     for finding in told[:_SHOWN_FINDINGS]:
         first = f", first {rows.where(min(finding.rows))}"
         lines.append(
@@ -59,16 +59,21 @@ def _lines(report: Report) -> list[str]:
         )
     if report.tokens and report.tokens.lengths[0].rows_cut:
         lines.append(f"check: {_cut(report.tokens)}")
-    lines += [
-        f"check: gate {'met' if gate.met else 'not met'}: {gate.key}: {gate.says}"
-        for gate in report.gates
-    ]
+    lines += [f"check: gate met: {gate.key}: {gate.says}" for gate in report.gates if gate.met]
     return lines
 
 
 def _cut(stats: TokenStats) -> str:
-    chosen = stats.lengths[0]
+    chosen, longer = stats.lengths[0], stats.lengths[1:]
+    # The shortest that saves nearly all that any does.
+    worth = next(
+        (one for one in longer if 10 * one.answer_tokens_lost <= chosen.answer_tokens_lost), None
+    )
+    saved = ""
+    if worth and chosen.answer_tokens_lost:
+        share = 1 - worth.answer_tokens_lost / chosen.answer_tokens_lost
+        saved = f"; model.seq_len_tokens = {worth.seq_len_tokens} saves {share:.0%} of them"
     return (
         f"{counted(chosen.rows_cut, 'row')} cut at {chosen.seq_len_tokens:,} tokens: {chosen.answer_tokens_lost:,} "
-        f"answer tokens lost ({stats.lost_answer_share:.1%})"
+        f"answer tokens lost ({stats.lost_answer_share:.1%}){saved}"
     )

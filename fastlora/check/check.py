@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastlora.check.drift import AnswerStats, find_drift
 from fastlora.check.duplicates import find_duplicates
-from fastlora.check.findings import Finding, Findings, as_document
+from fastlora.check.findings import Finding, Findings, as_document, counted
 from fastlora.check.gates import Gate, judge
 from fastlora.check.rows import HalfCharacter, Row, Rows, example_of, hold_out, read_rows
 from fastlora.check.text import text_findings
@@ -37,6 +37,8 @@ class Report:
     gates: list[Gate]
     refused: dict[int, list[str]]
     """Rows with an error, by place -> why."""
+    run_refuses: list[str]
+    """Why a run would not begin with these data; nothing where it would, whatever the rows teach."""
 
     @property
     def passed(self) -> bool:
@@ -74,6 +76,7 @@ class Report:
             "answers": asdict(self.answers),
             "tokens": asdict(self.tokens) if self.tokens else None,
             "gates": [asdict(gate) for gate in self.gates],
+            "run_refuses": self.run_refuses,
             "passed": self.passed,
         }
 
@@ -117,7 +120,20 @@ def check_data(
     answers = find_drift(rows, looked_at, findings)
     found = findings.sorted()
     gates = judge(recipe.check, found, tokens, len(rows.all))
-    return Report(rows, len(looked_at), found, answers, tokens, gates, findings.refused())
+    refuses = list(_run_refuses(recipe, rows, found))
+    return Report(rows, len(looked_at), found, answers, tokens, gates, findings.refused(), refuses)
+
+
+def _run_refuses(recipe: Recipe, rows: Rows, found: Sequence[Finding]) -> Iterator[str]:
+    for finding in found:
+        if finding.general and finding.kind.severity == "error":
+            yield finding.code
+    bad = sum(row.problem is not None for row in rows.all)
+    if bad and recipe.data.on_bad_row == "error":
+        yield (
+            f"{counted(bad, 'row')} that cannot be trained on: mend them, or leave them out with --write-clean or "
+            'data.on_bad_row = "skip"'
+        )
 
 
 def _kind_of(problem: BadRow) -> str:

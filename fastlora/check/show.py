@@ -37,6 +37,8 @@ def show(report: Report, console: Console) -> None:
         )
     if report.tokens:
         _show_lengths(report.tokens, console)
+    for why in report.run_refuses:
+        _say(console, f"a run would refuse these data: {why}", "bold red")
     for gate in report.gates:
         style = "green" if gate.met else "bold red"
         _say(console, f"gate {'met' if gate.met else 'not met'}: {gate.key}: {gate.says}", style)

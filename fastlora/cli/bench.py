@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from fastlora.cli.options import json_option
 from fastlora.errors import RunDirError, UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: float) -
     metavar="A.json B.json",
     help="Compare two reports instead: what changed by more than their spread.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def command(
     target: str | None,
     arms: str | None,

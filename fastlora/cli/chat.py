@@ -105,6 +105,10 @@ def _talk(conversation: Conversation, terminal: bool) -> None:
             if not terminal:
                 raise
             click.echo(f"{error}", err=True)
+        except KeyboardInterrupt:  # before the answer's first token, or behind its last
+            if not terminal:
+                raise
+            click.echo()
 
 
 def _ask(conversation: Conversation, line: str, who: list[Who], terminal: bool) -> None:
@@ -115,7 +119,7 @@ def _ask(conversation: Conversation, line: str, who: list[Who], terminal: bool) 
             click.echo()
         heard.append(one)
         if len(who) > 1:
-            click.echo(click.style(f"{one}: ", dim=True), nl=False, err=not terminal)
+            click.echo(click.style(f"{one}: ", dim=True), nl=not terminal, err=not terminal)
         return lambda text: click.echo(text.encode("utf-8", "replace").decode(), nl=False)
 
     answer, whole = conversation.ask(line, who, write)

@@ -4,11 +4,13 @@ import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastlora.cli.options import json_option, settings_option
 from fastlora.errors import EngineError
 from fastlora.recipe import library
 
@@ -18,13 +20,7 @@ if TYPE_CHECKING:
 
 @click.command("check")
 @click.argument("recipe")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a key, e.g. --set check.near_similarity=0.9.",
-)
+@settings_option("check.near_similarity=0.9")
 @click.option(
     "--write-clean",
     "clean",
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
     metavar="PATH",
     help="Write the rows without an error to PATH (.jsonl), and the others, each with why, to PATH.removed.jsonl.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def command(recipe: str, settings: tuple[str, ...], clean: Path | None, as_json: bool) -> None:
     """Say what is wrong with the data of RECIPE, a bundled name or a .toml file, before anything is trained.
 
@@ -45,7 +41,7 @@ def command(recipe: str, settings: tuple[str, ...], clean: Path | None, as_json:
         document = {"recipe": recipe, **report.document(), "clean": written}
         click.echo(json.dumps(document))
     else:
-        _print(report, recipe, written)
+        _print(report, recipe, settings, written)
     if not report.passed:
         sys.exit(3)
 
@@ -71,16 +67,27 @@ def _check(
     return report, write_clean(report, clean, files, recipe) if clean else None
 
 
-def _print(report: Report, name: str, written: dict[str, Any] | None) -> None:
+def _print(
+    report: Report, name: str, settings: tuple[str, ...], written: dict[str, Any] | None
+) -> None:
     from rich.console import Console
 
     from fastlora.check.show import show
 
     show(report, Console())
+    if report.refused and not written:
+        clean = _typed("check", name, settings)
+        click.echo(f"\nfor the rows without an error:\n  {clean} --write-clean clean.jsonl")
     if written:
         click.echo(
             f"\n{written['rows_kept']:,} rows written to {', '.join(written['files'])}\n"
             f"{written['rows_removed']:,} rows removed, with the reasons: {written['removed']}"
         )
-        typed = [part for setting in written["settings"] for part in ("--set", setting)]
-        click.echo(f"train on them with:\n  {shlex.join(['fastlora', 'run', name, *typed])}")
+        given = {setting.partition("=")[0] for setting in written["settings"]}
+        kept = [one for one in settings if one.partition("=")[0].strip() not in given]
+        click.echo(f"train on them with:\n  {_typed('run', name, [*kept, *written['settings']])}")
+
+
+def _typed(command: str, name: str, settings: Sequence[str]) -> str:
+    parts = [part for setting in settings for part in ("--set", setting)]
+    return shlex.join(["fastlora", command, name, *parts])

@@ -5,11 +5,13 @@ import sys
 
 import click
 
+from fastlora.cli.options import json_option
+
 _COLOURS = {"ok": "green", "warn": "yellow", "wrong": "red"}
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def command(as_json: bool) -> None:
     """Check this machine: versions, GPU, a kernel, folders, and the models in the cache.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fastlora.cli.options import json_option
 from fastlora.errors import UsageError
 
 QUANTS = ("f16", "bf16", "q8_0", "q4_k_m")
@@ -26,7 +27,7 @@ QUANTS = ("f16", "bf16", "q8_0", "q4_k_m")
     type=click.Choice(QUANTS),
     help="Type of the weights [default: q8_0; 16bit: the base's own].",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def command(run: str, kind: str, quant: str | None, as_json: bool) -> None:
     """Write the adapter of RUN, with its base, in a format for others. RUN is a run's folder, such as runs/tiny/1, or
     a recipe, for its newest finished run.
@@ -50,7 +51,7 @@ def export(run: str, kind: str, quant: str | None, as_json: bool) -> None:
     except Interrupted as stopped:
         sys.exit(stopped.exit_code)
     if as_json:
-        click.echo(json.dumps(report))
+        click.echo(json.dumps({"path": str(path), **report}))
         return
     click.echo(f"{'merged' if kind == '16bit' else 'gguf':<9} {path} ({agreement(report)})")
     for note in report.get("notes", []):

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import click
 
+from fastlora.cli.options import json_option
+
 
 @click.command("merge")
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def command(run: str, as_json: bool) -> None:
     """Merge the adapter of RUN into 16-bit weights. RUN is a run's folder, such as runs/tiny/1, or a recipe, for its
     newest finished run.

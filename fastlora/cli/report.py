@@ -4,12 +4,13 @@ import json
 
 import click
 
+from fastlora.cli.options import json_option
 from fastlora.errors import RunDirError
 
 
 @click.command("report")
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def command(run: str, as_json: bool) -> None:
     """Write report.html in the folder of RUN from what it holds now. RUN is a run's folder, such as runs/tiny/1, or a
     recipe, for its newest finished run.
@@ -22,5 +23,7 @@ def command(run: str, as_json: bool) -> None:
     try:
         page = write_report(find_run(run))
     except OSError as error:
-        raise RunDirError(f"{run}: the report cannot be written: {error}") from None
+        raise RunDirError(
+            f"{run}: the report cannot be written: {error.strerror or error}"
+        ) from None
     click.echo(json.dumps({"report": str(page)}) if as_json else f"report    {page}")

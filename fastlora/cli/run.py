@@ -9,19 +9,14 @@ from typing import Any
 import click
 
 from fastlora.cli.export import agreement
+from fastlora.cli.options import json_option, settings_option
 from fastlora.errors import UsageError
 from fastlora.recipe import library
 
 
 @click.command("run")
 @click.argument("recipe")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a key, e.g. --set lora.rank=32.",
-)
+@settings_option("lora.rank=32")
 @click.option("--resume", is_flag=True, help="Go on with the newest unfinished run of this recipe.")
 @click.option(
     "--dry-run",
@@ -33,7 +28,7 @@ from fastlora.recipe import library
     is_flag=True,
     help="Fill what the recipe leaves open by rules on its data; every value and reason is recorded.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def command(
     recipe: str,
     settings: tuple[str, ...],

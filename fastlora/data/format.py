@@ -99,6 +99,8 @@ def to_example(row: dict[str, Any], data_format: DataFormat, *, templated: bool)
         case "prompt_completion":
             if isinstance(row["prompt"], str):
                 return _pair(_text(row, "prompt"), _text(row, "completion"), system, templated)
+            if not isinstance(row["prompt"], list):
+                raise BadRow("prompt is neither a string nor a list of messages")
             prompt_turns = [{**turn, "weight": 0} for turn in _messages(row, "prompt")]
             turns = prompt_turns + _messages(row, "completion")
         case "messages":

@@ -288,7 +288,8 @@ def _examples(
             "\n".join(
                 [
                     *dict.fromkeys(refused),
-                    'Mend the rows, or set data.on_bad_row = "skip" to leave them out.',
+                    'Mend the rows, or set data.on_bad_row = "skip" to leave them out; `fastlora check` with '
+                    "--write-clean keeps what it leaves out in a file, with the reasons.",
                 ]
             )
         )

@@ -187,6 +187,18 @@ def not_loadable(name: str, error: Exception) -> str:
             else f"download it (hf download {name} --force-download)"
         )
         return f"model.name: a weight file of {name} is damaged or incomplete ({reason}); {again} again"
+    if Path(name).is_dir():
+        if isinstance(error, ValueError) and "backend tokenizer" in reason:
+            reason = "no tokenizer.json or other vocabulary is in it"
+        return (
+            f"model.name: the folder {name} cannot be loaded ({reason}). Copy or download all of the model's files: "
+            "config.json, tokenizer and weights"
+        )
+    if Path(name).is_absolute():
+        return (
+            f"model.name: {name} cannot be loaded (no such folder). Check the spelling; paths in a recipe are taken "
+            "from its own folder, those in --set from here"
+        )
     return (
         f"model.name: {name} cannot be loaded ({reason}). Check the spelling of the Hub id or the path; a gated "
         "model needs `hf auth login`; without internet, download it first and give the folder's path."

@@ -35,7 +35,7 @@ def gguf_run(run: RunDir, quant: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from fastlora.export.gguf_read import GgufModel
-    from fastlora.export.gguf_write import entries, total_bytes, write_gguf
+    from fastlora.export.gguf_write import entries, larger_types, total_bytes, write_gguf
     from fastlora.export.merge import check_room
     from fastlora.export.modelfile import modelfile
     from fastlora.export.parity import LIMITS, problems, streamed
@@ -65,8 +65,9 @@ def gguf_run(run: RunDir, quant: str) -> dict[str, Any]:
             modelfile(path.name, tokenizer, stop_texts, context), encoding="utf-8"
         )
     types = Counter(entry.type.name for entry in made)
+    larger = larger_types(made, quant, config.num_hidden_layers)
     return {
-        "file": path.name, "quant": quant, "types": dict(types), **report, **notes_of(plan),
+        "file": path.name, "quant": quant, "types": dict(types), **report, **notes_of(plan, larger),
         "peak_rss_gib": peak_rss_gib(),
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ reordering that llama.cpp wants (rows of q and k where its rotation takes neighb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +90,31 @@ def _place(entry: Entry) -> tuple[int, str]:
     )
 
 
+def _wanted(name: str, quant: str, layers: int) -> GGMLQuantizationType:
+    from gguf import GGMLQuantizationType
+
+    return q4_k_m_type(name, layers) if quant == "q4_k_m" else GGMLQuantizationType[quant.upper()]
+
+
+def larger_types(made: Sequence[Entry], quant: str, layers: int) -> str:
+    """What to tell of matrices that are not of the type that was asked for; nothing where there are none."""
+    matrices = [entry for entry in made if len(entry.shape) > 1]
+    others = [entry for entry in matrices if entry.type != _wanted(entry.name, quant, layers)]
+    if not others:
+        return ""
+    widths = ", ".join(map(str, sorted({entry.shape[-1] for entry in others})))
+    return (
+        f"{len(others)} of {len(matrices)} matrices are {' and '.join(sorted({one.type.name for one in others}))}: "
+        f"rows of {widths} weights hold no whole number of {quant}'s blocks. The file is larger than one of {quant}"
+    )
+
+
 def _type(name: str, shape: tuple[int, ...], quant: str, layers: int) -> GGMLQuantizationType:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if len(shape) < 2:
         return GGMLQuantizationType.F32  # norms and biases: llama.cpp adds them to float32
-    wanted = q4_k_m_type(name, layers) if quant == "q4_k_m" else GGMLQuantizationType[quant.upper()]
+    wanted = _wanted(name, quant, layers)
     if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0:
         return wanted
     # Rows that hold no whole number of blocks.

@@ -129,6 +129,6 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + 2**20:
         raise RunDirError(
-            f"{folder.parent}: the export needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} free; "
+            f"{folder.parent}: the export needs {needed / 2**30:.2g} GiB and the disk has {free / 2**30:.2g} free; "
             "free some space"
         )

@@ -152,15 +152,15 @@ def open_plan(run: RunDir) -> Plan:
     return Plan(folder, run.adapter, model["trust_remote_code"])
 
 
-def notes_of(plan: Plan) -> dict[str, Any]:
-    if not plan.checkpoint.is_quantized:
-        return {}
-    return {
-        "notes": [
+def notes_of(plan: Plan, *others: str) -> dict[str, Any]:
+    """The entry of a report that holds what its reader is to be told, if there is anything."""
+    notes = [note for note in others if note]
+    if plan.checkpoint.is_quantized:
+        notes.append(
             f"{plan.base} is quantized on disk: its weights were dequantized, and carry that quantization's error "
             "into the export; name the 16-bit original as model.name to avoid it"
-        ]
-    }
+        )
+    return {"notes": notes} if notes else {}
 
 
 def reference_of(run: RunDir, plan: Plan) -> Reference:

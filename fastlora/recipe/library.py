@@ -64,6 +64,11 @@ def find(name: str) -> Path:
             else ""
         )
         raise UsageError(f"{name}: no such file{hint}")
+    if path.exists():
+        raise UsageError(
+            f"{name}: not a recipe, which is a .toml file. Data are named in one: fastlora recipes llama31 > mine.toml "
+            "gives one to change"
+        )
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise UsageError(f"{name}: no bundled recipe of that name{hint} Known: {', '.join(known)}")

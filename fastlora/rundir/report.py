@@ -46,7 +46,10 @@ def write_report(run: RunDir) -> Path:
         splits=sections.splits(data),
         sources=sections.sources(data.get("sources") or []),
         kernels=sections.kernels(latest.get("kernels") or []),
-        exports=sections.exports(manifest),
+        exports=[
+            (name, sections.gate(report), sections.beside_gate(report))
+            for name, report in sections.exports(manifest).items()
+        ],
         notes=latest.get("notes") or [],
         facts=list(sections.facts(manifest, latest)),
         settings=sections.settings(manifest.get("recipe") or {}),
@@ -89,9 +92,8 @@ def _headline(manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
     answers = manifest.get("answers") or {}
     for metric, *values in sections.scores(answers)["rows"]:
         if len(values) == 2 and all(values):
-            said.append(
-                f"{metric} {values[0]} to {values[1]} of {answers.get('rows', 0):,} answers"
-            )
+            of = answers.get("rows" if metric == "json valid" else "expected", 0)
+            said.append(f"{metric} {values[0]} to {values[1]} of {of:,} answers")
     sentence = "; ".join(said) or "no step was logged"
     return sentence[0].upper() + sentence[1:]
 

@@ -63,21 +63,29 @@ def findings(check: Mapping[str, Any]) -> list[dict[str, Any]]:
     listed = []
     for one in check.get("findings") or []:
         rows = one.get("rows") or []
-        shown = [
-            " ".join(str(value) for value in row.values()) if isinstance(row, dict) else str(row)
-            for row in rows[:_SHOWN_ROWS]
-        ]
+        count = one.get("count", len(rows))
         listed.append(
             {
-                "name": str(one.get("kind") or one.get("name") or ""),
+                "name": str(one.get("kind") or ""),
                 "severity": str(one.get("severity") or ""),
                 "says": ". ".join(str(one[key]) for key in ("says", "detail") if one.get(key)),
-                "count": one.get("count", len(rows)),
-                "rows": ", ".join(shown),
+                "count": f"{count:,} row{'' if count == 1 else 's'}",
+                "rows": _places(rows[:_SHOWN_ROWS]) + (", ..." if count > _SHOWN_ROWS else ""),
                 "example": str(one.get("example") or ""),
             }
         )
     return listed
+
+
+def _places(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`mine.jsonl: line 3, 7; general.jsonl: line 1`."""
+    places = defaultdict(list)
+    for row in rows:
+        unit = "line" if "line" in row else "row"
+        places[Path(str(row.get("source"))).name, unit].append(str(row.get(unit)))
+    return "; ".join(
+        f"{source}: {unit} {', '.join(numbers)}" for (source, unit), numbers in places.items()
+    )
 
 
 def splits(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +132,30 @@ def exports(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return merged | {
         f"gguf-{quant}": report for quant, report in (manifest.get("export") or {}).items()
     }
+
+
+# What the gate measured, how it is said, and the key of what the base without its adapter would have measured.
+_GATE = (
+    ("logit_error", "logits differ by", "{:.2%}", "effect"),
+    ("kl", "KL, nats a token", "{:.2g}", "kl_forgotten"),
+    ("top1_agreement", "same likeliest token", "{:.2%}", "top1_forgotten"),
+    ("answers_same", "same answers", "{:,}", "answers_forgotten"),
+)
+_NOT_SHOWN = ("answer_tokens", *(key for key, _, _, bare in _GATE for key in (key, bare)))
+
+
+def gate(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each of an export's measures, beside what forgetting the adapter would have given."""
+    rows = [
+        [name, *(form.format(report[key]) if key in report else "" for key in (measured, bare))]
+        for measured, name, form, bare in _GATE
+        if measured in report
+    ]
+    return _aligned(["against the adapter", "export", "base alone"], rows)
+
+
+def beside_gate(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if key not in _NOT_SHOWN}
 
 
 def _aligned(columns: list[str], rows: list[list[str]]) -> dict[str, Any]:

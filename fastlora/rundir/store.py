@@ -291,18 +291,28 @@ class RunDir:
             self._lock = None
 
     def require_adapter(self) -> None:
-        """Raises RunDirError: the run has not come to its adapter, or the adapter is gone."""
+        """Raises RunDirError: the run has not come to its adapter, or the adapter is gone or damaged."""
         way_on = self.manifest.get("resume_command")
         if "result" not in self.manifest:
             raise RunDirError(
                 f"{self.path}: holds no adapter; the run has not finished"
                 + (f"; go on with:\n  {way_on}" if way_on else "")
             )
-        if not (self.adapter / "adapter_model.safetensors").exists():
+        from safetensors import SafetensorError, safe_open
+
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (self.adapter / name).exists():
+                raise RunDirError(
+                    f"{self.path}: its adapter is gone: no {self.adapter / name}; put it back, or train again"
+                )
+        try:
+            json.loads((self.adapter / "adapter_config.json").read_bytes())
+            with safe_open(self.adapter / "adapter_model.safetensors", framework="np"):
+                pass
+        except (OSError, ValueError, SafetensorError) as error:
             raise RunDirError(
-                f"{self.path}: its adapter is gone: no {self.adapter / 'adapter_model.safetensors'}; put it back, or "
-                "train again"
-            )
+                f"{self.path}: its adapter is damaged ({error}); put {self.adapter} back from a copy, or train again"
+            ) from None
 
     def update(self, **entries: Any) -> None:
         """Set manifest entries and write it."""

@@ -129,4 +129,4 @@ def _save(job: Job, rows: Sequence[Row], *times: str) -> None:
         scores = ", ".join(
             f"{metric} {shown_score(metric, value)}" for metric, value in last.items()
         )
-        job.notes.say(f"answers {times[-1]} training: {scores} of {len(whole)} prompts")
+        job.notes.say(f"answers {times[-1]} training to {len(whole)} prompts: {scores}")

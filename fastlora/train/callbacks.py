@@ -136,7 +136,7 @@ class Metrics(TrainerCallback):
         if "eval_loss" in entry:
             sources = show(entry.get("eval_loss_by_source", {}))
             line = f"step {entry['step']}: held-out loss {entry['eval_loss']:.4f}{sources}"
-            self.console.print(line, markup=False, emoji=False)
+            self.console.print(line, markup=False, emoji=False, soft_wrap=True)
             return
         note = f"loss {entry['loss']:.4f}  {entry['tokens_per_s']:,.0f} tok/s"
         if "peak_reserved_gib" in entry:

@@ -188,7 +188,10 @@ def _go_through(job: Job, on_trained: OnTrained | None) -> None:
         job.run.update(merge=export_in_new_process(job.run, "16bit"))
     for quant in output.export:
         job.notes.say(f"exporting to GGUF, {quant}")
-        job.run.record_export(quant, export_in_new_process(job.run, "gguf", quant))
+        report = export_in_new_process(job.run, "gguf", quant)
+        job.run.record_export(quant, report)
+        for note in report.get("notes", []):
+            job.notes(f"{quant}: {note}")
     job.signals.raise_pending()  # in case another finaliser swallowed it
     job.run.update(status="finished", ended=_now())
 

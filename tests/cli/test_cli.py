@@ -88,6 +88,9 @@ def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
         assert line in bad.output
     assert "Traceback" not in bad.output
     assert runner.invoke(cli, ["run"]).exit_code == 2
+    data = tmp_path / "rows.jsonl"
+    data.touch()
+    assert "not a recipe, which is a .toml file" in runner.invoke(cli, ["run", str(data)]).output
     mistyped = runner.invoke(cli, ["rnu"])
     assert (mistyped.exit_code, "Did you mean 'run'?" in mistyped.output) == (2, True)
     for arguments in (["merge"], ["export", "--format", "gguf"], ["report"], ["chat"]):

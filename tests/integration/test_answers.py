@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+from fastlora.cli import chat as chat_command
 from fastlora.cli.main import cli
 from fastlora.cli.run import _print_result
 from fastlora.errors import DataError
@@ -281,6 +282,23 @@ def test_ctrl_c_ends_the_answer_alone(tuned: Tuned) -> None:
         object.__setattr__(tuned.model, "generate", original)
     assert (answer_text, whole, pieces) == ("ab\n", False, ["ab\n"])
     assert talk.messages[-1] == {"role": "assistant", "content": "ab\n"}
+
+
+def test_ctrl_c_beside_an_answer_ends_a_talk_in_a_pipe_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stopped:
+        def ask(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    def talk(terminal: bool) -> None:
+        lines = iter(["Hi", None])
+        monkeypatch.setattr(chat_command, "_line", lambda *_: next(lines))
+        chat_command._talk(Stopped(), terminal)  # type: ignore[arg-type]
+
+    talk(terminal=True)
+    with pytest.raises(KeyboardInterrupt):
+        talk(terminal=False)
 
 
 @pytest.mark.parametrize("command", [["chat"], ["generate", "--prompts", "x.jsonl"]])

@@ -56,6 +56,8 @@ def test_the_report_and_the_document(place: Place) -> None:
     assert report.index("duplicate_pair") < report.index("email")
     assert "        train.jsonl: line 3: as train.jsonl: line 1\n" in report
     assert "e.g. Who is it? -> It is the baker." in report
+    assert " --write-clean clean.jsonl\n" in report
+    assert "a run would refuse these data: 2 rows that cannot be trained on" in report
     document = json.loads(place.check("--json").stdout)
     assert document["rows"] == {
         "all": 5,
@@ -95,6 +97,20 @@ def test_a_gate_on_lost_answer_tokens(place: Place) -> None:
     assert done.exit_code == 3
     assert "gate not met: check.max_lost_answer_tokens_share = 0.5: 51.22%" in done.stdout
     assert "seq_len_tokens  rows cut" in done.stdout
+
+
+def test_a_run_is_told_which_length_saves_the_answers(place: Place) -> None:
+    path = place.write([planted.chat("q", "x" * 40)])
+    said: list[str] = []
+    for limit in (25, 8):
+        recipe = load_recipe(path, [f"model.seq_len_tokens={limit}"])
+        check_before_run(recipe, load_tokenizer(recipe.model), said.append)
+    cut = [line for line in said if " tokens lost " in line]
+    assert cut[0].endswith(
+        "21 answer tokens lost (51.2%); model.seq_len_tokens = 50 saves 100% of them"
+    )
+    assert len(cut) == 2
+    assert "saves" not in cut[1]  # four times as many are still too few
 
 
 def test_a_mistaken_gate_is_a_mistake_of_the_recipe(place: Place) -> None:
@@ -164,6 +180,15 @@ def test_clean_files_go_round(place: Place) -> None:
     assert {one["severity"] for one in after["findings"]} <= {"warning"}
     assert after["rows"]["all"] == document["rows_kept"]
     assert (place.folder / "train.jsonl").read_bytes().splitlines() == rows.train
+
+
+def test_the_next_command_keeps_what_was_set(place: Place) -> None:
+    place.write([GOOD, BLANK])
+    clean = str(place.folder / "clean.jsonl")
+    given = ["--set", "data.eval_split=0", "--set", "model.seq_len_tokens=99"]
+    done = place.check(*given, "--write-clean", clean)
+    typed = done.stdout.splitlines()[-1]
+    assert " --set model.seq_len_tokens=99 --set 'data.sources=[" in typed
 
 
 def test_of_duplicates_the_first_stays_and_held_out_rows_go_apart(place: Place) -> None:

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from fastlora.errors import EngineError
 from fastlora.export.forward import Row, logits_of, streaming
 from fastlora.export.gguf_read import GgufModel
-from fastlora.export.gguf_write import write_gguf
+from fastlora.export.gguf_write import entries, larger_types, write_gguf
 from fastlora.export.k_quants import q4_k, q4_k_m_type, q6_k
 from fastlora.export.modelfile import modelfile, ollama_template
 from fastlora.export.parity import LIMITS, Reference, problems, streamed
@@ -68,6 +68,15 @@ def test_a_file_is_the_model_with_its_adapter(family: str, tmp_path: Path) -> No
     assert ("output.weight" in names) == (not config.get("tie_word_embeddings", False))
     assert ("rope_freqs.weight" in names) == ("llama3" in family)
     assert ("blk.1.attn_q.bias" in names) == ("qwen2" in family or "biases" in family)
+
+
+def test_rows_too_short_for_a_type_are_said_to_be_of_another(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    plan = Plan(base, save_adapter(base, tmp_path / "adapter"))
+    assert larger_types(entries(plan, "q8_0"), "q8_0", 1) == ""
+    said = larger_types(entries(plan, "q4_k_m"), "q4_k_m", 1)
+    assert "matrices are Q8_0: rows of " in said
+    assert "hold no whole number of q4_k_m's blocks" in said
 
 
 @pytest.mark.parametrize("quant", ["bf16", "q8_0", "q4_k_m"])

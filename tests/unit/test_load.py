@@ -13,8 +13,9 @@ import pytest
 
 from fastlora.data.format import BadRow, Chat, Plain, detect_format, to_example
 from fastlora.data.load import FILE_TYPES, load_table
-from fastlora.errors import DataError
-from fastlora.recipe.schema import SourceSection
+from fastlora.engines.base import load_tokenizer
+from fastlora.errors import DataError, EngineError
+from fastlora.recipe.schema import ModelSection, SourceSection
 
 TURNS = [
     {"role": "user", "content": "Hi"},
@@ -280,3 +281,13 @@ def test_a_system_field_leads_the_prompt_where_there_is_no_template(name: Any) -
 def test_a_blank_input_is_none() -> None:
     row = {"instruction": "Say hello.", "input": " \n", "output": "Hello"}
     assert to_example(row, "alpaca", templated=False) == Plain("Hello", "Say hello.")
+
+
+def test_a_model_that_is_half_there_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"gone cannot be loaded \(no such folder\)"):
+        load_tokenizer(ModelSection(name=str(tmp_path / "gone")))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        EngineError, match=r"\(no tokenizer.json or other vocabulary is in it\). Copy"
+    ):
+        load_tokenizer(ModelSection(name=str(tmp_path)))

@@ -56,18 +56,20 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
         "Loss (nats", "held out", "Held-out loss by source", "cipher", "$general$", "Learning rate",
         "Speed (tokens/s)", "Peak GPU memory (GiB)", "allocated",
         "Say it.", "before " + HOSTILE, "after It.", "expected It.", "As messages",
-        "chrf 12.2 88.5", "rouge l 40.0%", "chrf 12.2 to 88.5 of 20 answers",
-        "near_duplicate warn 2 rows: nearly the same as another row", "rows.jsonl 77 train",
+        "chrf 12.2 88.5", "rouge l 40.0%", "chrf 12.2 to 88.5 of 18 answers",
+        "near_duplicate warn 2 rows: nearly the same as another row", "rows.jsonl: line 77",
         "train.lr a rate of 4e-3: it is outside 1e-4..3e-4. Set 2e-4",
         "supervised tokens 6,513 301", "name rows.jsonl format messages rows 1,200 bad rows 1", "It is taught.",
         "kernel fastlora layers 56 of q_proj 28, v_proj 28 kernel PEFT", "why no faster one dropout",
-        "logit error 0.00199", "model-q8_0.gguf", "NVIDIA H100", "79.2 GiB", "torch 2.11.0", "abc1234def",
+        "logits differ by 0.20% 102.00%", "dtype bfloat16", "same likeliest token 99.80%",
+        "model-q8_0.gguf", "NVIDIA H100", "79.2 GiB", "torch 2.11.0", "abc1234def",
     ):  # fmt: skip
         assert figure in text, figure
     assert '<span class="taught">It is taught.</span>' in page
     assert "<dt>train.lr</dt><dd>0.0002</dd>" in page
     assert "&#34;gpu&#34;: &#34;NVIDIA H100&#34;" in page  # the manifest itself
     assert "987654321" not in page
+    assert "70707" not in text
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing(tmp_path: Path) -> None:

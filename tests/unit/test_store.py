@@ -83,6 +83,11 @@ def test_a_run_that_cannot_be_locked_or_has_no_adapter_says_why(tmp_path: Path) 
     run.update(result={})
     with pytest.raises(RunDirError, match="its adapter is gone"):
         run.require_adapter()
+    run.adapter.mkdir()
+    (run.adapter / "adapter_config.json").write_text("{}")
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(RunDirError, match=r"its adapter is damaged .*put .*/adapter back"):
+        run.require_adapter()
     (run.path / ".lock").unlink()
     (run.path / ".lock").mkdir()  # root is refused this too
     with pytest.raises(RunDirError, match="cannot be written"):
