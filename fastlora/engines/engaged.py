@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from fastlora.engines.base import Announce, Engine, resolve_dtype
-from fastlora.engines.unsloth import fused_layers, why_not_fused, without_fused_lora
+from fastlora.engines.unsloth import fused_layers, group_qkv, why_not_fused, without_fused_lora
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 
@@ -89,6 +89,8 @@ def engage(model: PeftModel, engine: str, plan: Plan) -> list[Engaged]:
         without_fused_lora(model)
     # What unsloth fuses is attached to as well: there ours run whenever its kernels decline a call.
     left = attach(model).by_layer if plan.ours else dict.fromkeys(names, plan.why_not_ours)
+    if plan.ours and engine == "unsloth":
+        group_qkv(model)
     fused = fused_layers(model)
     counts: Counter[tuple[str, Kernel, str]] = Counter()
     for name in names:

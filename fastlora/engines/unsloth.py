@@ -149,6 +149,19 @@ def fused_layers(model: PeftModel) -> set[str]:
     }
 
 
+def group_qkv(model: PeftModel) -> None:
+    """Where unsloth calls q, k and v one by one, let ours take them together: inside its compiled blocks they cannot
+    see by themselves that they share an x."""
+    from fastlora_kernels.layers.group import outputs_of
+
+    def apply_qkv(attention: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        return outputs_of((attention.q_proj, attention.k_proj, attention.v_proj), x)
+
+    for module in model.modules():
+        if _function_name(vars(module).get("apply_qkv")) == "original_apply_qkv":
+            module.apply_qkv = apply_qkv
+
+
 # (attribute of the instance, how the name of unsloth's function for it begins, LoRA layers that it runs).
 _INSTALLED = (
     ("apply_qkv", "apply_lora_qkv", ("q_proj", "k_proj", "v_proj")),

@@ -72,8 +72,9 @@ def attach(model: nn.Module) -> Attached:
     hooks, dtypes. Outside autocast, base, adapter and x must be of one dtype: there PEFT computes a float32 adapter in
     float32, and in x's bfloat16 dA and dB would be off by 0.2 %. Dropout draws other masks than PEFT's from the same
     seed. Layers that share an x run together (layers/group.py), and the gated activation of an MLP is fused
-    (layers/mlp.py). Where torch.compile traces a layer, ours are ops in its graph (ops/registered.py), each layer
-    alone; one with dropout in training or an 8-bit base stands outside the graph. The loss of a language model and an
+    (layers/mlp.py). Where torch.compile traces a layer, ours are ops in its graph (ops/registered.py), q, k and v each
+    alone unless their caller takes them together (`layers.group.outputs_of`); a layer with dropout in training or an
+    8-bit base stands outside the graph. The loss of a language model and an
     adapter on its output layer are `attach_head`'s (layers/head.py).
 
     A reason in the report that can pass (a disabled adapter) holds for now and for training. May be called again, for

@@ -16,7 +16,9 @@ import torch
 import torch._dynamo
 from bitsandbytes.nn import Params4bit
 from fastlora_kernels import attach
+from fastlora_kernels.layers.group import outputs_of
 from fastlora_kernels.ops import registered
+from fastlora_kernels.ops.lora_linear import Projection, lora_linears
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -109,6 +111,37 @@ def test_one_graph_for_all_layers(
     assert_same(found, gradients)
 
 
+def test_layers_at_hand_together_are_one_op(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gate and up, whose MLP is ours, and q, k and v where their caller takes them together."""
+    model = tiny(tiny_model, nf4=False)
+    assert attach(model).left == {}
+    loss, gradients = step(model)
+    forwards: list[int] = []
+    original = registered.lora_linears
+
+    def counted(x: torch.Tensor, projections: Any) -> Any:
+        forwards.append(len(projections))
+        return original(x, projections)
+
+    monkeypatch.setattr(registered, "lora_linears", counted)
+    compile_layers(monkeypatch)
+    again, found = step(model)
+    assert sorted(set(forwards)) == [1, 2]  # q, k, v and o alone; gate and up
+    assert again == pytest.approx(loss, rel=TOLERANCE)
+    assert_same(found, gradients)
+
+    attention = model.base_model.model.model.layers[0].self_attn
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    x = torch.randn(2, 5, layers[0].in_features, device=DEVICE)
+    expected = [layer(x) for layer in layers]
+    forwards.clear()
+    together = torch.compile(lambda x: outputs_of(layers, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(together(x), expected)
+    assert forwards == [3]
+
+
 def test_other_lengths_and_autocast(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that torch.compile then takes as symbols; a base and adapters that autocast casts, gradients not."""
     model = tiny(tiny_model, nf4=False)
@@ -199,17 +232,38 @@ def without_gradient(*args: Any) -> tuple[Any, ...]:
     return tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in args)
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("biased", [False, True])
-def test_lora_linear_is_an_op(kind: str, biased: bool) -> None:
-    x, a, b = random(2, 5, 64), random(4, 64), random(16, 4)
-    bias, beta = (torch.randn(16, device=DEVICE), random(16)) if biased else (None, None)
-    weight = frozen(kind)
-    (y,) = checked(OPS.lora_linear, x, *weight, bias, a, b, beta, 2.0)
-    given = without_gradient(x, *weight, a, b, beta)
-    for wants in ([True, True, True, biased], [False, False, True, False]):
+def test_lora_linears_are_an_op() -> None:
+    """On three bases, with and without biases, with two scalings; by themselves and against what runs in eager."""
+    x, g = random(2, 5, 64), [torch.randn(2, 5, 16, device=DEVICE) for _ in WEIGHTS]
+    parts = [frozen(kind) for kind in WEIGHTS]
+    tensors = [tensor for some, _ in parts for tensor in some]
+    layouts = []  # whether there is a bias and a beta, how many tensors and numbers, numbers
+    for n, (some, layout) in enumerate(parts):
+        layouts += [n == 0, n == 1, len(some), len(layout), *layout]
+    matrices = [matrix for _ in WEIGHTS for matrix in (random(4, 64), random(16, 4))]
+    biases = [torch.randn(16, device=DEVICE), None, None]
+    betas, scalings = [None, random(16), None], [2.0, 0.5, 2.0]
+    torch.library.opcheck(
+        OPS.lora_linears.default,
+        (x, tensors, layouts, biases[:1], matrices, betas[1:2], scalings),
+    )
+    given = zip(parts, biases, matrices[::2], matrices[1::2], scalings, betas, strict=True)
+    projections = [
+        Projection(registered.put_together(*one), bias, a, b, scaling, beta)
+        for one, bias, a, b, scaling, beta in given
+    ]
+    trained = [x, *matrices, betas[1]]
+    ys, expected = registered.lora_linears(x, projections), lora_linears(x, projections)
+    torch.testing.assert_close(ys, list(expected))
+    torch.testing.assert_close(
+        torch.autograd.grad(ys, trained, g), torch.autograd.grad(expected, trained, g)
+    )
+    plain, beta = [one.detach() for one in matrices], [betas[1].detach()]
+    every = [True, True, True, False, True, True, True, True, True, False]
+    for wants in (every, [False, False, True, False, *[False] * 6]):
         torch.library.opcheck(
-            OPS.lora_linear_backward.default, (torch.randn_like(y), *given, 2.0, wants)
+            OPS.lora_linears_backward.default,
+            (g, x.detach(), tensors, layouts, plain, beta, scalings, wants),
         )
 
 
@@ -251,7 +305,7 @@ def test_glu_lora_linear_is_an_op(kind: str, halves: bool) -> None:
 
 def test_a_second_derivative_raises() -> None:
     x, a, b = random(3, 64), random(4, 64), random(16, 4)
-    y = OPS.lora_linear(x, *frozen("dense"), None, a, b, None, 2.0)
+    y = registered.lora_linear(x, Projection(torch.randn(16, 64, device=DEVICE), None, a, b, 2.0))
     (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         dx.sum().backward()

@@ -1,7 +1,8 @@
 """LoRA layers that are given the same x one after the other (q, k, v; gate, up) run as one op.
 
 No forward of a model is changed for it: the first of them to be called computes the outputs of all, and the others
-find theirs waiting, if they are called with the very same x in the very same state. Else each runs alone.
+find theirs waiting, if they are called with the very same x in the very same state. Else each runs alone. What
+torch.compile traces cannot wait; there it takes a caller that has all of them at hand (see `outputs_of`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ import torch
 from torch import nn
 from torch._C import DisableTorchFunctionSubclass
 
-from fastlora_kernels.layers.linear import DETACHED, GROUP, Parts, compute_dtype, parts_of
+from fastlora_kernels.layers.common import hooked
+from fastlora_kernels.layers.linear import (
+    DETACHED,
+    GROUP,
+    AttachedLinear4bit,
+    Parts,
+    compute_dtype,
+    parts_of,
+)
+from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.lora_linear import lora_linears
 
 SIBLINGS = (
@@ -84,6 +94,31 @@ class Group:
             self._waiting = None
             self._misses = 0
         return y if stamp == _stamp(parts) else None
+
+
+def outputs_of(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
+    """What calling each of `layers` on x gives, LoRA layers or others. Where torch.compile traces it, those that are
+    served alike are one op; in eager the first that is called sees to that."""
+    if not torch.compiler.is_compiling():
+        return [layer(x) for layer in layers]
+    together = []
+    for place, layer in enumerate(layers):
+        if type(layer) in DETACHED and not hooked(layer):
+            parts = parts_of(layer)
+            if not isinstance(parts, str) and parts.magnitude is None:
+                dtype = compute_dtype(parts, x)
+                if dtype is not None and registered.serves(parts.projection()):
+                    together.append((place, layer, parts, dtype))
+    if len(together) < 2 or len({dtype for *_, dtype in together}) > 1:
+        return [layer(x) for layer in layers]
+    ys = registered.lora_linears(
+        x.to(together[0][3]), [parts.projection() for _, _, parts, _ in together]
+    )
+    found = {
+        place: y.to(x.dtype) if type(layer) is AttachedLinear4bit else y
+        for (place, layer, *_), y in zip(together, ys, strict=True)
+    }
+    return [found[n] if n in found else layer(x) for n, layer in enumerate(layers)]
 
 
 def group_siblings(model: nn.Module) -> list[str]:

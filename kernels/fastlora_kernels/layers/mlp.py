@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastlora_kernels.layers.common import function_in
+from fastlora_kernels.layers.group import outputs_of
 from fastlora_kernels.layers.linear import (
     DETACHED,
     AttachedLinear4bit,
@@ -58,7 +59,8 @@ class GatedMlp(FusedMlp):
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., K)."""
-        return _down(self, self.act_fn, self.gate_proj(x), self.up_proj(x))  # type: ignore[no-any-return]
+        gate, up = outputs_of((self.gate_proj, self.up_proj), x)
+        return _down(self, self.act_fn, gate, up)
 
 
 class GateUpMlp(FusedMlp):

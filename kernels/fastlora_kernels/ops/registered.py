@@ -5,14 +5,14 @@ whole layer in 16 bits. Here it sees one op each way, and backward's takes the g
 dense can be made before. What runs inside are the functions that the autograd.Functions run; saved is what was given,
 and S is made again in backward. In eager those are faster: an op of this kind takes longer to call.
 
-A frozen weight is passed as its tensors and a layout of numbers (see `taken_apart`). One projection a call. Not served:
-dropout and 8-bit weights. A second derivative raises RuntimeError: backward's ops have none.
+A frozen weight is passed as its tensors and a layout of numbers (see `taken_apart`). Not served: dropout and 8-bit
+weights. A second derivative raises RuntimeError: backward's ops have none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,11 +35,25 @@ def serves(projection: lora.Projection) -> bool:
 
 def lora_linear(x: torch.Tensor, projection: lora.Projection) -> torch.Tensor:
     """See ops/lora_linear.py."""
-    weight, bias, a, b, scaling, beta, _ = projection
-    lora.fitting("lora_linear", x, lora.frozen(weight), a, b)
-    return torch.ops.fastlora.lora_linear(  # type: ignore[no-any-return]
-        x, *taken_apart(weight), bias, a, b, beta, scaling
-    )
+    return lora_linears(x, (projection,))[0]
+
+
+def lora_linears(x: torch.Tensor, projections: Sequence[lora.Projection]) -> Tensors:
+    """See ops/lora_linear.py."""
+    tensors: Tensors = []
+    layouts: list[int] = []
+    for weight, bias, a, b, _, beta, _ in projections:
+        lora.fitting("lora_linear", x, lora.frozen(weight), a, b)
+        frozen, layout = taken_apart(weight)
+        tensors += frozen
+        layouts += [bias is not None, beta is not None, len(frozen), len(layout), *layout]
+    return torch.ops.fastlora.lora_linears(  # type: ignore[no-any-return]
+        x, tensors, layouts,
+        [one.bias for one in projections if one.bias is not None],
+        [matrix for one in projections for matrix in (one.lora_a, one.lora_b)],
+        [one.lora_bias for one in projections if one.lora_bias is not None],
+        [float(one.scaling) for one in projections],
+    )  # fmt: skip
 
 
 def dora_linear(
@@ -134,66 +148,108 @@ def _placed(gradients: Tensors, wants: Sequence[bool]) -> list[torch.Tensor | No
 
 
 def _remembered(
-    tokens: int, frozen: Tensors, layout: Sequence[int], adapters: Any, scaling: float
+    tokens: int, weights: Sequence[Any], adapters: Any, scalings: Sequence[float]
 ) -> Any:
     """ctx as ops/lora_linear.py has it in backward."""
     ctx = SimpleNamespace()
-    fixed = ((put_together(frozen, layout), None, scaling, 0.0),)
+    fixed = [(weight, None, s, 0.0) for weight, s in zip(weights, scalings, strict=True)]
     lora.remember(ctx, tokens, fixed, adapters)
     return ctx
 
 
-# lora_linear
+# lora_linears: a list of tensors cannot hold None, so that biases and betas are those that are there
 
 
-def _lora(x, frozen, layout, bias, a, b, beta, scaling):
-    fixed = ((put_together(frozen, layout), bias, scaling, 0.0),)
-    x_TK = x.reshape(-1, x.shape[-1])
-    (y,), *_ = lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], fixed, (a, b, beta))
-    return y
+def _weights(tensors: Tensors, layouts: Sequence[int]) -> list[FourBit | torch.Tensor]:
+    found, rest = [], list(tensors)
+    for _, _, count, layout in _each(layouts):
+        found.append(put_together(rest[:count], layout))
+        rest = rest[count:]
+    return found
 
 
-def _lora_fake(x, frozen, layout, bias, a, b, beta, scaling):
-    return x.new_empty(*x.shape[:-1], b.shape[0])
+def _each(layouts: Sequence[int]) -> Iterator[tuple[int, int, int, list[int]]]:
+    """Of each projection: whether it has a bias and a beta, how many tensors its weight is, and their layout."""
+    rest = list(layouts)
+    while rest:
+        has_bias, has_beta, count, size, *rest = rest
+        yield has_bias, has_beta, count, rest[:size]
+        rest = rest[size:]
+
+
+def _threes(layouts: Sequence[int], matrices: Sequence[Any], betas: Sequence[Any]) -> list[Any]:
+    """A, B and its bias of each in turn, as ops/lora_linear.py takes them."""
+    there = iter(betas)
+    found: list[Any] = []
+    for n, (_, has_beta, *_) in enumerate(_each(layouts)):
+        found += [*matrices[2 * n : 2 * n + 2], next(there) if has_beta else None]
+    return found
+
+
+def _lora(x, frozen, layouts, biases, matrices, betas, scalings):
+    there = iter(biases)
+    fixed = [
+        (weight, next(there) if has_bias else None, scaling, 0.0)
+        for weight, scaling, (has_bias, *_) in zip(
+            _weights(frozen, layouts), scalings, _each(layouts), strict=True
+        )
+    ]
+    x_TK, adapters = x.reshape(-1, x.shape[-1]), _threes(layouts, matrices, betas)
+    ys, *_ = lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], fixed, adapters)
+    return ys
+
+
+def _lora_fake(x, frozen, layouts, biases, matrices, betas, scalings):
+    return [x.new_empty(*x.shape[:-1], b.shape[0]) for b in matrices[1::2]]
 
 
 def _lora_saved(ctx: Any, inputs: Any, output: Any) -> None:
-    x, frozen, ctx.layout, _, a, b, beta, ctx.scaling = inputs
-    ctx.save_for_backward(x, a, b, beta, *frozen)
+    x, frozen, ctx.layouts, biases, matrices, betas, ctx.scalings = inputs
+    ctx.save_for_backward(x, *frozen, *matrices, *betas)
+    ctx.counts = len(frozen), len(biases), len(matrices)
 
 
-def _lora_gradients(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
-    x, a, b, beta, *frozen = ctx.saved_tensors
-    wants_x, *_, wants_a, wants_b, wants_beta, _ = ctx.needs_input_grad
-    wants = [wants_x, wants_a, wants_b, wants_beta]
-    found = torch.ops.fastlora.lora_linear_backward(
-        g, x, frozen, ctx.layout, a, b, beta, ctx.scaling, wants
+def _lora_gradients(ctx: Any, gs: Tensors) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    n_frozen, n_biases, n_matrices = ctx.counts
+    frozen, rest = rest[:n_frozen], rest[n_frozen:]
+    matrices, betas = rest[:n_matrices], rest[n_matrices:]
+    wants_x, _, _, _, wants_matrices, wants_betas, _ = ctx.needs_input_grad
+    threes = _threes(ctx.layouts, wants_matrices, wants_betas)
+    wants = [wants_x, *map(bool, threes)]  # None: there is no beta
+    found = torch.ops.fastlora.lora_linears_backward(
+        gs, x, frozen, ctx.layouts, matrices, betas, ctx.scalings, wants
     )
-    dx, da, db, dbeta = _placed(found, wants)
-    return dx, [None] * len(frozen), None, None, da, db, dbeta, None
+    dx, *gradients = _placed(found, wants)
+    of_matrices = [one for place, one in enumerate(gradients) if place % 3 < 2]
+    of_betas = [gradients[n] for n in range(2, len(threes), 3) if threes[n] is not None]
+    return dx, [None] * n_frozen, None, [None] * n_biases, of_matrices, of_betas, None
 
 
-def _lora_backward(g, x, frozen, layout, a, b, beta, scaling, wants):
-    x_TK = x.reshape(-1, x.shape[-1])
-    ctx = _remembered(x_TK.shape[0], frozen, layout, (a, b, beta), scaling)
-    gradients = lora.Gradients(ctx, x.dtype, (a, b, beta), (g,), wants[1:], None, None)
+def _lora_backward(gs, x, frozen, layouts, matrices, betas, scalings, wants):
+    x_TK, adapters = x.reshape(-1, x.shape[-1]), _threes(layouts, matrices, betas)
+    ctx = _remembered(x_TK.shape[0], _weights(frozen, layouts), adapters, scalings)
+    gradients = lora.Gradients(ctx, x.dtype, adapters, gs, wants[1:], None, None)
     dx_TK = gradients.of_x() if wants[0] else None
     found = gradients.of_adapters(x_TK)
+    if len(gs) > 1:  # every dA is a part of one product, and an op's outputs share no memory
+        found[::3] = [None if da is None else da.clone() for da in found[::3]]
     return _wanted([None if dx_TK is None else dx_TK.view(x.shape), *found], wants)
 
 
-def _lora_backward_fake(g, x, frozen, layout, a, b, beta, scaling, wants):
-    return _fake_gradients((x, a, b, beta), wants)
+def _lora_backward_fake(gs, x, frozen, layouts, matrices, betas, scalings, wants):
+    return _fake_gradients([x, *_threes(layouts, matrices, betas)], wants)
 
 
 _register(
-    "lora_linear",
-    f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor? beta, float scaling) -> Tensor",
+    "lora_linears",
+    "(Tensor x, Tensor[] frozen, int[] layouts, Tensor[] biases, Tensor[] matrices, Tensor[] betas, "
+    "float[] scalings) -> Tensor[]",
     _lora, _lora_fake, _lora_saved, _lora_gradients,
 )  # fmt: skip
 _register(
-    "lora_linear_backward",
-    "(Tensor g, Tensor x, Tensor[] frozen, int[] layout, Tensor a, Tensor b, Tensor? beta, float scaling, "
+    "lora_linears_backward",
+    "(Tensor[] gs, Tensor x, Tensor[] frozen, int[] layouts, Tensor[] matrices, Tensor[] betas, float[] scalings, "
     "bool[] wants) -> Tensor[]",
     _lora_backward, _lora_backward_fake,
 )  # fmt: skip
@@ -337,7 +393,8 @@ def _glu_lora_gradients(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
 
 def _glu_lora_backward(g, gate, up, activation, dtype, frozen, layout, a, b, beta, scaling, wants):
     adapters = (a, b, beta)
-    ctx = _remembered(math.prod(gate.shape[:-1]), frozen, layout, adapters, scaling)
+    weights = [put_together(frozen, layout)]
+    ctx = _remembered(math.prod(gate.shape[:-1]), weights, adapters, [scaling])
     ctx.activation, ctx.dtype = activation, dtype
     made_and_adapters = (None, None, *adapters)
     found = gated.lora_gradients(ctx, made_and_adapters, gate, up, (g,), wants[0], wants[2:])
