@@ -13,7 +13,7 @@ NEEDED = {
     "datasets": ">=4.8,<5",
 }
 FOR_GPU = {
-    "triton": ">=3.6",
+    "triton": ">=3.6,<3.10",
     "xformers": ">=0.0.35",
     "unsloth": "==2026.10.9",
     "unsloth_zoo": "==2026.10.9",

@@ -198,7 +198,7 @@ ABSENT = {"error": "ModuleNotFoundError: No module named 'x'", "absent": True}
         ("xformers", None, ABSENT, "ok", ""),
         ("datasets", "6.0", {"error": "ImportError: x", "absent": False}, "wrong",
          "pip install --force-reinstall --no-deps 'datasets>=4.8,<5'"),
-        ("triton", None, ABSENT, "warn", "pip install 'triton>=3.6'"),
+        ("triton", None, ABSENT, "warn", "pip install 'triton>=3.6,<3.10'"),
         ("xformers", "0.0.35", {"not_loaded": "built for torch 2.10"}, "warn", "pip uninstall -y xformers"),
         ("unsloth", "2026.10.9", {"error": "ImportError: x", "absent": False}, "wrong",
          "pip install --force-reinstall --no-deps 'unsloth==2026.10.9' 'unsloth_zoo==2026.10.9'"),

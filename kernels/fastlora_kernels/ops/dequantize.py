@@ -78,9 +78,10 @@ def _weight(
             j = start_h * 2 // BLOCKSIZE
             blocks = n_bytes * 2 // BLOCKSIZE
             if SCALES == 1:
+                # The tile lies in one block, and no tile begins outside the row.
                 scale_NH = _scale(
                     absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-                    n_N.to(tl.int64) * blocks + j, (n_N < n_rows) & (j < blocks), KIND, NESTED_BLOCKSIZE,
+                    n_N.to(tl.int64) * blocks + j, n_N < n_rows, KIND, NESTED_BLOCKSIZE,
                 )[:, None]  # fmt: skip
             else:
                 j_J = j + tl.arange(0, SCALES)
