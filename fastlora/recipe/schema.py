@@ -172,8 +172,10 @@ class TrainSection(Section):
     """The adapter is the one with the lowest loss on the held-out rows, not the last."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations in a row without a lower loss."""
-    checkpointing: Literal["auto", "unsloth", "full", "none"] = "auto"
-    """Gradient checkpointing; auto is unsloth's on its engine, full on other GPUs, none on a CPU."""
+    checkpointing: Literal["auto", "unsloth", "offload", "full", "none"] = "auto"
+    """What layers compute again in backward instead of keeping it. full: all but each layer's input; offload: these
+    inputs are in host memory meanwhile; unsloth: as offload, by unsloth's own code; none: nothing. auto is unsloth's on
+    its engine, full on other GPUs, none on a CPU. memory.keep_layers and memory.keep_attention_layers lie in between."""
     chunked_loss: bool | None = None
     """peft engine: take the loss in chunks of the labelled tokens, without ever holding the logits. Measured on an H100
     with 4,096 tokens of 128,256 logits: 13.8 ms and 0.3 GiB instead of 20.9 ms and 6.9. Unset: where fastlora's kernels
@@ -205,6 +207,20 @@ class TrainSection(Section):
 
 Metric = Literal["exact_match", "json_valid", "chrf", "rouge_l"]
 _ANSWERED_ROWS = 8
+
+
+class MemorySection(Section):
+    """What is kept on the GPU. None of it changes what is learnt."""
+
+    keep_layers: int | None = Field(default=None, ge=0)
+    """So many of the last layers keep all that their backward needs, and compute nothing again."""
+    keep_attention_layers: int | None = Field(default=None, ge=0)
+    """So many layers before those compute their MLP again and nothing else."""
+    stream_layers: int | None = Field(default=None, ge=0)
+    """So many layers' frozen weights are in host memory, and come to the GPU when their turn comes."""
+    cuda_graphs: bool | None = None
+    """Record a micro-batch's forward and backward once for each shape, and replay them, so that the GPU never waits
+    for Python. Rows are then padded to few lengths."""
 
 
 class EvalSection(Section):
@@ -304,6 +320,7 @@ class Recipe(Section):
     check: CheckSection = CheckSection()
     train: TrainSection = TrainSection()
     kernels: KernelsSection = KernelsSection()
+    memory: MemorySection = MemorySection()
     eval: EvalSection = EvalSection()
     output: OutputSection
     advice: AdviceSection = AdviceSection()
