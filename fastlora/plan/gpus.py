@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 from dataclasses import dataclass
 
-REACHED = {"tflops": 0.76, "gb_s": 0.84}
+REACHED = {"tflops": 0.76, "gb_s": 0.84, "host_gb_s": 0.8}
 """Of the stated figures, what a 16-bit product of 8,192³ and a copy reach: H100 0.75 and 0.84 (3 machines), H200 0.80
-and no copy measured."""
+and no copy measured. Copies from pinned host memory have not been measured: 0.8 of what PCIe carries is usual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,8 @@ class Gpu:
     """Of a 16-bit matrix product, as reached."""
     gb_s: float
     """Of a copy, read and write together."""
+    host_gb_s: float
+    """From pinned host memory, or to it."""
     hopper: bool
     """Compute capability 9.0 or later: larger cuBLAS workspaces."""
     bfloat16: bool
@@ -25,30 +27,35 @@ class Gpu:
 
 
 # Part of the name that nvidia-smi gives -> (GiB that CUDA can use, dense 16-bit TFLOP/s with float32 sums, GB/s,
-# compute capability). TFLOP/s and GB/s are NVIDIA's; of the memory, H100's and H200's were read here, the others are
-# what is usually reported and hold to 1 %. The first match counts, so longer names come first.
-_STATED: dict[str, tuple[float, float, float, float]] = {
-    "B200": (178, 2250, 8000, 10.0),
-    "H200": (139.8, 989, 4800, 9.0),
-    "H100 NVL": (93.1, 835, 3900, 9.0),
-    "H100 PCIe": (79.2, 756, 2000, 9.0),
-    "H100": (79.2, 989, 3350, 9.0),
-    "A100-PCIE-40GB": (39.4, 312, 1555, 8.0),
-    "A100-SXM4-40GB": (39.4, 312, 1555, 8.0),
-    "A100": (79.2, 312, 1935, 8.0),
-    "L40S": (44.4, 362, 864, 8.9),
-    "L40": (44.4, 181, 864, 8.9),
-    "L4": (22.0, 121, 300, 8.9),
-    "A40": (44.4, 150, 696, 8.6),
-    "A10": (22.0, 125, 600, 8.6),
-    "RTX A6000": (47.5, 155, 768, 8.6),
-    "RTX 6000 Ada": (47.4, 364, 960, 8.9),
-    "RTX 5090": (31.4, 209, 1792, 12.0),
-    "RTX 4090": (23.5, 165, 1008, 8.9),
-    "RTX 3090": (23.6, 71, 936, 8.6),
-    "T4": (14.6, 65, 320, 7.5),
-    "V100": (31.7, 125, 900, 7.0),
+# compute capability, generation of its PCIe with 16 lanes). TFLOP/s and GB/s are NVIDIA's; of the memory, H100's and
+# H200's were read here, the others are what is usually reported and hold to 1 %. The first match counts, so longer names
+# come first.
+_STATED: dict[str, tuple[float, float, float, float, int]] = {
+    "B200": (178, 2250, 8000, 10.0, 5),
+    "H200": (139.8, 989, 4800, 9.0, 5),
+    "H100 NVL": (93.1, 835, 3900, 9.0, 5),
+    "H100 PCIe": (79.2, 756, 2000, 9.0, 5),
+    "H100": (79.2, 989, 3350, 9.0, 5),
+    "A100-PCIE-40GB": (39.4, 312, 1555, 8.0, 4),
+    "A100-SXM4-40GB": (39.4, 312, 1555, 8.0, 4),
+    "A100": (79.2, 312, 1935, 8.0, 4),
+    "L40S": (44.4, 362, 864, 8.9, 4),
+    "L40": (44.4, 181, 864, 8.9, 4),
+    "L4": (22.0, 121, 300, 8.9, 4),
+    "A40": (44.4, 150, 696, 8.6, 4),
+    "A10": (22.0, 125, 600, 8.6, 4),
+    "RTX A6000": (47.5, 155, 768, 8.6, 4),
+    "RTX 6000 Ada": (47.4, 364, 960, 8.9, 4),
+    "RTX 5090": (31.4, 209, 1792, 12.0, 5),
+    "RTX 4090": (23.5, 165, 1008, 8.9, 4),
+    "RTX 3090": (23.6, 71, 936, 8.6, 4),
+    "T4": (14.6, 65, 320, 7.5, 3),
+    "V100": (31.7, 125, 900, 7.0, 3),
 }
+
+
+_PCIE = {3: 15.8, 4: 31.5, 5: 63.0}
+"""GB/s of 16 lanes in one direction."""
 
 
 def known() -> list[str]:
@@ -60,7 +67,7 @@ def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None
     key = next((known for known in _STATED if known.lower() in name.lower()), None)
     if key is None and not ceilings:
         return None
-    vram, tflops, gb_s, capability = _STATED.get(key or "", (None, 0.0, 0.0, 8.0))
+    vram, tflops, gb_s, capability, pcie = _STATED.get(key or "", (None, 0.0, 0.0, 8.0, 4))
     source = f"NVIDIA's data sheet x {REACHED['tflops']}"
     tflops, gb_s = tflops * REACHED["tflops"], gb_s * REACHED["gb_s"]
     if ceilings:
@@ -71,6 +78,7 @@ def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None
         vram_gib=vram,
         tflops=tflops,
         gb_s=gb_s,
+        host_gb_s=_PCIE[pcie] * REACHED["host_gb_s"],
         hopper=capability >= 9,
         bfloat16=capability >= 8,
         source=source,

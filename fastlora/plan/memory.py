@@ -92,34 +92,29 @@ def memory(
     """vram_gib: of the card, by which unsloth sizes its loss chunks."""
     always = _always(shape, setup)
     buffers = [Term("cuBLAS workspaces", working.cublas_bytes(hopper), "one a thread")]
+    if staging := working.staging_bytes(shape, setup):
+        buffers.append(Term("copy buffers", staging, "2 x tokens x hidden"))
+    if mask := working.mask_bytes(setup):
+        buffers.append(Term("attention mask", mask, "tokens x row"))
     dequantized = Term(
         "dequantized weight", working.dequantized_bytes(shape, setup), "the largest, in 16 bits"
     )
-    kept = [_kept(shape, setup)]
-    if setup.policy == "unsloth":
-        kept = [Term("copy buffers", working.staging_bytes(shape, setup), "2 x tokens x hidden")]
-    if mask := working.mask_bytes(setup):
-        kept.append(Term("attention mask", mask, "tokens x row"))
-    lasting = [*always, *buffers, *kept]
     if setup.engine == "unsloth":
-        lasting.append(dequantized)
+        buffers.append(dequantized)
+    lasting = [*always, *buffers]
     context = working.CONTEXT[setup.engine]
-    free = vram_gib * GIB - context - _sum((*lasting,))
+    kept = _kept(shape, setup)
+    free = vram_gib * GIB - context - _sum((*lasting, *kept))
     loss = Term("loss", working.loss_bytes(shape, setup, free), _LOSSES[setup.loss])
     layer = [
         Term("a layer's work", working.layer_works(shape, setup), "gradients of its widest part")
     ]
-    if setup.policy != "none":
-        again = working.layer_saves(shape, setup)
-        if setup.policy == "full":  # its input is among the checkpoints
-            again -= setup.tokens * shape.hidden * setup.item
-        layer.append(Term("a layer computed again", again, "what it saves"))
     if setup.engine != "unsloth":
         layer.append(dequantized)
     step = [Term("optimizer's work", _optimizer_work(shape, setup), "of its largest operation")]
     moments: dict[Moment, tuple[Term, ...]] = {
-        "loss": (*lasting, loss),
-        "backward of a layer": (*lasting, *layer),
+        "loss": (*lasting, *kept, loss),
+        "backward of a layer": (*lasting, *_backward(shape, setup), *layer),
         "optimizer step": (*always, *buffers, *step),
     }
     peak = max(_sum(terms) for terms in moments.values())
@@ -141,7 +136,7 @@ _LOSSES = {
 def _always(shape: Shape, setup: Setup) -> list[Term]:
     adapter = stored.adapter_bytes(shape, setup)
     return [
-        Term("weights", stored.body_bytes(shape, setup), setup.quantization),
+        Term("weights", stored.resident_bytes(shape, setup), setup.quantization),
         Term("embedding, head, norms", stored.rest_bytes(shape, setup), f"{8 * setup.item}-bit"),
         Term("adapter", adapter, f"rank {setup.rank}, float32"),
         Term("gradients", adapter, "float32"),
@@ -149,12 +144,41 @@ def _always(shape: Shape, setup: Setup) -> list[Term]:
     ]
 
 
-def _kept(shape: Shape, setup: Setup) -> Term:
-    if setup.policy == "none":
-        return Term(
-            "activations", shape.layers * working.layer_saves(shape, setup), "of every layer"
-        )
-    return Term("checkpoints", working.checkpoint_bytes(shape, setup), "every layer's input")
+def _kept(
+    shape: Shape, setup: Setup, *, whole: int | None = None, attention: int | None = None
+) -> list[Term]:
+    """What is kept of all layers once the forward is done; or while so many of them still keep all or their attention."""
+    whole = setup.keep_layers if whole is None else whole
+    attention = setup.keep_attention_layers if attention is None else attention
+    saves = working.layer_saves(shape, setup)
+    terms = []
+    if whole:
+        terms.append(Term("activations", whole * saves, f"of {whole} whole layers"))
+    if attention:
+        each = saves - working.mlp_saves(shape, setup)
+        terms.append(Term("attention's activations", attention * each, f"of {attention} layers"))
+    inputs = 0 if setup.inputs_on_host else working.checkpoint_bytes(shape, setup)
+    if inputs:
+        terms.append(Term("checkpoints", inputs, "inputs of the layers computed again"))
+    return terms
+
+
+def _backward(shape: Shape, setup: Setup) -> list[Term]:
+    """What is kept and made again at the backward's largest layer: the last, with all still there; or the first that is
+    computed again, when the whole ones behind it have gone. unsloth's whole ones lie between the others instead."""
+    between = setup.policy == "unsloth"
+    stages = [_kept(shape, setup)]
+    if setup.keep_attention_layers:
+        again = Term("an MLP computed again", working.mlp_saves(shape, setup), "what it saves")
+        stages.append([*_kept(shape, setup, whole=0), again])
+    if working.again_layers(shape, setup):
+        saves = working.layer_saves(shape, setup)
+        if not setup.inputs_on_host:  # its input is among the checkpoints
+            saves -= setup.tokens * shape.hidden * setup.item
+        again = Term("a layer computed again", saves, "what it saves")
+        whole = max(0, setup.keep_layers - 1) if between else 0
+        stages.append([*_kept(shape, setup, whole=whole, attention=0), again])
+    return max(stages, key=lambda terms: _sum((*terms,)))
 
 
 def _optimizer_work(shape: Shape, setup: Setup) -> float:
@@ -174,9 +198,10 @@ def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
         Term("process", _PROCESS, "estimate: Python, PyTorch, CUDA"),
         Term("loading", min(_SHARD, file), "one file of the checkpoint"),
     ]
-    if setup.policy == "unsloth":
-        pinned = working.checkpoint_bytes(shape, setup)
-        terms.append(Term("pinned checkpoints", pinned, "every layer's input"))
+    if setup.inputs_on_host and (pinned := working.checkpoint_bytes(shape, setup)):
+        terms.append(Term("pinned checkpoints", pinned, "inputs of the layers computed again"))
+    if streamed := stored.streamed_bytes(shape, setup):
+        terms.append(Term("pinned weights", streamed, f"of {setup.stream_layers} layers"))
     if paged := stored.optimizer_bytes(shape, setup, paged=True):
         terms.append(Term("paged optimizer state", paged, "where the card has no room"))
     return tuple(terms)

@@ -10,7 +10,8 @@ from fastlora.plan.shape import Linear, Shape
 from fastlora.recipe.schema import Recipe
 
 EngineName = Literal["peft", "liger", "unsloth"]
-Policy = Literal["none", "full", "unsloth"]
+Policy = Literal["none", "full", "offload", "unsloth"]
+"""As train.checkpointing."""
 Loss = Literal["logits", "fastlora", "liger", "unsloth"]
 """logits: kept whole, with a float32 copy; the others take chunks of tokens."""
 
@@ -39,12 +40,22 @@ class Setup:
     kernels: bool
     """fastlora's run the LoRA layers."""
     packed: bool
+    keep_layers: int = 0
+    keep_attention_layers: int = 0
+    stream_layers: int = 0
+    """As in [memory]; never more than there are layers."""
+    graphs: bool = False
     notes: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Of one micro-batch."""
         return self.micro_batch * self.row_tokens
+
+    @property
+    def inputs_on_host(self) -> bool:
+        """Of the layers that are computed again."""
+        return self.policy in ("offload", "unsloth")
 
     def adapted(self, linear: Linear) -> bool:
         if self.targets == "all-linear":
@@ -77,8 +88,9 @@ def setup_of(
     policy = train.checkpointing if train.checkpointing != "auto" else default
     if policy == "unsloth" and name != "unsloth":
         raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
-    kernels = name == "peft" and recipe.kernels.mode != "off"
+    kernels = recipe.kernels.mode == "all" or (name == "peft" and recipe.kernels.mode != "off")
     chunked = train.chunked_loss if train.chunked_loss is not None else kernels
+    kept = shape.layers if policy == "none" else min(recipe.memory.keep_layers or 0, shape.layers)
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
@@ -99,6 +111,10 @@ def setup_of(
         accumulation=train.accumulation_steps,
         kernels=kernels,
         packed=recipe.data.packing,
+        keep_layers=kept,
+        keep_attention_layers=min(recipe.memory.keep_attention_layers or 0, shape.layers - kept),
+        stream_layers=min(recipe.memory.stream_layers or 0, shape.layers),
+        graphs=bool(recipe.memory.cuda_graphs),
     )  # fmt: skip
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
@@ -134,6 +150,15 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         )
     if setup.quantization == "int8" or setup.item == 4:
         found.append("only nf4 in 16-bit arithmetic has been measured")
+    if (
+        setup.keep_attention_layers
+        or setup.stream_layers
+        or setup.graphs
+        or setup.policy == "offload"
+    ):
+        found.append(
+            "offload, keep_attention_layers, stream_layers, cuda_graphs: counted, not measured"
+        )
     if setup.dora or setup.dropout:
         found.append("DoRA and dropout keep more activations: counted, not measured")
     return found

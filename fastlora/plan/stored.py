@@ -36,9 +36,26 @@ def linear_bytes(linear: Linear, setup: Setup) -> int:
     return size + setup.item * linear.outputs * linear.bias
 
 
-def body_bytes(shape: Shape, setup: Setup) -> int:
-    """The decoder layers' linear layers."""
-    return shape.layers * sum(linear_bytes(one, setup) for one in shape.linears)
+def layer_bytes(shape: Shape, setup: Setup) -> int:
+    """The linear layers of one decoder layer."""
+    return sum(linear_bytes(one, setup) for one in shape.linears)
+
+
+_STREAM_SLOTS = 3
+"""Layers on the GPU at once of those whose weights are in host memory: one in use and two on their way (unsloth's
+default)."""
+
+
+def streamed_bytes(shape: Shape, setup: Setup) -> int:
+    """Frozen weights in host memory."""
+    return setup.stream_layers * layer_bytes(shape, setup)
+
+
+def resident_bytes(shape: Shape, setup: Setup) -> int:
+    """Frozen weights on the GPU, slots for the others among them."""
+    slots = min(_STREAM_SLOTS, setup.stream_layers)
+    layers = shape.layers - setup.stream_layers + slots
+    return layers * layer_bytes(shape, setup)
 
 
 def rest_bytes(shape: Shape, setup: Setup) -> int:

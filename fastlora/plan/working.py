@@ -6,10 +6,11 @@ T tokens of a micro-batch, h hidden, i intermediate, q and k widths of the query
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 
 from fastlora.plan.setup import FUSED, Setup
-from fastlora.plan.shape import Shape
+from fastlora.plan.shape import Linear, Shape
 
 MIB = 2**20
 GIB = 2**30
@@ -39,7 +40,8 @@ def fused_by_unsloth(shape: Shape, setup: Setup) -> bool:
     whole = setup.targets == "all-linear" or {one.name for one in shape.linears} <= set(
         setup.targets
     )
-    return setup.engine == "unsloth" and shape.model_type in FUSED and whole and not setup.dora
+    fused = setup.engine == "unsloth" and not setup.kernels
+    return fused and shape.model_type in FUSED and whole and not setup.dora
 
 
 def layer_saves(shape: Shape, setup: Setup) -> int:
@@ -51,30 +53,45 @@ def layer_saves(shape: Shape, setup: Setup) -> int:
     their inputs (2 x 2 h), their outputs, and silu(gate) and the product too (4 i); on a base that is not quantized
     PEFT gives every adapter a copy of its input (3 h and q more). With fastlora's kernels neither, nor product (2 i).
     """
-    h, i, q, k = shape.hidden, shape.intermediate, shape.query, shape.key_value
-    attention = 2 * q + 2 * k
-    if fused_by_unsloth(shape, setup):
-        elements = 4 * h + attention + 2 * i
-    elif setup.kernels:
-        elements = 6 * h + attention + 2 * i
-    elif setup.engine == "peft":
-        elements = 6 * h + attention + 4 * i
-        if setup.quantization == "none":
-            elements += 3 * h + q
-    else:
-        elements = 4 * h + attention + 3 * i
+    h, q, k = shape.hidden, shape.query, shape.key_value
+    own_norms = setup.engine == "peft"  # transformers' keep float32 copies
+    elements = (6 if own_norms else 4) * h + 2 * q + 2 * k
+    if setup.engine == "peft" and not setup.kernels and setup.quantization == "none":
+        elements += 2 * h + q
     if shape.norms > 4 * h:  # gemma's norms after attention and MLP save their inputs too
         elements += 2 * h
-    extra = 0
-    adapted = [one for one in shape.linears if setup.adapted(one)]
-    if setup.dora:  # the base's result and the adapter's, which the magnitude's gradient takes
-        elements += 2 * sum(one.outputs for one in adapted)
-    if setup.dropout:  # the dropped input, and a byte of mask
-        elements += sum(one.inputs for one in adapted)
-        extra = sum(one.inputs for one in adapted)
-    elements += len(adapted) * setup.rank  # x A^T
+    attention = [one for one in shape.linears if one.name not in MLP]
     statistics = 4 * (shape.heads + 2)  # attention's log-sum-exp and the norms' roots, float32
-    return setup.tokens * (setup.item * elements + statistics + extra)
+    per_token = setup.item * elements + statistics + _adapters_save(attention, setup)
+    return setup.tokens * per_token + mlp_saves(shape, setup)
+
+
+MLP = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj"})
+
+
+def mlp_saves(shape: Shape, setup: Setup) -> int:
+    """The part of `layer_saves` that keep_attention_layers do without: all but the MLP's input."""
+    i = shape.intermediate
+    if fused_by_unsloth(shape, setup) or setup.kernels:
+        elements = 2 * i
+    elif setup.engine == "peft":
+        elements = 4 * i + (shape.hidden if setup.quantization == "none" else 0)
+    else:
+        elements = 3 * i
+    adapters = _adapters_save([one for one in shape.linears if one.name in MLP], setup)
+    return setup.tokens * (setup.item * elements + adapters)
+
+
+def _adapters_save(linears: Sequence[Linear], setup: Setup) -> int:
+    """Bytes a token: x A^T; with DoRA the base's result and the adapter's, which the magnitude's gradient takes; with
+    dropout the dropped input, and a byte of mask."""
+    adapted = [one for one in linears if setup.adapted(one)]
+    elements, inputs = len(adapted) * setup.rank, sum(one.inputs for one in adapted)
+    if setup.dora:
+        elements += 2 * sum(one.outputs for one in adapted)
+    if setup.dropout:
+        elements += inputs
+    return setup.item * elements + (inputs if setup.dropout else 0)
 
 
 def layer_works(shape: Shape, setup: Setup) -> int:
@@ -104,14 +121,19 @@ def dequantized_bytes(shape: Shape, setup: Setup) -> int:
     return setup.item * max(one.weights for one in shape.linears)
 
 
+def again_layers(shape: Shape, setup: Setup) -> int:
+    """Layers of which nothing but the input is kept."""
+    return shape.layers - setup.keep_layers - setup.keep_attention_layers
+
+
 def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
-    """The inputs of all layers, which checkpointing keeps."""
-    return shape.layers * setup.tokens * shape.hidden * setup.item
+    """The inputs of the layers that are computed again."""
+    return again_layers(shape, setup) * setup.tokens * shape.hidden * setup.item
 
 
 def staging_bytes(shape: Shape, setup: Setup) -> int:
-    """unsloth's two buffers through which checkpoints come back from the host."""
-    return 2 * setup.tokens * shape.hidden * setup.item
+    """The two buffers through which checkpoints come back from the host."""
+    return 2 * setup.tokens * shape.hidden * setup.item if setup.inputs_on_host else 0
 
 
 def mask_bytes(setup: Setup) -> int:

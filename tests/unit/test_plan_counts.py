@@ -69,7 +69,7 @@ def test_parameters_and_adapters_are_those_of_the_model(family: str, dora: bool)
     assert shape.notes == ()
     assert shape.parameters == sum(one.numel() for one in model.parameters())
     planned = setup(shape, model={"quantization": "none"}, lora={"rank": 8, "dora": dora})
-    assert stored.body_bytes(shape, planned) + stored.rest_bytes(shape, planned) == sum(
+    assert stored.resident_bytes(shape, planned) + stored.rest_bytes(shape, planned) == sum(
         one.nbytes for one in model.parameters()
     )
     trained = [one for one in adapted(model, use_dora=dora).parameters() if one.requires_grad]
