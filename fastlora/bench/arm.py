@@ -17,11 +17,12 @@ from pydantic import BaseModel
 
 from fastlora.bench import work as works
 from fastlora.bench.flops import flops_per_token
-from fastlora.bench.memory import cap_memory, memory, release
+from fastlora.bench.memory import memory, release
 from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
+from fastlora.engines.memory import cap_memory
 from fastlora.engines.unsloth import fused_layers
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe

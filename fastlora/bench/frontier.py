@@ -10,9 +10,9 @@ from typing import Any
 
 from fastlora.bench import work as works
 from fastlora.bench.arm import ArmTask, make_optimizer
-from fastlora.bench.memory import cap_memory, memory, release
+from fastlora.bench.memory import memory, release
 from fastlora.bench.schema import Axis
-from fastlora.engines.memory import is_out_of_memory
+from fastlora.engines.memory import cap_memory, is_out_of_memory
 
 RESOLUTION = 0.04
 """The search ends when what fits and what does not lie so close together."""

@@ -19,20 +19,6 @@ def memory() -> dict[str, float | None]:
     }
 
 
-def cap_memory(cap_gib: float | None) -> None:
-    """Let this process have no more of the GPU than a smaller card would: the CUDA context counts in,
-    which the allocator's own limit leaves out."""
-    import torch
-
-    if cap_gib is None or not torch.cuda.is_available():
-        return
-    torch.zeros(1, device="cuda")  # makes the context
-    free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved()
-    fraction = max(0.01, (cap_gib * 2**30 - context) / total)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
-
-
 def release() -> None:
     import torch
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import shlex
 import shutil
 import sys
@@ -11,22 +10,12 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from fastlora.cli.options import json_option
+from fastlora.cli.options import gib, json_option
 from fastlora.errors import RunDirError, UsageError
 
 if TYPE_CHECKING:
     from fastlora.bench.run import Request
     from fastlora.bench.schema import Report
-
-
-def gib(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """An option's amount of memory, e.g. 24GiB."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(GiB|GB|G)?\s*", value, re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise click.BadParameter(f"{value!r} is not an amount of memory; write 24GiB")
-    return float(found[1]) * (1e9 / 2**30 if (found[2] or "").upper() == "GB" else 1)
 
 
 def _seconds(context: click.Context, parameter: click.Parameter, value: float) -> float:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import click
 
-from fastlora.cli.bench import gib
+from fastlora.cli.options import gib
 from fastlora.errors import UsageError
 from fastlora.recipe import library
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from fastlora.engines.base import Announce, Engine, resolve_dtype
+from fastlora.engines.memory import cap_memory
 from fastlora.engines.unsloth import fused_layers, group_qkv, why_not_fused, without_fused_lora
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
@@ -68,6 +69,7 @@ def load_model(
 
     Raises EngineError: as the engine does; and a layer is slow although kernels.require_fast is set.
     """
+    cap_memory(recipe.memory.vram_gib)
     model = engine.load(recipe, announce)
     rows = engage(model, engine.name, plan_kernels(recipe))
     for line in lines(rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 REACHED = {"tflops": 0.76, "gb_s": 0.84, "host_gb_s": 0.8}
 """Of the stated figures, what a 16-bit product of 8,192³ and a copy reach: H100 0.75 and 0.84 (3 machines), H200 0.80
@@ -28,8 +28,8 @@ class Gpu:
 
 # Part of the name that nvidia-smi gives -> (GiB that CUDA can use, dense 16-bit TFLOP/s with float32 sums, GB/s,
 # compute capability, generation of its PCIe with 16 lanes). TFLOP/s and GB/s are NVIDIA's; of the memory, H100's and
-# H200's were read here, the others are what is usually reported and hold to 1 %. The first match counts, so longer names
-# come first.
+# H200's were read here, the others are what is usually reported and hold to 1 %. The first match counts, so longer
+# names come first.
 _STATED: dict[str, tuple[float, float, float, float, int]] = {
     "B200": (178, 2250, 8000, 10.0, 5),
     "H200": (139.8, 989, 4800, 9.0, 5),
@@ -60,6 +60,13 @@ _PCIE = {3: 15.8, 4: 31.5, 5: 63.0}
 
 def known() -> list[str]:
     return list(_STATED)
+
+
+def like_a_3090(name: str, vram_gib: float) -> Gpu:
+    """What a GPU that is not known is taken for where speeds are only compared."""
+    stated = gpu_named("RTX 3090")
+    assert stated is not None
+    return replace(stated, name=name, vram_gib=vram_gib, source="taken for an RTX 3090")
 
 
 def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None:

@@ -147,7 +147,8 @@ def _always(shape: Shape, setup: Setup) -> list[Term]:
 def _kept(
     shape: Shape, setup: Setup, *, whole: int | None = None, attention: int | None = None
 ) -> list[Term]:
-    """What is kept of all layers once the forward is done; or while so many of them still keep all or their attention."""
+    """What is kept of all layers once the forward is done; or while so many of them still keep all or their
+    attention."""
     whole = setup.keep_layers if whole is None else whole
     attention = setup.keep_attention_layers if attention is None else attention
     saves = working.layer_saves(shape, setup)

@@ -1,9 +1,9 @@
 """Tokens per second, from the GPU's ceilings.
 
-A micro-batch takes the longest of three times: the GPU's, its FLOPs at a share of the measured matrix-product ceiling; the
-host's, which hands over the kernels of one layer after the other; and that of the copies between their memories, of which
-those of the forward have to be hidden behind the forward, and those of the backward behind the backward. The first two's
-constants come from the committed reports, and a test holds them to those.
+A micro-batch takes the longest of three times: the GPU's, its FLOPs at a share of the measured matrix-product ceiling;
+the host's, which hands over the kernels of one layer after the other; and that of the copies between their memories,
+of which those of the forward have to be hidden behind the forward, and those of the backward behind the backward. The
+first two's constants come from the committed reports, and a test holds them to those.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class Speed:
 
 
 def flops(shape: Shape, setup: Setup) -> tuple[float, float]:
-    """Of a micro-batch's forward, and of its backward to the inputs with what it computes again: 2 per frozen weight and
-    token each and again, head included; attention over the causal half of the square, 2 row² width forward, twice back.
-    fastlora's checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs it again.
+    """Of a micro-batch's forward, and of its backward to the inputs with what it computes again: 2 per frozen weight
+    and token each and again, head included; attention over the causal half of the square, 2 row² width forward, twice
+    back. fastlora's checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs
+    it again.
     """
     layer = sum(one.weights for one in shape.linears)
     again = layer

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fastlora.recipe.findings import KINDS, selected
+from fastlora.recipe.units import gib_of
 
 DataFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text"]
 MixUnit = Literal["tokens", "rows"]
@@ -174,8 +175,9 @@ class TrainSection(Section):
     """Stop after so many evaluations in a row without a lower loss."""
     checkpointing: Literal["auto", "unsloth", "offload", "full", "none"] = "auto"
     """What layers compute again in backward instead of keeping it. full: all but each layer's input; offload: these
-    inputs are in host memory meanwhile; unsloth: as offload, by unsloth's own code; none: nothing. auto is unsloth's on
-    its engine, full on other GPUs, none on a CPU. memory.keep_layers and memory.keep_attention_layers lie in between."""
+    inputs are in host memory meanwhile; unsloth: as offload, by unsloth's own code; none: nothing. auto is unsloth's
+    on its engine, full on other GPUs, none on a CPU. memory.keep_layers and memory.keep_attention_layers lie in
+    between."""
     chunked_loss: bool | None = None
     """peft engine: take the loss in chunks of the labelled tokens, without ever holding the logits. Measured on an H100
     with 4,096 tokens of 128,256 logits: 13.8 ms and 0.3 GiB instead of 20.9 ms and 6.9. Unset: where fastlora's kernels
@@ -212,6 +214,10 @@ _ANSWERED_ROWS = 8
 class MemorySection(Section):
     """What is kept on the GPU. None of it changes what is learnt."""
 
+    vram: str | None = None
+    """The most that the run may take of the GPU, context and all, such as "12GiB"; "auto" is what is free. What the
+    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next three
+    keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits."""
     keep_layers: int | None = Field(default=None, ge=0)
     """So many of the last layers keep all that their backward needs, and compute nothing again."""
     keep_attention_layers: int | None = Field(default=None, ge=0)
@@ -221,6 +227,19 @@ class MemorySection(Section):
     cuda_graphs: bool | None = None
     """Record a micro-batch's forward and backward once for each shape, and replay them, so that the GPU never waits
     for Python. Rows are then padded to few lengths."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MemorySection:
+        if self.vram not in (None, "auto") and gib_of(self.vram) is None:
+            raise ValueError(
+                f'vram: {self.vram!r} is not an amount of memory; write "12GiB", or "auto"'
+            )
+        return self
+
+    @property
+    def vram_gib(self) -> float | None:
+        """None: not given, or auto."""
+        return None if self.vram is None else gib_of(self.vram)
 
 
 class EvalSection(Section):

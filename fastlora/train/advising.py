@@ -53,8 +53,14 @@ def fill_open_keys(
 
 
 def filled_from(manifest: dict[str, Any]) -> list[Filled]:
-    """What `--auto` filled when the run of a manifest began: resumed, it takes the same, whatever the rules are now."""
-    return [Filled(**one) for one in manifest["auto"]]
+    """What --auto filled when the run of a manifest began, and the batches that memory.vram chose: resumed, it takes
+    the same, whatever the rules are now. What else memory.vram chose may be chosen anew, for another GPU."""
+    batches = [
+        one
+        for one in manifest.get("memory", {}).get("filled", [])
+        if one["key"] in ("train.micro_batch", "train.effective_batch")
+    ]
+    return [Filled(**one) for one in [*manifest.get("auto", []), *batches]]
 
 
 def advise_before(

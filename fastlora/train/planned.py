@@ -5,18 +5,79 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
-from fastlora.errors import FastloraError
-from fastlora.plan.gpus import gpu_named
+from psutil import virtual_memory
+
+from fastlora.engines.memory import memory_now
+from fastlora.errors import EngineError, FastloraError
+from fastlora.plan.budget import OPEN, choose
+from fastlora.plan.gpus import gpu_named, like_a_3090
 from fastlora.plan.measured import Peak, ceilings, kind, remember
 from fastlora.plan.predict import Card, Prediction, predict
 from fastlora.plan.setup import EngineName
 from fastlora.plan.shape import read_config, shape_of
 from fastlora.plan.show import time_said
+from fastlora.plan.working import CONTEXT
+from fastlora.recipe.advice import apply
+from fastlora.recipe.schema import Recipe
 from fastlora.train.steps import count_steps
 
 if TYPE_CHECKING:
+    from fastlora.data.prepare import Prepared
     from fastlora.engines.base import Announce
     from fastlora.train.job import Job
+    from fastlora.train.notes import Notes
+
+
+def fit_memory(
+    recipe: Recipe, engine: str, data: Prepared, notes: Notes
+) -> tuple[Recipe, dict[str, Any] | None]:
+    """What memory.vram asks for: the recipe with its open keys chosen so that it fits, and the choice, for the
+    manifest.
+
+    Raises EngineError: nothing fits, or the model's shape is not known.
+    """
+    import torch
+
+    if recipe.memory.vram is None:
+        return recipe, None
+    if not torch.cuda.is_available():
+        notes("memory.vram: no GPU here, so nothing is chosen")
+        return recipe, None
+    name = torch.cuda.get_device_properties(0).name
+    budget = recipe.memory.vram_gib or _free_gib(engine)
+    gpu = gpu_named(name, ceilings(name)) or like_a_3090(name, budget)
+    card = Card(gpu=gpu, vram_gib=budget, host_gib=virtual_memory().available / 2**30)
+    shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+    longest = _longest(recipe, data)
+
+    def again(other: Recipe) -> Prediction:
+        return predict(other, shape, card, engine=cast(EngineName, engine), row_tokens=longest)
+
+    now = again(recipe)
+    choice = choose(now, again)
+    if choice is None:
+        raise EngineError(
+            f"memory.vram: with what the recipe leaves open nothing fits into {budget:.2f} GiB, and "
+            f"{card.host_gib:.1f} of the host; as it stands it needs {now.memory.needed_gib:.2f} and "
+            f"{now.memory.host_gib:.1f}. Leave more keys open ({', '.join(OPEN)}), or see what to change: "
+            f"fastlora plan RECIPE --vram {budget:.1f}GiB"
+        )
+    for line in choice.lines():
+        notes(line)
+    return apply(recipe, choice.filled), choice.document()
+
+
+def _free_gib(engine: str) -> float:
+    """What this process may come to hold, its CUDA context with it; that of a card that nothing else uses is all of
+    it."""
+    figures = memory_now()
+    others = figures["others_gib"] - CONTEXT[cast(EngineName, engine)] / 2**30
+    return figures["card_gib"] - max(0.0, others)
+
+
+def _longest(recipe: Recipe, data: Prepared) -> int | None:
+    """Tokens of the longest row; a packed one is always full."""
+    return None if recipe.data.packing else data.stats.train.longest_row_tokens
 
 
 def predict_run(job: Job) -> Prediction | None:
@@ -30,10 +91,10 @@ def predict_run(job: Job) -> Prediction | None:
     card = Card(gpu=gpu_named(name, ceilings(name)), vram_gib=properties.total_memory / 2**30)
     try:
         shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
-        longest = None if recipe.data.packing else job.data.stats.train.longest_row_tokens
         found = predict(
-            recipe, shape, card, engine=cast(EngineName, job.engine.name), row_tokens=longest
-        )
+            recipe, shape, card, engine=cast(EngineName, job.engine.name),
+            row_tokens=_longest(recipe, job.data),
+        )  # fmt: skip
     except FastloraError as error:
         job.notes(f"plan: not predicted ({error})")
         return None

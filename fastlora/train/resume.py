@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.recipe.advice import apply
-from fastlora.recipe.schema import Recipe
+from fastlora.recipe.schema import MemorySection, Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.advising import filled_from
 
-MEMORY_KEYS = frozenset({"train.checkpointing"})
+MEMORY_KEYS = frozenset(
+    {"train.checkpointing", *(f"memory.{key}" for key in MemorySection.model_fields)}
+)
 """What may be other on --resume: it changes how much memory a step takes, and not what the step does."""
 
 
@@ -25,7 +27,7 @@ def open_for_resume(recipe: Recipe, *, auto: bool = False) -> RunDir:
     def unlike(manifest: dict[str, Any]) -> list[str]:
         if "recipe" in manifest and ("auto" in manifest) is not auto:
             return ["it was begun without --auto" if auto else "it was begun with --auto"]
-        now = apply(recipe, filled_from(manifest)) if "auto" in manifest else recipe
+        now = apply(recipe, filled_from(manifest))
         return changed_keys(manifest.get("recipe"), now.model_dump(mode="json"), but=MEMORY_KEYS)
 
     return RunDir.open_unfinished(Path(recipe.output.dir), unlike)

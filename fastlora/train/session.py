@@ -31,6 +31,7 @@ from fastlora.train.advising import advise_before, fill_open_keys, filled_from
 from fastlora.train.checks import check_model
 from fastlora.train.job import Job
 from fastlora.train.notes import Notes
+from fastlora.train.planned import fit_memory
 from fastlora.train.resume import changed_keys, open_for_resume
 from fastlora.train.steps import count_steps, effective_batch
 from fastlora.train.stop import Interrupted, StopSignals
@@ -74,7 +75,8 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     """
     notes = Notes(console)
     check_place(Path(request.recipe.output.dir))
-    engine, _, data, recipe, filled, found = _prepare(request.recipe, notes, auto=request.auto)
+    start = _prepare(request.recipe, notes, auto=request.auto)
+    data, recipe = start.data, start.recipe
     preview = Text()
     for text, supervised in data.stats.preview:
         preview.append(text, style="bold green" if supervised else "dim")
@@ -84,38 +86,64 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     console.print(preview, soft_wrap=True)
     steps, epochs = count_steps(recipe, data)
     console.print(f"\n{steps:,} steps of {effective_batch(recipe)} sequences, {epochs:g} epochs")
-    advice = advise_before(recipe, data, engine.name, notes)
+    advice = advise_before(recipe, data, start.engine.name, notes)
     with explained_loading():
-        _, kernels = load_model(engine, recipe, notes)
+        _, kernels = load_model(start.engine, recipe, notes)
     return {
         "steps": steps,
         "epochs": epochs,
         "effective_batch": effective_batch(recipe),
         "data": _data_report(data),
-        "check": found,
+        "check": start.found,
         "preview": _preview(data),
-        "engine": engine.name,
+        "engine": start.engine.name,
         "kernels": [asdict(row) for row in kernels],
         "advice": advice,
-        **({"auto": [asdict(one) for one in filled]} if request.auto else {}),
+        **_chosen(start, request),
         "notes": notes.said,
     }
 
 
-def _prepare(
-    recipe: Recipe, notes: Notes, *, auto: bool
-) -> tuple[Engine, PreTrainedTokenizerBase, Prepared, Recipe, list[Filled], dict[str, Any]]:
-    """`auto` fills open keys: the recipe comes back with them, and with what was filled. Last, what the check found."""
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """All that there is before the run's folder and the model."""
+
+    recipe: Recipe
+    """With what --auto filled and memory.vram chose."""
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    found: dict[str, Any]
+    """By the check."""
+    filled: list[Filled]
+    """By --auto."""
+    memory: dict[str, Any] | None
+    """What memory.vram chose."""
+
+
+def _prepare(recipe: Recipe, notes: Notes, *, auto: bool) -> _Start:
+    """`auto` fills open keys."""
     engine = choose_engine(recipe.engine, notes)
     engine.prepare()
     tokenizer = load_tokenizer(recipe.model)
     check_model(recipe, tokenizer, engine, notes)
+    filled: list[Filled] = []
     if auto:  # what is held out is then known first
         recipe, data, filled = fill_open_keys(recipe, engine.name, tokenizer, notes)
         found = check_before_run(recipe, tokenizer, notes)
-        return engine, tokenizer, data, recipe, filled, found
-    found = check_before_run(recipe, tokenizer, notes)
-    return engine, tokenizer, prepare_data(recipe, tokenizer, notes), recipe, [], found
+    else:
+        found = check_before_run(recipe, tokenizer, notes)
+        data = prepare_data(recipe, tokenizer, notes)
+    recipe, memory = fit_memory(recipe, engine.name, data, notes)
+    return _Start(recipe, engine, tokenizer, data, found, filled, memory)
+
+
+def _chosen(start: _Start, request: Request) -> dict[str, Any]:
+    """For the manifest: what the recipe did not say itself."""
+    chosen: dict[str, Any] = {"memory": start.memory} if start.memory else {}
+    if request.auto:
+        chosen["auto"] = [asdict(one) for one in start.filled]
+    return chosen
 
 
 def train_run(
@@ -136,12 +164,12 @@ def train_run(
             run = opened.enter_context(
                 contextlib.closing(open_for_resume(recipe, auto=request.auto))
             )
-            if request.auto:
-                recipe = apply(recipe, filled_from(run.manifest))
+            recipe = apply(recipe, filled_from(run.manifest))
         else:
             check_place(Path(recipe.output.dir))
         begins_auto = request.auto and run is None
-        engine, tokenizer, data, recipe, filled, found = _prepare(recipe, notes, auto=begins_auto)
+        start = _prepare(recipe, notes, auto=begins_auto)
+        data, recipe = start.data, start.recipe
         request = replace(request, recipe=recipe)
         if run is None:
             run = opened.enter_context(contextlib.closing(RunDir.create(Path(recipe.output.dir))))
@@ -150,9 +178,9 @@ def train_run(
                 f"{run.path}: the data have changed since it began; start a new run without --resume"
             )
         notes.say(f"run: {run.path}")
-        job = Job(run, recipe, engine, tokenizer, data, found, notes, signals)
+        job = Job(run, recipe, start.engine, start.tokenizer, data, start.found, notes, signals)
         try:
-            _begin(job, request, filled)
+            _begin(job, request, _chosen(start, request))
             _go_through(job, on_trained)
             return run.manifest
         except Interrupted as stopped:
@@ -206,7 +234,7 @@ def _preview(data: Prepared) -> list[dict[str, Any]]:
     return [{"text": text, "supervised": supervised} for text, supervised in data.stats.preview]
 
 
-def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
+def _begin(job: Job, request: Request, chosen: dict[str, Any]) -> None:
     import torch
 
     run, recipe, data, notes = job.run, job.recipe, job.data, job.notes
@@ -236,7 +264,8 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
         if changed := changed_keys(run.manifest["recipe"], recipe.model_dump(mode="json")):
             began["changed"] = changed
         resumed = run.manifest.setdefault("resumed", [])
-        resumed.append({"at": _now(), **began})
+        memory = {"memory": chosen["memory"]} if "memory" in chosen else {}
+        resumed.append({"at": _now(), **began, **memory})
         run.update(status="running")
         return
     dtype = str(resolve_dtype(recipe.model)).removeprefix("torch.")
@@ -254,7 +283,7 @@ def _begin(job: Job, request: Request, filled: Sequence[Filled]) -> None:
         stop_token_ids=list(stop_tokens),
         probe_ids=data.train[0]["input_ids"][:_PROBE_TOKENS],
         started=_now(),
-        **({"auto": [asdict(one) for one in filled]} if request.auto else {}),
+        **chosen,
         advice=advise_before(recipe, data, job.engine.name, notes),
     )
     if data.eval is not None:
