@@ -45,6 +45,7 @@ def command(
     loaded = load_recipe(library.find(recipe), settings)
 
     from fastlora.plan.advise import advise, with_settings
+    from fastlora.plan.budget import choose
     from fastlora.plan.gpus import gpu_named, installed, known
     from fastlora.plan.measured import ceilings
     from fastlora.plan.predict import Card, Prediction, predict
@@ -58,7 +59,8 @@ def command(
         raise UsageError(f"--gpu {gpu}: not known; known are {', '.join(known())}")
     if here and loaded.engine == "auto" and find_spec("unsloth") is None:
         loaded = with_settings(loaded, {"engine": "peft"})  # as a run here would
-    size = vram or (here[1] if here else found.vram_gib if found else None)
+    own = here[1] if here else found.vram_gib if found else None
+    size = vram or loaded.memory.vram_gib or own
     card = Card(gpu=found, vram_gib=size, host_gib=host)
     config = read_config(loaded.model.name, loaded.model.revision)
     shape = shape_of(config, f"{loaded.model.name}/config.json")
@@ -67,6 +69,9 @@ def command(
         return predict(other, shape, card)
 
     now = again(loaded)
+    choice = choose(now, again) if now.speed and size else None
+    if choice and loaded.memory.vram:  # as a run would
+        now = choice.result
     best, singles = advise(now, again) if now.verdict in ("no", "tight") else (None, [])
     if as_json:
         document = {
@@ -74,6 +79,7 @@ def command(
             **now.document(),
             "changes": [one.document() for one in singles],
             "cheapest": best and best.document(),
+            "budget": choice and choice.document(),
         }
         click.echo(json.dumps(document))
     else:
@@ -81,6 +87,6 @@ def command(
 
         from fastlora.plan.show import show
 
-        show(now, best, singles, Console())
+        show(now, best, singles, choice, Console())
     if now.verdict == "no":
         sys.exit(3)

@@ -62,8 +62,8 @@ def cap_memory(cap_gib: float | None) -> None:
 
 
 def memory_now(error: BaseException | None = None) -> dict[str, float]:
-    """GiB of this GPU, empty without one: allocated, reserved, what other processes hold, the whole card, and what
-    `error` says was asked for."""
+    """GiB of this GPU, empty without one: allocated, reserved, what other processes hold, the whole card, what of it
+    PyTorch may take where that is limited, and what `error` says was asked for."""
     import torch
 
     if not torch.cuda.is_available():
@@ -76,6 +76,9 @@ def memory_now(error: BaseException | None = None) -> dict[str, float]:
         "others_gib": max(0, card - free - reserved) / GIB,
         "card_gib": card / GIB,
     }
+    share = torch.cuda.get_per_process_memory_fraction()
+    if share < 1:
+        figures["allowed_gib"] = share * card / GIB
     if asked := re.search(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB)", str(error)):
         figures["asked_gib"] = float(asked[1]) / {"KiB": 2**20, "MiB": 2**10, "GiB": 1}[asked[2]]
     return {name: round(value, 3) for name, value in figures.items()}
@@ -86,9 +89,10 @@ def in_words(figures: dict[str, float]) -> str:
     if not figures:
         return ""
     asked = f", {figures['asked_gib']:.2f} more asked for" if "asked_gib" in figures else ""
+    limit = f", {figures['allowed_gib']:.2f} allowed" if "allowed_gib" in figures else ""
     return (
         f" ({figures['allocated_gib']:.2f} GiB in use and {figures['reserved_gib']:.2f} reserved of "
-        f"{figures['card_gib']:.1f}, {figures['others_gib']:.2f} not by PyTorch{asked})"
+        f"{figures['card_gib']:.1f}{limit}, {figures['others_gib']:.2f} not by PyTorch{asked})"
     )
 
 

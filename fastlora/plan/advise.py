@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from fastlora.plan.predict import Prediction
@@ -64,7 +65,9 @@ def advise(now: Prediction, again: Again) -> tuple[Advice | None, list[Advice]]:
     def tried(change: Change) -> Advice:
         return Advice(change, again(with_settings(now.recipe, change.settings)))
 
-    same = [_same_engine(now), _same_loss(now), _same_policy(now), _same_batch(now)]
+    same = [
+        _same_engine(now), _same_loss(now), _same_policy(now), _same_batch(now), _same_weights(now),
+    ]  # fmt: skip
     other = [_other_optimizer(now), _other_base(now), _other_length(now), _other_rank(now)]
     singles = [
         advice
@@ -122,11 +125,26 @@ def _same_loss(now: Prediction) -> list[dict[str, Any]]:
 
 
 def _same_policy(now: Prediction) -> list[dict[str, Any]]:
-    """Those that keep less on the GPU, the fastest first."""
-    order = ["none", "full", *(["unsloth"] if now.setup.engine == "unsloth" else [])]
-    return [
-        {"train.checkpointing": name} for name in order[order.index(now.setup.policy) + 1 :]
-    ] + ([{"train.checkpointing": "full"}] if now.setup.policy == "unsloth" else [])
+    """Those that keep less on the GPU, the fastest first; with fewer layers kept, where some are."""
+    order = ["none", "full", "unsloth" if now.setup.engine == "unsloth" else "offload"]
+    policy = now.setup.policy
+    tighter = order[order.index(policy) + 1 :] if policy in order else []
+    levels: list[dict[str, Any]] = [{"train.checkpointing": name} for name in tighter]
+    if policy == "unsloth":
+        levels.append({"train.checkpointing": "full"})
+    if now.recipe.memory.keep_layers or now.recipe.memory.keep_attention_layers:
+        nothing = {"memory.keep_layers": 0, "memory.keep_attention_layers": 0}
+        levels = [nothing, *(level | nothing for level in levels)]
+    return levels
+
+
+def _same_weights(now: Prediction) -> list[dict[str, Any]]:
+    """More of the frozen weights in host memory, a quarter of the layers at a time."""
+    layers, already = now.shape.layers, now.setup.stream_layers
+    if now.setup.engine != "unsloth" or now.setup.policy == "none":
+        return []
+    counts = [ceil(layers * part / 4) for part in range(1, 5)]
+    return [{"memory.stream_layers": count} for count in counts if count > already]
 
 
 def _same_batch(now: Prediction) -> list[dict[str, Any]]:

@@ -59,6 +59,9 @@ class Prediction:
             "setup": {
                 "engine": setup.engine,
                 "checkpointing": setup.policy,
+                "keep_layers": setup.keep_layers,
+                "keep_attention_layers": setup.keep_attention_layers,
+                "stream_layers": setup.stream_layers,
                 "loss": setup.loss,
                 "quantization": setup.quantization,
                 "micro_batch": setup.micro_batch,

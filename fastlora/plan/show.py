@@ -8,13 +8,21 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora.plan.advise import Advice
+from fastlora.plan.budget import Choice, figures_said
 from fastlora.plan.predict import Prediction
+from fastlora.plan.setup import Setup
 from fastlora.plan.working import GIB
 
 _SHOWN_FROM = 0.005  # GiB; smaller terms are summed
 
 
-def show(found: Prediction, best: Advice | None, singles: list[Advice], console: Console) -> None:
+def show(
+    found: Prediction,
+    best: Advice | None,
+    singles: list[Advice],
+    choice: Choice | None,
+    console: Console,
+) -> None:
     _headline(found, console)
     console.print(_memory_table(found))
     _totals(found, console)
@@ -22,6 +30,8 @@ def show(found: Prediction, best: Advice | None, singles: list[Advice], console:
     for note in found.setup.notes:
         console.print(f"[dim]{note}[/]", soft_wrap=True)
     _verdict(found, console)
+    if choice:
+        _budget(found, choice, console)
     if singles and found.verdict in ("no", "tight"):
         console.print(_changes_table(singles))
     if found.verdict == "no":
@@ -33,10 +43,19 @@ def _headline(found: Prediction, console: Console) -> None:
     console.print(
         f"{shape.model_type}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers; {setup.engine}, "
         f"{setup.quantization}, rank {setup.rank}, {setup.micro_batch} x {setup.row_tokens:,} tokens, "
-        f"checkpointing {setup.policy}, loss {setup.loss}",
+        f"checkpointing {setup.policy}, loss {setup.loss}{_kept(setup)}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _kept(setup: Setup) -> str:
+    counts = {
+        "kept whole": 0 if setup.policy == "none" else setup.keep_layers,
+        "kept in part": setup.keep_attention_layers,
+        "streamed": setup.stream_layers,
+    }
+    return "".join(f", {count} layers {how}" for how, count in counts.items() if count)
 
 
 def _memory_table(found: Prediction) -> Table:
@@ -110,6 +129,20 @@ def _verdict(found: Prediction, console: Console) -> None:
     }[found.verdict]
     host = f" and {card.host_gib:.1f} GiB of the host" if card.host_gib else ""
     console.print(f"{card.vram_gib:.1f} GiB{host}: {said}", highlight=False, soft_wrap=True)
+
+
+def _budget(found: Prediction, choice: Choice, console: Console) -> None:
+    """What memory.vram chose, or would."""
+    if found is choice.result:
+        for line in choice.lines():
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    elif choice.filled:
+        chosen = ", ".join(f"{one.key} = {_toml(one.value)}" for one in choice.filled)
+        console.print(
+            f'memory.vram = "{found.card.vram_gib:.1f}GiB" would choose {chosen}: {figures_said(choice.result)}',
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _changes_table(singles: list[Advice]) -> Table:

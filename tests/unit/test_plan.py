@@ -13,22 +13,16 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from plans import H100, LLAMA_8B, card, predicted, recipe
 
 from fastlora.cli.main import cli
 from fastlora.errors import EngineError, RecipeError
 from fastlora.plan import gpus, measured
 from fastlora.plan.advise import Advice, advise
-from fastlora.plan.predict import Card, Prediction, predict
+from fastlora.plan.predict import Prediction, predict
 from fastlora.plan.shape import read_config, shape_of
-from fastlora.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.fixture(autouse=True)
@@ -46,19 +40,6 @@ def generator() -> ModuleType:
     sys.modules["plan_tables"] = module  # its dataclass looks itself up there
     spec.loader.exec_module(module)
     return module
-
-
-def predicted(vram_gib: float | None = 79.2, config: Any = LLAMA_8B, **sections: Any) -> Prediction:
-    return predict(recipe(**sections), shape_of(config), card(vram_gib))
-
-
-def card(vram_gib: float | None, host_gib: float | None = None) -> Card:
-    return Card(gpu=gpus.gpu_named(H100), vram_gib=vram_gib, host_gib=host_gib)
-
-
-def recipe(**sections: Any) -> Recipe:
-    given = {"data": {"sources": ["x.jsonl"]}, "output": {"dir": "out"}, **sections}
-    return Recipe.model_validate(given | {"model": {"name": "m", **sections.get("model", {})}})
 
 
 PLAIN_PEFT: dict[str, Any] = {"engine": "peft", "kernels": {"mode": "off"}}
@@ -216,12 +197,19 @@ def test_what_needs_more_of_the_card_is_offered_for_the_host_alone() -> None:
     assert best.result.verdict != "no"
 
 
-def test_only_what_changes_the_training_is_left() -> None:
-    best, _ = advised(9, engine="unsloth", model={"quantization": "none"})
+def test_weights_go_to_the_host_before_the_training_changes() -> None:
+    unquantized = {"engine": "unsloth", "model": {"quantization": "none"}}
+    best, _ = advised(9, **unquantized)
+    assert best
+    assert best.change.same_training
+    assert best.change.settings["memory.stream_layers"] > 16
+    shape, little = shape_of(LLAMA_8B), card(9, host_gib=12)
+    now = predict(recipe(**unquantized), shape, little)
+    best, _ = advise(now, lambda other: predict(other, shape, little))
     assert best
     assert best.change.settings == {"model.quantization": "nf4"}
     assert not best.change.same_training
-    assert advised(4, engine="unsloth")[0] is None
+    assert advised(3, engine="unsloth")[0] is None
 
 
 # -- what runs teach -----------------------------------------------------------------------

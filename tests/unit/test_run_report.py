@@ -52,7 +52,8 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
     text = seen(page)
     for figure in (
         "llama31/7", "finished", "Loss 3.0000 to 0.0750 in 40 steps", "held out 1.9000 to 1.6000 at best",
-        "lora.rank = 32 for 1,150 rows", "tokens 120,130", "median 9,123", "reserved 7.06 GiB", "for 600 s",
+        "lora.rank = 32 for 1,150 rows", "12.00 GiB: 11.43 GiB and 10,729 tokens/s predicted",
+        "memory.keep_layers = 10 of 28 layers", "tokens 120,130", "median 9,123", "reserved 7.06 GiB", "for 600 s",
         "Loss (nats", "held out", "Held-out loss by source", "cipher", "$general$", "Learning rate",
         "Speed (tokens/s)", "Peak GPU memory (GiB)", "allocated",
         "Say it.", "before " + HOSTILE, "after It.", "expected It.", "As messages",

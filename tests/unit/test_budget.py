@@ -1,0 +1,274 @@
+"""What memory.vram chooses, and the memory of layers that are kept, kept in part and streamed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import H100, LLAMA_8B, card, predicted, recipe
+
+from fastlora.cli.main import cli
+from fastlora.errors import EngineError, RecipeError
+from fastlora.plan import gpus
+from fastlora.plan.advise import with_settings
+from fastlora.plan.budget import Choice, choose
+from fastlora.plan.predict import Prediction, predict
+from fastlora.plan.shape import shape_of
+from fastlora.recipe.load import load_recipe
+from fastlora.recipe.schema import Recipe
+from fastlora.train.advising import filled_from
+from fastlora.train.planned import fit_memory
+
+SMALL = LLAMA_8B | {"num_hidden_layers": 6}
+OPEN: dict[str, Any] = {"train": {"effective_batch": 16}}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+
+
+def chosen(
+    vram_gib: float, config: Any = LLAMA_8B, host_gib: float | None = None, **sections: Any
+) -> Choice | None:
+    shape, there = shape_of(config), card(vram_gib, host_gib)
+
+    def again(other: Recipe) -> Prediction:
+        return predict(other, shape, there)
+
+    return choose(again(recipe(**{**OPEN, **sections})), again)
+
+
+def rate(found: Prediction) -> float:
+    assert found.speed
+    return found.speed.tokens_per_s
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(5, 60), st.sampled_from(["unsloth", "peft"]), st.sampled_from(["auto", "all"]))
+def test_it_fits_and_more_memory_is_never_slower(vram: float, engine: str, kernels: str) -> None:
+    sections = {"engine": engine, "kernels": {"mode": kernels}}
+    less, more = chosen(vram, **sections), chosen(vram + 2, **sections)
+    if less is None:
+        return
+    assert more
+    for one, size in ((less, vram), (more, vram + 2)):
+        assert one.result.memory.comfortable_gib <= size
+        setup = one.result.setup
+        assert setup.micro_batch * setup.accumulation == 16
+    # Streaming is the last resort, also where its larger micro-batches are predicted to be the faster ones.
+    if not less.result.setup.stream_layers:
+        assert rate(more.result) >= 0.99 * rate(less.result)
+    if less.plainest.memory.comfortable_gib <= vram:
+        assert rate(less.result) >= 0.99 * rate(less.plainest)
+
+
+@pytest.mark.parametrize("vram", [2.9, 3.3, 4.5, 6, 9, 30])
+@pytest.mark.parametrize("engine", ["unsloth", "peft"])
+def test_nothing_that_fits_is_faster(vram: float, engine: str) -> None:
+    """Every value of every key, where the search takes only some."""
+    shape, there = shape_of(SMALL), card(vram)
+    now = recipe(**OPEN, engine=engine)
+    policies = ["none", "full", "offload", *(["unsloth"] if engine == "unsloth" else [])]
+    best = 0.0
+    for micro in (1, 2, 4, 8):
+        for policy in policies:
+            for whole in range(7):
+                for parts in range(7 - whole if policy in ("full", "offload") else 1):
+                    settings = {
+                        "train.micro_batch": micro, "train.checkpointing": policy,
+                        "memory.keep_layers": whole, "memory.keep_attention_layers": parts,
+                    }  # fmt: skip
+                    found = predict(with_settings(now, settings), shape, there)
+                    if found.verdict == "fits":
+                        best = max(best, rate(found))
+    choice = chosen(vram, SMALL, engine=engine)
+    if best:
+        assert choice
+        assert rate(choice.result) >= 0.99 * best
+        assert choice.result.setup.stream_layers == 0
+    else:
+        assert choice is None or choice.result.setup.stream_layers > 0
+
+
+def test_what_the_recipe_says_stays() -> None:
+    train = {"effective_batch": 16, "micro_batch": 2, "checkpointing": "full"}
+    choice = chosen(16, engine="unsloth", train=train, memory={"keep_attention_layers": 3})
+    assert choice
+    assert set(choice.settings) == {"memory.keep_layers"}
+    setup = choice.result.setup
+    assert (setup.micro_batch, setup.policy, setup.keep_attention_layers) == (2, "full", 3)
+    assert setup.keep_layers == choice.settings["memory.keep_layers"] > 0
+
+
+def test_layers_are_streamed_only_where_nothing_else_fits() -> None:
+    roomy, tight = chosen(8.5, engine="unsloth"), chosen(6.0, engine="unsloth")
+    assert roomy
+    assert tight
+    assert roomy.result.setup.stream_layers == 0
+    streamed = tight.settings["memory.stream_layers"]
+    fewer = with_settings(tight.result.recipe, {**tight.settings, "memory.stream_layers": streamed - 1})  # fmt: skip
+    assert predict(fewer, tight.result.shape, tight.result.card).verdict != "fits"
+    assert chosen(6.0, engine="peft") is None
+    assert chosen(6.0, engine="unsloth", memory={"stream_layers": 0}) is None
+    assert chosen(6.0, engine="unsloth", host_gib=6) is None  # no room for them there
+    assert chosen(2.0, engine="unsloth") is None
+
+
+def test_the_host_may_be_what_does_not_suffice() -> None:
+    """Inputs of layers are not offloaded into memory that is not there."""
+    long = {
+        "engine": "unsloth",
+        "model": {"seq_len_tokens": 32768},
+        "train": {"effective_batch": 2},
+    }
+    choice = chosen(40, **long)
+    little = chosen(40, host_gib=9, **long)
+    assert choice
+    assert little
+    assert little.result.memory.host_gib <= 9 < choice.result.memory.host_gib or (
+        choice.result.setup.policy in ("none", "full")
+    )
+
+
+def test_kept_layers_are_gone_before_others_are_computed_again() -> None:
+    def peak(**memory: int) -> dict[str, float]:
+        train = {"checkpointing": "full", "micro_batch": 8, "effective_batch": 8}
+        moments = predicted(engine="unsloth", train=train, memory=memory).memory.moments
+        return {name: sum(one.bytes for one in terms) for name, terms in moments.items()}
+
+    bare, two = peak(), peak(keep_layers=2)
+    assert two["backward of a layer"] < bare["backward of a layer"] + 2.1 * (two["loss"] - bare["loss"])  # fmt: skip
+    one = peak(keep_layers=1)
+    # The last layer's own, which would have been made again for its backward.
+    assert one["backward of a layer"] == pytest.approx(bare["backward of a layer"], rel=0.001)
+    parts = peak(keep_attention_layers=32)
+    assert bare["loss"] < parts["loss"] < peak(keep_layers=32)["loss"]
+
+
+def test_a_choice_says_what_and_why() -> None:
+    choice = chosen(12, engine="unsloth")
+    assert choice
+    lines = list(choice.lines())
+    assert lines[0].startswith("memory.vram = 12.00 GiB: ")
+    assert len(lines) == 1 + len(choice.filled)
+    document = json.loads(json.dumps(choice.document()))
+    assert document["budget_gib"] == 12
+    assert document["needed_gib"] <= 12
+    assert document["tokens_per_s"] >= document["plainest"]["tokens_per_s"]
+    assert [one["key"] for one in document["filled"]] == list(choice.settings)
+
+
+# -- the recipe, the command, a run --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "gib"), [("12GiB", 12.0), ("1e3", None), ("auto", None), ("0", None)]
+)
+def test_an_amount_is_checked(value: str, gib: float | None) -> None:
+    if value in ("1e3", "0"):
+        with pytest.raises(ValueError, match="is not an amount of memory"):
+            recipe(memory={"vram": value})
+    else:
+        assert recipe(memory={"vram": value}).memory.vram_gib == gib
+
+
+def test_the_problem_names_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(
+        '[model]\nname = "m"\n[data]\nsources = ["x.jsonl"]\n[memory]\nvram = "lots"\n[output]\ndir = "o"\n'
+    )
+    with pytest.raises(RecipeError, match=r"memory\.vram: 'lots' is not an amount"):
+        load_recipe(path)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "8b").mkdir()
+    (tmp_path / "8b" / "config.json").write_text(json.dumps(LLAMA_8B))
+    return tmp_path / "8b"
+
+
+def test_plan_takes_the_budget_as_a_run_would(model: Path) -> None:
+    def plan(*arguments: str) -> Any:
+        base = ["plan", "llama31", "--set", f"model.name={model}", "--gpu", "RTX 4090", "--json"]
+        return json.loads(CliRunner().invoke(cli, [*base, *arguments]).stdout)
+
+    offered = plan("--vram", "12GiB")
+    assert offered["setup"]["keep_layers"] == 0  # shown, not taken
+    taken = plan("--set", "memory.vram=12GiB")
+    assert taken["vram_gib"] == 12
+    assert taken["verdict"] == "fits"
+    settings = {one["key"]: one["value"] for one in taken["budget"]["filled"]}
+    assert taken["setup"]["keep_layers"] == settings.get("memory.keep_layers", 0) > 0
+    assert taken["budget"] == offered["budget"]
+    assert taken["speed"]["tokens_per_s"] > offered["speed"]["tokens_per_s"]
+
+
+def on_a_card(monkeypatch: pytest.MonkeyPatch, name: str, card_gib: float, others_gib: float = 0) -> None:  # fmt: skip
+    import torch
+
+    size = int(card_gib * 2**30)
+    properties = SimpleNamespace(name=name, total_memory=size)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
+    used = int((others_gib + 0.82) * 2**30)  # with this process's own context
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (size - used, size))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+
+
+DATA: Any = SimpleNamespace(stats=SimpleNamespace(train=SimpleNamespace(longest_row_tokens=1500)))
+
+
+def test_a_run_takes_what_is_chosen(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_card(monkeypatch, H100, 79.2, others_gib=60)
+    said: list[str] = []
+    notes: Any = said.append
+    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "12GiB"})
+    taken, memory = fit_memory(asked, "unsloth", DATA, notes)
+    assert memory
+    assert memory["budget_gib"] == 12
+    assert said[0].startswith("memory.vram = 12.00 GiB: ")
+    # The batches are part of what the steps are; with them stated, the rest is chosen again and alike.
+    stated = Recipe.model_validate(taken.model_dump(exclude_unset=True))
+    again, _ = fit_memory(stated, "unsloth", DATA, notes)
+    assert again == taken
+    batches = {one.key for one in filled_from({"memory": memory})}
+    assert batches <= {"train.micro_batch", "train.effective_batch"}
+    assert taken.train.micro_batch * taken.train.accumulation_steps == 16
+    auto, memory = fit_memory(
+        recipe(**OPEN, model={"name": str(model)}, memory={"vram": "auto"}), "unsloth", DATA, notes
+    )
+    assert memory
+    assert memory["budget_gib"] == pytest.approx(19.2, abs=0.01)
+    assert auto.memory.keep_layers or auto.train.checkpointing == "none"
+
+
+def test_a_gpu_that_is_not_known_has_a_budget_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    on_a_card(monkeypatch, "Voodoo 2", 12)
+    assert gpus.gpu_named("Voodoo 2") is None
+    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "auto"})
+    taken, _ = fit_memory(asked, "unsloth", DATA, lambda said: None)  # type: ignore[arg-type]
+    assert taken.memory.keep_layers
+
+
+def test_what_fits_nowhere_is_said_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_card(monkeypatch, H100, 79.2)
+    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "3GiB"})
+    with pytest.raises(EngineError, match=r"nothing fits into 3\.00 GiB.*fastlora plan"):
+        fit_memory(asked, "unsloth", DATA, lambda said: None)  # type: ignore[arg-type]
+
+
+def test_without_a_gpu_nothing_is_chosen(model: Path) -> None:
+    said: list[str] = []
+    asked = recipe(model={"name": str(model)}, memory={"vram": "auto"})
+    assert fit_memory(asked, "peft", DATA, said.append) == (asked, None)  # type: ignore[arg-type]
+    assert "no GPU" in said[0]
