@@ -27,6 +27,7 @@ from fastlora.engines.unsloth import fused_layers
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.train.collate import Collator
+from fastlora.train.planned import fit_memory
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +66,10 @@ class Loaded:
         import torch
 
         self.notes: list[str] = []
-        self.recipe = recipe
         self.engine: Engine = choose_engine(task.arm.engine, self.notes.append)
         self.engine.prepare()
+        # Batches are not chosen: the work of every arm is the same.
+        self.recipe, _ = fit_memory(recipe, self.engine.name, None, self.notes.append)
         self._check_targets()
         self.dtype = resolve_dtype(self.recipe.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,6 +133,13 @@ class Loaded:
             initial = initial_value(name, tuple(parameter.shape), b_deviation, seed)
             if initial is not None:
                 parameter.data.copy_(initial)
+
+    @property
+    def recomputed(self) -> float:
+        """Share of the layers that are computed again."""
+        layers: int = self.model.config.num_hidden_layers
+        kept = min(layers, self.recipe.memory.keep_layers or 0)
+        return 0.0 if self.checkpointing == "none" else 1 - kept / layers
 
     def autocast(self) -> AbstractContextManager[Any]:
         import torch
@@ -234,7 +243,7 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
     after = {name: parameter.detach().cpu() for name, parameter in loaded.adapter()}
     unchanged = [name for name, value in after.items() if torch.equal(before[name], value)]
     notes = loaded.notes
-    flops = flops_per_token(loaded.model, loaded.checkpointing != "none")
+    flops = flops_per_token(loaded.model, loaded.recomputed)
     empty(loaded)
 
     parity = parity_step(task.load_for_parity(), short)

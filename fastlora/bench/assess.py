@@ -9,7 +9,7 @@ from typing import Any
 from fastlora.bench import gates
 from fastlora.bench import work as works
 from fastlora.bench.processes import Failed
-from fastlora.bench.schema import OPTIONS, Arm, ArmResult, Gate, LedgerEntry, Spread
+from fastlora.bench.schema import OPTIONS, Arm, ArmResult, Gate, LedgerEntry, Spread, kind_of
 
 
 def assess(
@@ -154,15 +154,13 @@ def ledger(rows: Sequence[ArmResult]) -> list[LedgerEntry]:
     entries = []
     for row in rows:
         arm = Arm.parse(row.arm)
-        for option in OPTIONS:
-            if option not in arm.options:
-                continue
+        for option in sorted(arm.options, key=lambda option: list(OPTIONS).index(kind_of(option))):
             base = arms.get(arm.engine + "|".join(sorted(arm.options - {option})))
             if base is None:
                 continue
             entries.append(
                 LedgerEntry(
-                    ingredient=OPTIONS[option][1],
+                    ingredient=OPTIONS[kind_of(option)][1],
                     arm=row.arm,
                     base=base.arm,
                     tokens_per_s=row.tokens_per_s.p50 if row.tokens_per_s else None,

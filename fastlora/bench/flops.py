@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def flops_per_token(model: PeftModel, recomputed: bool) -> dict[str, float]:
+def flops_per_token(model: PeftModel, recomputed: float) -> dict[str, float]:
     """Multiply-adds counted twice. matmul: forward and dX of every frozen linear layer, 4 N, head
     included; attention: forward and backward of a causal row, per squared token; recompute_*: what
-    checkpointing does again, which is not the head."""
+    checkpointing does again, which is not the head, in `recomputed` of all layers; of those kept in part, and where
+    down_proj is left out, less is done again than is counted here."""
     import torch
 
     body = head = 0

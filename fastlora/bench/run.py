@@ -235,7 +235,9 @@ class Bench:
             own = {
                 **common,
                 "arm": arm.model_dump(mode="json"),
-                "recipe": arm.recipe(plan.recipe).model_dump(mode="json"),
+                "recipe": arm.recipe(plan.recipe, self.request.vram_cap_gib).model_dump(
+                    mode="json"
+                ),
             }
             self._arm(arm, {**own, "gradients": str(scratch / f"{arm.name}.safetensors")})
         if self.request.frontier:

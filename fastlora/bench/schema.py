@@ -21,10 +21,15 @@ from fastlora.recipe.schema import (
 SCHEMA_VERSION = 1
 
 # What an arm's name can switch, and on which engines: `unsloth-kernels+graphs` is unsloth without its
-# fused LoRA kernels and with CUDA graphs.
+# fused LoRA kernels and with CUDA graphs. Those of NUMBERED have a number behind them: `unsloth+keep8`.
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "+fastlora": (("peft", "liger", "unsloth"), "our kernels where the engine has none"),
     "+graphs": (("unsloth",), "decoder layers as CUDA graphs"),
+    "+offload": (("peft", "unsloth"), "checkpoints in host memory, by fastlora"),
+    "+keep": (("peft", "unsloth"), "layers that are kept whole"),
+    "+attention": (("peft", "unsloth"), "layers of which the MLP alone is computed again"),
+    "+stream": (("unsloth",), "layers whose weights are in host memory"),
+    "+budget": (("peft", "unsloth"), "memory.vram = --vram-cap, or what is free"),
     "+packing": (("peft", "liger", "unsloth"), "rows packed instead of padded"),
     "-kernels": (("unsloth",), "without fused LoRA kernels"),
     "-loss": (("unsloth",), "logits kept, loss taken from them"),
@@ -32,7 +37,18 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "-checkpointing": (("peft", "liger", "unsloth"), "no gradient checkpointing"),
     "-optimizer": (("peft", "liger", "unsloth"), "AdamW with 32-bit state"),
 }
+NUMBERED = {
+    "+keep": "keep_layers", "+attention": "keep_attention_layers", "+stream": "stream_layers",
+}  # fmt: skip
+"""Key of [memory]."""
+_CHECKPOINTS = {"-checkpointing": "none", "-offload": "full", "+offload": "offload"}
+"""train.checkpointing"""
 ENGINES = ("peft", "liger", "unsloth")
+
+
+def kind_of(option: str) -> str:
+    """Without its number."""
+    return option.rstrip("0123456789")
 
 
 class Arm(BaseModel):
@@ -47,37 +63,52 @@ class Arm(BaseModel):
     @classmethod
     def parse(cls, text: str) -> Arm:
         """Raises UsageError: no such engine, or an option that the engine does not have."""
-        engine, *options = re.split(r"(?=[+-])", text.strip())
+        engine, *given = re.split(r"(?=[+-])", text.strip())
         if engine not in ENGINES:
             raise UsageError(f"--arms {text}: no engine {engine!r}; known: {', '.join(ENGINES)}")
-        for option in options:
-            if option not in OPTIONS or engine not in OPTIONS[option][0]:
-                known = [known for known, (engines, _) in OPTIONS.items() if engine in engines]
+        options = {}
+        for option in given:
+            name, number = kind_of(option), option.removeprefix(kind_of(option))
+            right = name in OPTIONS and bool(number) == (name in NUMBERED)
+            if not right or engine not in OPTIONS[name][0]:
+                known = [
+                    name + ("N" if name in NUMBERED else "")
+                    for name, (engines, _) in OPTIONS.items()
+                    if engine in engines
+                ]
                 raise UsageError(
                     f"--arms {text}: {engine} has no option {option!r}; it has {' '.join(known)}"
                 )
-        if {"-checkpointing", "-offload"} <= set(options):
-            raise UsageError(f"--arms {text}: without checkpoints there is nothing to offload")
+            options[name] = option
+        if len(both := [name for name in _CHECKPOINTS if name in options]) > 1:
+            raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
         # One name for one arm, in whatever order it was typed.
-        ordered = [option for option in OPTIONS if option in options]
-        return cls(name="".join([engine, *ordered]), engine=engine, options=frozenset(options))
+        ordered = [options[name] for name in OPTIONS if name in options]
+        return cls(name="".join([engine, *ordered]), engine=engine, options=frozenset(ordered))
 
     @property
     def packed(self) -> bool:
         return "+packing" in self.options
 
-    def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe as this arm trains it. (Its engine is not the recipe's to name: recipes know no liger.)"""
+    def recipe(self, recipe: Recipe, vram_cap_gib: float | None = None) -> Recipe:
+        """The recipe as this arm trains it, on a GPU of that size. (Its engine is not the recipe's to name: there is no
+        liger in recipes.)"""
         train: dict[str, Any] = {}
-        if "-checkpointing" in self.options:
-            train["checkpointing"] = "none"
-        if "-offload" in self.options:
-            train["checkpointing"] = "full"
+        memory: dict[str, Any] = {}
+        for option in self.options:
+            kind = kind_of(option)
+            if kind in _CHECKPOINTS:
+                train["checkpointing"] = _CHECKPOINTS[kind]
+            if kind in NUMBERED:
+                memory[NUMBERED[kind]] = int(option.removeprefix(kind))
         if "-optimizer" in self.options:
             train["optimizer"] = "adamw"
+        if "+budget" in self.options:
+            memory["vram"] = f"{vram_cap_gib}GiB" if vram_cap_gib else "auto"
         return recipe.model_copy(
             update={
                 "train": recipe.train.model_copy(update=train),
+                "memory": recipe.memory.model_copy(update=memory),
                 "data": recipe.data.model_copy(update={"packing": self.packed}),
             }
         )

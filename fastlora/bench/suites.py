@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastlora.bench.schema import OPTIONS, Arm, Suite, Work
+from fastlora.bench.schema import NUMBERED, OPTIONS, Arm, Suite, Work
 from fastlora.errors import RecipeError, UsageError
 from fastlora.recipe import library
 from fastlora.recipe.load import explain, load_recipe
@@ -128,12 +128,18 @@ def fitting(vram_gib: float) -> str:
 def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:
     """The arm without each of its ingredients, and with each that it could have and has not; none that
     would change nothing."""
-    in_recipe = {"-checkpointing", "-offload", "-optimizer"}
+    in_recipe = {"-checkpointing", "-offload", "+offload", "-optimizer"}
     others = []
     for option, (engines, _) in OPTIONS.items():
-        if arm.engine not in engines or option in {*arm.options, "+packing", "+fastlora"}:
+        left_out = {
+            *NUMBERED,
+            "+budget",
+            "+packing",
+            "+fastlora",
+        }  # what has no one value, or is asked for
+        if arm.engine not in engines or option in {*arm.options, *left_out}:
             continue
-        checkpoints = {"-checkpointing", "-offload"}
+        checkpoints = {"-checkpointing", "-offload", "+offload"}
         if option in checkpoints and (not gpu or checkpoints & arm.options):
             continue  # a CPU keeps everything
         other = Arm.parse(arm.name + option)

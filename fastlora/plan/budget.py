@@ -101,8 +101,6 @@ Found = tuple[dict[str, Any], Prediction]
 def _stated(recipe: Recipe, key: str, value: Any) -> bool:
     """Whether the recipe means that already."""
     section, _, name = key.partition(".")
-    if name == "effective_batch":
-        return bool(recipe.train.effective_batch == value)
     return bool(getattr(getattr(recipe, section), name) == value or value == 0)
 
 
@@ -213,8 +211,8 @@ def _why(key: str, result: Prediction) -> str:
     setup, shape = result.setup, result.shape
     if key == "train.micro_batch":
         return f"{setup.tokens:,} tokens at once, {setup.accumulation} times a step"
-    if key == "train.effective_batch":
-        return "as before"
+    if key in ("train.effective_batch", "train.accumulation"):
+        return "the same rows a step as before"
     if key == "train.checkpointing":
         return {
             "none": "there is room for all that is computed",

@@ -58,7 +58,7 @@ def filled_from(manifest: dict[str, Any]) -> list[Filled]:
     batches = [
         one
         for one in manifest.get("memory", {}).get("filled", [])
-        if one["key"] in ("train.micro_batch", "train.effective_batch")
+        if one["key"] in ("train.micro_batch", "train.effective_batch", "train.accumulation")
     ]
     return [Filled(**one) for one in [*manifest.get("auto", []), *batches]]
 

@@ -25,14 +25,13 @@ if TYPE_CHECKING:
     from fastlora.data.prepare import Prepared
     from fastlora.engines.base import Announce
     from fastlora.train.job import Job
-    from fastlora.train.notes import Notes
 
 
 def fit_memory(
-    recipe: Recipe, engine: str, data: Prepared, notes: Notes
+    recipe: Recipe, engine: str, row_tokens: int | None, announce: Announce
 ) -> tuple[Recipe, dict[str, Any] | None]:
     """What memory.vram asks for: the recipe with its open keys chosen so that it fits, and the choice, for the
-    manifest.
+    manifest. row_tokens: of the longest row; None: model.seq_len_tokens.
 
     Raises EngineError: nothing fits, or the model's shape is not known.
     """
@@ -41,17 +40,16 @@ def fit_memory(
     if recipe.memory.vram is None:
         return recipe, None
     if not torch.cuda.is_available():
-        notes("memory.vram: no GPU here, so nothing is chosen")
+        announce("memory.vram: no GPU here, so nothing is chosen")
         return recipe, None
     name = torch.cuda.get_device_properties(0).name
     budget = recipe.memory.vram_gib or _free_gib(engine)
     gpu = gpu_named(name, ceilings(name)) or like_a_3090(name, budget)
     card = Card(gpu=gpu, vram_gib=budget, host_gib=virtual_memory().available / 2**30)
     shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
-    longest = _longest(recipe, data)
 
     def again(other: Recipe) -> Prediction:
-        return predict(other, shape, card, engine=cast(EngineName, engine), row_tokens=longest)
+        return predict(other, shape, card, engine=cast(EngineName, engine), row_tokens=row_tokens)
 
     now = again(recipe)
     choice = choose(now, again)
@@ -63,7 +61,7 @@ def fit_memory(
             f"fastlora plan RECIPE --vram {budget:.1f}GiB"
         )
     for line in choice.lines():
-        notes(line)
+        announce(line)
     return apply(recipe, choice.filled), choice.document()
 
 
@@ -75,8 +73,8 @@ def _free_gib(engine: str) -> float:
     return figures["card_gib"] - max(0.0, others)
 
 
-def _longest(recipe: Recipe, data: Prepared) -> int | None:
-    """Tokens of the longest row; a packed one is always full."""
+def longest_row(recipe: Recipe, data: Prepared) -> int | None:
+    """In tokens; None where rows are packed, which are always full."""
     return None if recipe.data.packing else data.stats.train.longest_row_tokens
 
 
@@ -93,7 +91,7 @@ def predict_run(job: Job) -> Prediction | None:
         shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
         found = predict(
             recipe, shape, card, engine=cast(EngineName, job.engine.name),
-            row_tokens=_longest(recipe, job.data),
+            row_tokens=longest_row(recipe, job.data),
         )  # fmt: skip
     except FastloraError as error:
         job.notes(f"plan: not predicted ({error})")

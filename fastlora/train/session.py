@@ -31,7 +31,7 @@ from fastlora.train.advising import advise_before, fill_open_keys, filled_from
 from fastlora.train.checks import check_model
 from fastlora.train.job import Job
 from fastlora.train.notes import Notes
-from fastlora.train.planned import fit_memory
+from fastlora.train.planned import fit_memory, longest_row
 from fastlora.train.resume import changed_keys, open_for_resume
 from fastlora.train.steps import count_steps, effective_batch
 from fastlora.train.stop import Interrupted, StopSignals
@@ -134,7 +134,7 @@ def _prepare(recipe: Recipe, notes: Notes, *, auto: bool) -> _Start:
     else:
         found = check_before_run(recipe, tokenizer, notes)
         data = prepare_data(recipe, tokenizer, notes)
-    recipe, memory = fit_memory(recipe, engine.name, data, notes)
+    recipe, memory = fit_memory(recipe, engine.name, longest_row(recipe, data), notes)
     return _Start(recipe, engine, tokenizer, data, found, filled, memory)
 
 

@@ -47,11 +47,12 @@ def test_ingredients_of_an_arm_are_each_switched_alone() -> None:
     recipe = load_suite(bundled()["llama31-8b"]).recipe("x")
     names = [arm.name for arm in ingredients(Arm.parse("unsloth"), recipe, gpu=True)]
     assert names == [
-        "unsloth+graphs", "unsloth-kernels", "unsloth-loss", "unsloth-offload", "unsloth-checkpointing",
-        "unsloth-optimizer",
+        "unsloth+graphs", "unsloth+offload", "unsloth-kernels", "unsloth-loss", "unsloth-offload",
+        "unsloth-checkpointing", "unsloth-optimizer",
     ]  # fmt: skip
     assert [arm.name for arm in ingredients(Arm.parse("peft-optimizer"), recipe, gpu=True)] == [
-        "peft-checkpointing-optimizer"
+        "peft+offload-optimizer",
+        "peft-checkpointing-optimizer",
     ]
     # What would change nothing is left out: the tiny suite trains with plain AdamW, a CPU keeps everything.
     tiny = load_suite(bundled()["tiny"]).recipe("x")
@@ -88,9 +89,21 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
     assert changed.data.packing
     assert arm.environment == {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}
     assert Arm.parse("unsloth-offload").recipe(recipe).train.checkpointing == "full"
+    kept = Arm.parse("unsloth+stream7+attention12+keep3+offload")
+    assert kept.name == "unsloth+offload+keep3+attention12+stream7"
+    memory = kept.recipe(recipe).memory
+    assert kept.recipe(recipe).train.checkpointing == "offload"
+    assert (memory.keep_layers, memory.keep_attention_layers, memory.stream_layers) == (3, 12, 7)
+    assert Arm.parse("unsloth+budget").recipe(recipe, 7.5).memory.vram_gib == 7.5
+    assert Arm.parse("unsloth+budget").recipe(recipe).memory.vram == "auto"
     assert Arm.parse("peft-optimizer+fastlora").name == "peft+fastlora-optimizer"
     for wrong in (
         "unsloth-offload-checkpointing",
+        "unsloth+offload-offload",
+        "unsloth+keep",
+        "unsloth+budget3",
+        "peft+stream4",
+        "unsloth+keep-3",
         "peft-kernels",
         "peft+",
         "peft+nothing",
@@ -101,8 +114,8 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
             Arm.parse(wrong)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_flops_of_a_small_llama_by_hand(recomputed: bool) -> None:
+@pytest.mark.parametrize("recomputed", [0, 0.5, 1])
+def test_flops_of_a_small_llama_by_hand(recomputed: float) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
