@@ -68,6 +68,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
                 (
                     _unit(ceilings.get("gemm_tflops"), "TFLOP/s"),
                     _unit(ceilings.get("copy_gb_s"), "GB/s"),
+                    _unit(ceilings.get("host_gb_s"), "GB/s from the host"),
                 ),
             )
         ),

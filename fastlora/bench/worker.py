@@ -60,9 +60,15 @@ def _ceilings(dtype: torch.dtype) -> dict[str, float]:
     left, right = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
+    pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+
+    def from_host() -> None:
+        target[: pinned.nbytes].copy_(pinned, non_blocking=True)
+
     return {
         "gemm_tflops": round(2 * size**3 / _median_s(lambda: left @ right) / 1e12, 1),
         "copy_gb_s": round(2 * source.nbytes / _median_s(lambda: target.copy_(source)) / 1e9, 1),
+        "host_gb_s": round(pinned.nbytes / _median_s(from_host) / 1e9, 1),
     }
 
 

@@ -77,15 +77,17 @@ def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None
     vram, tflops, gb_s, capability, pcie = _STATED.get(key or "", (None, 0.0, 0.0, 8.0, 4))
     source = f"NVIDIA's data sheet x {REACHED['tflops']}"
     tflops, gb_s = tflops * REACHED["tflops"], gb_s * REACHED["gb_s"]
+    host_gb_s = _PCIE[pcie] * REACHED["host_gb_s"]
     if ceilings:
         tflops, gb_s = ceilings["gemm_tflops"], ceilings["copy_gb_s"]
+        host_gb_s = ceilings.get("host_gb_s", host_gb_s)  # measured since November 2026
         source = "measured by fastlora bench"
     return Gpu(
         name=name,
         vram_gib=vram,
         tflops=tflops,
         gb_s=gb_s,
-        host_gb_s=_PCIE[pcie] * REACHED["host_gb_s"],
+        host_gb_s=host_gb_s,
         hopper=capability >= 9,
         bfloat16=capability >= 8,
         source=source,

@@ -314,8 +314,11 @@ def test_a_gpu_is_known_by_its_name_and_goes_by_what_was_measured() -> None:
     assert card
     assert card.vram_gib == pytest.approx(23.5)
     assert card.tflops == pytest.approx(165 * 0.76)
-    own = gpus.gpu_named("NVIDIA GeForce RTX 4090", {"gemm_tflops": 150.0, "copy_gb_s": 900.0})
+    own = gpus.gpu_named(
+        "NVIDIA GeForce RTX 4090", {"gemm_tflops": 150.0, "copy_gb_s": 900.0, "host_gb_s": 11.0}
+    )
     assert own
+    assert own.host_gb_s == 11.0
     assert (own.tflops, own.source) == (150.0, "measured by fastlora bench")
     assert gpus.gpu_named("Voodoo 2") is None
 
