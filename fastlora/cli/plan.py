@@ -61,7 +61,8 @@ def command(
         loaded = with_settings(loaded, {"engine": "peft"})  # as a run here would
     own = here[1] if here else found.vram_gib if found else None
     size = vram or loaded.memory.vram_gib or own
-    card = Card(gpu=found, vram_gib=size, host_gib=host)
+    # --vram is another card; a budget leaves this one as large as it is.
+    card = Card(gpu=found, vram_gib=size, host_gib=host, whole_gib=None if vram else own)
     config = read_config(loaded.model.name, loaded.model.revision)
     shape = shape_of(config, f"{loaded.model.name}/config.json")
 

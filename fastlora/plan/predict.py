@@ -25,6 +25,8 @@ class Card:
     gpu: Gpu | None
     vram_gib: float | None
     host_gib: float | None = None
+    whole_gib: float | None = None
+    """Of the card, where vram_gib is a budget on it: unsloth sizes its loss by what is free on the card."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +135,7 @@ def predict(
         memory=memory(
             shape,
             setup,
-            vram_gib=card.vram_gib or 80,
+            vram_gib=card.whole_gib or card.vram_gib or 80,
             hopper=gpu is not None and gpu.hopper,
             correction=found.factor,
         ),

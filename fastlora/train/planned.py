@@ -42,10 +42,12 @@ def fit_memory(
     if not torch.cuda.is_available():
         announce("memory.vram: no GPU here, so nothing is chosen")
         return recipe, None
-    name = torch.cuda.get_device_properties(0).name
+    properties = torch.cuda.get_device_properties(0)
+    name, whole = properties.name, properties.total_memory / 2**30
     budget = recipe.memory.vram_gib or _free_gib(engine)
     gpu = gpu_named(name, ceilings(name)) or like_a_3090(name, budget)
-    card = Card(gpu=gpu, vram_gib=budget, host_gib=virtual_memory().available / 2**30)
+    host = virtual_memory().available / 2**30
+    card = Card(gpu=gpu, vram_gib=budget, host_gib=host, whole_gib=whole)
     shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
 
     def again(other: Recipe) -> Prediction:
@@ -56,7 +58,7 @@ def fit_memory(
     if choice is None:
         raise EngineError(
             f"memory.vram: with what the recipe leaves open nothing fits into {budget:.2f} GiB, and "
-            f"{card.host_gib:.1f} of the host; as it stands it needs {now.memory.needed_gib:.2f} and "
+            f"{host:.1f} of the host; as it stands it needs {now.memory.needed_gib:.2f} and "
             f"{now.memory.host_gib:.1f}. Leave more keys open ({', '.join(OPEN)}), or see what to change: "
             f"fastlora plan RECIPE --vram {budget:.1f}GiB"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,13 +203,23 @@ def test_plan_takes_the_budget_as_a_run_would(model: Path) -> None:
 
     offered = plan("--vram", "12GiB")
     assert offered["setup"]["keep_layers"] == 0  # shown, not taken
-    taken = plan("--set", "memory.vram=12GiB")
-    assert taken["vram_gib"] == 12
+    taken = plan("--vram", "12GiB", "--set", "memory.vram=auto")
+    assert taken["vram_gib"] == plan("--set", "memory.vram=12GiB")["vram_gib"] == 12
     assert taken["verdict"] == "fits"
     settings = {one["key"]: one["value"] for one in taken["budget"]["filled"]}
     assert taken["setup"]["keep_layers"] == settings.get("memory.keep_layers", 0) > 0
     assert taken["budget"] == offered["budget"]
     assert taken["speed"]["tokens_per_s"] > offered["speed"]["tokens_per_s"]
+
+
+def test_a_budget_does_not_shrink_the_card() -> None:
+    """unsloth's loss takes what is free on the card, whatever of it the process may have."""
+    there = replace(card(8.5), whole_gib=79.2)
+    now = recipe(engine="unsloth")
+    budget, small = (
+        predict(now, shape_of(LLAMA_8B), one).memory.moments["loss"] for one in (there, card(8.5))
+    )
+    assert budget[-1].bytes > 1.5 * small[-1].bytes
 
 
 def on_a_card(monkeypatch: pytest.MonkeyPatch, name: str, card_gib: float, others_gib: float = 0) -> None:  # fmt: skip
