@@ -10,7 +10,7 @@ from typing import Any
 from fastlora.data.blend import Pool, Role, blend, is_mixed, sources_of
 from fastlora.data.format import BadRow, Chat, Plain, to_example
 from fastlora.data.load import load_table
-from fastlora.data.prepare import check_columns, format_of, renamed
+from fastlora.data.rows import check_columns, format_of, renamed
 from fastlora.errors import DataError
 from fastlora.recipe.schema import DataFormat, Recipe, SourceSection
 

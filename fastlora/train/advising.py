@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fastlora.data.prepare import Prepared, prepare_data
+from fastlora.data.prepare import prepare_data
+from fastlora.data.prepared import Prepared
 from fastlora.recipe.advice import Advice, Facts, Filled, advise, apply, fill, fill_eval
 from fastlora.recipe.curves import advise_after
 from fastlora.recipe.schema import Recipe

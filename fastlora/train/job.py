@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastlora.data.prepare import Prepared
+from fastlora.data.prepared import Prepared
 from fastlora.engines import Engine
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir

@@ -22,7 +22,7 @@ from fastlora.recipe.schema import Recipe
 from fastlora.train.steps import count_steps
 
 if TYPE_CHECKING:
-    from fastlora.data.prepare import Prepared
+    from fastlora.data.prepared import Prepared
     from fastlora.engines.base import Announce
     from fastlora.train.job import Job
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fastlora.check.brief import check_before_run
-from fastlora.data.prepare import Prepared, prepare_data
+from fastlora.data.prepare import prepare_data
+from fastlora.data.prepared import Prepared
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
 from fastlora.engines.engaged import load_model

@@ -9,7 +9,7 @@ from fastlora.recipe.advice import default_epochs
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from fastlora.data.prepare import Prepared
+    from fastlora.data.prepared import Prepared
 
 
 def effective_batch(recipe: Recipe) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastlora.data.prepare import Prepared
+from fastlora.data.prepared import Prepared
 from fastlora.engines.base import Announce, Engine, resolve_checkpointing, resolve_dtype
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir

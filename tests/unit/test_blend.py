@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastlora.data.blend import Blend, Pool, blend, labels
-from fastlora.data.prepare import Prepared, prepare_data
+from fastlora.data.prepare import prepare_data
+from fastlora.data.prepared import Prepared
 from fastlora.errors import DataError
 from fastlora.recipe.schema import DataSection, Recipe
 

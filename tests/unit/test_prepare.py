@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from fastlora.data import prepare
+from fastlora.data import cache
 from fastlora.data.mask import IGNORED
-from fastlora.data.prepare import Prepared, prepare_data
+from fastlora.data.prepare import prepare_data
+from fastlora.data.prepared import Prepared
 from fastlora.errors import DataError
 from fastlora.recipe.schema import Recipe
 
@@ -275,7 +276,7 @@ def test_a_full_disk_costs_only_the_cache(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(cache.tempfile, "mkdtemp", full)
     data, said = run(recipe(rows_file), tokenizer)
     assert len(data.train) == 10
     assert any("not cached" in line for line in said)
