@@ -123,6 +123,8 @@ def _same_loss(now: Prediction) -> list[dict[str, Any]]:
 
 def _same_policy(now: Prediction) -> list[dict[str, Any]]:
     """Those that keep less on the GPU, the fastest first."""
+    if now.setup.policy == "offload":
+        return [{"train.checkpointing": "full"}]
     order = ["none", "full", *(["unsloth"] if now.setup.engine == "unsloth" else [])]
     return [
         {"train.checkpointing": name} for name in order[order.index(now.setup.policy) + 1 :]

@@ -96,7 +96,7 @@ def memory(
         "dequantized weight", working.dequantized_bytes(shape, setup), "the largest, in 16 bits"
     )
     kept = [_kept(shape, setup)]
-    if setup.policy == "unsloth":
+    if setup.policy in ("unsloth", "offload"):
         kept = [Term("copy buffers", working.staging_bytes(shape, setup), "2 x tokens x hidden")]
     if mask := working.mask_bytes(setup):
         kept.append(Term("attention mask", mask, "tokens x row"))
@@ -174,7 +174,7 @@ def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
         Term("process", _PROCESS, "estimate: Python, PyTorch, CUDA"),
         Term("loading", min(_SHARD, file), "one file of the checkpoint"),
     ]
-    if setup.policy == "unsloth":
+    if setup.policy in ("unsloth", "offload"):
         pinned = working.checkpoint_bytes(shape, setup)
         terms.append(Term("pinned checkpoints", pinned, "every layer's input"))
     if paged := stored.optimizer_bytes(shape, setup, paged=True):

@@ -10,7 +10,7 @@ from fastlora.plan.shape import Linear, Shape
 from fastlora.recipe.schema import Recipe
 
 EngineName = Literal["peft", "liger", "unsloth"]
-Policy = Literal["none", "full", "unsloth"]
+Policy = Literal["none", "full", "offload", "unsloth"]
 Loss = Literal["logits", "fastlora", "liger", "unsloth"]
 """logits: kept whole, with a float32 copy; the others take chunks of tokens."""
 

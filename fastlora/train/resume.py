@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.recipe.advice import apply
-from fastlora.recipe.schema import Recipe
+from fastlora.recipe.schema import MemorySection, Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.advising import filled_from
 
-MEMORY_KEYS = frozenset({"train.checkpointing"})
+MEMORY_KEYS = frozenset(
+    {"train.checkpointing", *(f"memory.{key}" for key in MemorySection.model_fields)}
+)
 """What may be other on --resume: it changes how much memory a step takes, and not what the step does."""
 
 

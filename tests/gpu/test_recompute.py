@@ -120,8 +120,9 @@ def test_the_host_waits_for_nothing() -> None:
         try:
             once()
         except RuntimeError as error:
-            assert "synchronizing" in str(error)
-            return True
+            if "synchronizing" in str(error):
+                return True
+            raise
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return False
