@@ -22,6 +22,7 @@ from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
+from fastlora.engines.kept import keep_as_asked
 from fastlora.engines.memory import cap_memory
 from fastlora.engines.unsloth import fused_layers
 from fastlora.errors import EngineError
@@ -75,12 +76,17 @@ class Loaded:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
         self.checkpointing = resolve_checkpointing(self.recipe, self.engine)
-        if task.arm.engine != "unsloth" and self.checkpointing == "full":
+        self._engage(task.arm)
+        memory = self.recipe.memory
+        ours = self.checkpointing == "offload" or memory.keep_layers or memory.keep_attention_layers
+        if ours or "+fastlora" in task.arm.options:
+            keep_as_asked(self.model, self.engine, self.recipe, self.notes.append)
+        elif task.arm.engine != "unsloth" and self.checkpointing == "full":
+            # What one has without fastlora, which is what such an arm stands for.
             self.model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
             self.model.enable_input_require_grads()
-        self._engage(task.arm)
         for _, parameter in self.adapter():
             parameter.data = parameter.data.float()  # as the trainer keeps them
         self.model.train()

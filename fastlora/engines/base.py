@@ -27,6 +27,8 @@ class Capabilities:
     needs_cuda: bool
     checkpointing: tuple[str, ...]
     """Values of train.checkpointing that it has, the default on a GPU first."""
+    streams_layers: bool = False
+    """Whether it has memory.stream_layers."""
 
 
 class Engine(Protocol):
@@ -47,6 +49,9 @@ class Engine(Protocol):
 
     def generating(self, model: PeftModel) -> AbstractContextManager[None]:
         """Within it the model generates; after it the model trains on."""
+
+    def layers_are_recomputed(self, model: PeftModel) -> None:
+        """fastlora's checkpointing is on `model` now: leave it on."""
 
     def drop_broken_step(self) -> None:
         """Let go of what the framework keeps, outside of the model, of a forward or backward that broke off."""

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from fastlora.engines.base import Announce, Engine, resolve_dtype
+from fastlora.engines.kept import keep_as_asked
 from fastlora.engines.memory import cap_memory
 from fastlora.engines.unsloth import fused_layers, group_qkv, why_not_fused, without_fused_lora
 from fastlora.errors import EngineError
@@ -65,9 +66,10 @@ def plan_kernels(recipe: Recipe) -> Plan:
 def load_model(
     engine: Engine, recipe: Recipe, announce: Announce
 ) -> tuple[PeftModel, list[Engaged]]:
-    """The engine's model with the recipe's kernels on it, and what they run, which is announced.
+    """The engine's model with the recipe's kernels and checkpointing on it, and what runs its LoRA layers, announced.
 
-    Raises EngineError: as the engine does; and a layer is slow although kernels.require_fast is set.
+    Raises EngineError: as the engine does; its layers cannot be recomputed as asked; and a layer is slow although
+    kernels.require_fast is set.
     """
     cap_memory(recipe.memory.vram_gib)
     model = engine.load(recipe, announce)
@@ -76,6 +78,7 @@ def load_model(
         announce(line)
     if recipe.kernels.require_fast and (problems := list(_slow(rows))):
         raise EngineError("\n".join(problems) + ", or set kernels.require_fast = false")
+    keep_as_asked(model, engine, recipe, announce)
     return model, rows
 
 

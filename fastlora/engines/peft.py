@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 class PeftEngine:
     name = "peft"
-    capabilities = Capabilities(needs_cuda=False, checkpointing=("full", "none"))
+    capabilities = Capabilities(needs_cuda=False, checkpointing=("full", "offload", "none"))
 
     def prepare(self) -> None:
         # Imported on a CPU with AVX512, bitsandbytes warns of an optional kernel that nobody has installed.
@@ -127,6 +127,9 @@ class PeftEngine:
             yield
         finally:
             model.train(was_training)
+
+    def layers_are_recomputed(self, model: PeftModel) -> None:
+        """Nothing: nobody else sets it."""
 
     def drop_broken_step(self) -> None:
         """Nothing: the graph holds it all."""

@@ -33,7 +33,11 @@ FUSED = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
 
 class UnslothEngine:
     name = "unsloth"
-    capabilities = Capabilities(needs_cuda=True, checkpointing=("unsloth", "full", "none"))
+    capabilities = Capabilities(
+        needs_cuda=True,
+        checkpointing=("unsloth", "offload", "full", "none"),
+        streams_layers=True,
+    )
 
     def prepare(self) -> None:
         """Raises EngineError when unsloth cannot be imported: a version that does not fit, mostly."""
@@ -55,12 +59,13 @@ class UnslothEngine:
         from safetensors import SafetensorError
         from unsloth import FastLanguageModel
 
-        model, lora = recipe.model, recipe.lora
+        model, lora, memory = recipe.model, recipe.lora, recipe.memory
         # A relative path that looks like a repository is looked up on the Hub even if the folder exists.
         name = str(Path(model.name).absolute()) if Path(model.name).is_dir() else model.name
-        checkpointing: Any = {"unsloth": "unsloth", "full": True, "none": False}[
-            resolve_checkpointing(recipe, self)
-        ]
+        wanted = resolve_checkpointing(recipe, self)
+        # True: fastlora's takes the place of torch's function, which unsloth then calls for (engines/kept.py).
+        checkpointing: Any = {"unsloth": "unsloth", "none": False}.get(wanted, True)
+        streaming = {"offload_layers": memory.stream_layers} if memory.stream_layers else {}
         try:
             base, _ = FastLanguageModel.from_pretrained(
                 name,
@@ -73,12 +78,27 @@ class UnslothEngine:
                 use_exact_model_name=True,
                 use_gradient_checkpointing=checkpointing,
                 random_state=recipe.train.seed,
+                **streaming,
             )
         except (OSError, ValueError, SafetensorError) as error:
+            if streaming and "offload_layers" in str(error):
+                raise EngineError(
+                    f"memory.stream_layers: unsloth cannot stream this model here ({error}); leave it out"
+                ) from error
             raise EngineError(not_loadable(model.name, error)) from error
         if recipe.data.packing and base.config.model_type == "gemma2":
             raise EngineError(
                 "data.packing: unsloth does not keep packed rows apart for gemma2; set data.packing = false"
+            )
+        layers = base.config.get_text_config().num_hidden_layers
+        if memory.stream_layers and memory.stream_layers >= layers:
+            announce(
+                f"memory.stream_layers: {layers - 1}, since unsloth keeps one of {layers} on the GPU"
+            )
+        kept = min(memory.keep_layers or 0, layers) if wanted == "unsloth" else 0
+        if wanted == "unsloth" and kept < (memory.keep_layers or 0):
+            announce(
+                f"memory.keep_layers: {kept}, all that the model has ({memory.keep_layers} asked for)"
             )
         return FastLanguageModel.get_peft_model(
             base,
@@ -90,6 +110,7 @@ class UnslothEngine:
             use_rslora=lora.rslora,
             use_dora=lora.dora,
             use_gradient_checkpointing=checkpointing,
+            checkpoint_skip_layers=kept,
             random_state=recipe.train.seed,
         )
 
@@ -113,6 +134,10 @@ class UnslothEngine:
                 model, use_gradient_checkpointing=model._unsloth_gradient_checkpointing
             )
 
+    def layers_are_recomputed(self, model: PeftModel) -> None:
+        # for_training, which its trainer and `generating` call, gives every layer's flag this value.
+        model._unsloth_gradient_checkpointing = True
+
     def drop_broken_step(self) -> None:
         # Its checkpointing counts layers from one backward to the next; in the first pass it learns how many there are.
         # Without buffers it has not been used, and the reset cannot be called.
@@ -123,6 +148,11 @@ class UnslothEngine:
 
             torch.cuda.synchronize()  # copies to and from them may still be under way
             checkpointing.reset_unsloth_gradient_checkpointing_buffers()
+
+
+def streamed_layers(model: PeftModel) -> frozenset[int]:
+    """Places of the layers whose weights unsloth streams from the host; none on another engine's model."""
+    return frozenset(getattr(getattr(model, "_unsloth_block_swap", None), "indices", ()))
 
 
 def without_fused_lora(model: PeftModel) -> int:

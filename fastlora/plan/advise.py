@@ -130,7 +130,7 @@ def _same_policy(now: Prediction) -> list[dict[str, Any]]:
     policy = now.setup.policy
     tighter = order[order.index(policy) + 1 :] if policy in order else []
     levels: list[dict[str, Any]] = [{"train.checkpointing": name} for name in tighter]
-    if policy == "unsloth":
+    if policy in ("unsloth", "offload"):  # for a host that is too small
         levels.append({"train.checkpointing": "full"})
     if now.recipe.memory.keep_layers or now.recipe.memory.keep_attention_layers:
         nothing = {"memory.keep_layers": 0, "memory.keep_attention_layers": 0}

@@ -176,8 +176,7 @@ class TrainSection(Section):
     checkpointing: Literal["auto", "unsloth", "offload", "full", "none"] = "auto"
     """What layers compute again in backward instead of keeping it. full: all but each layer's input; offload: these
     inputs are in host memory meanwhile; unsloth: as offload, by unsloth's own code; none: nothing. auto is unsloth's
-    on its engine, full on other GPUs, none on a CPU. memory.keep_layers and memory.keep_attention_layers lie in
-    between."""
+    on its engine, full on other GPUs, none on a CPU. memory.keep_layers and keep_attention_layers lie in between."""
     chunked_loss: bool | None = None
     """peft engine: take the loss in chunks of the labelled tokens, without ever holding the logits. Measured on an H100
     with 4,096 tokens of 128,256 logits: 13.8 ms and 0.3 GiB instead of 20.9 ms and 6.9. Unset: where fastlora's kernels

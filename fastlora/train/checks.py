@@ -12,10 +12,10 @@ from fastlora.engines.base import (
     Announce,
     Engine,
     not_loadable,
-    resolve_checkpointing,
     resolve_dtype,
     target_problems,
 )
+from fastlora.engines.kept import memory_problems
 from fastlora.errors import EngineError
 from fastlora.export.score import PACKAGES
 from fastlora.recipe.schema import Recipe
@@ -60,11 +60,8 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
         resolve_dtype(recipe.model)
     except EngineError as error:
         yield str(error)
-    try:
-        if engine is not None:
-            resolve_checkpointing(recipe, engine)
-    except EngineError as error:
-        yield str(error)
+    if engine is not None:
+        yield from memory_problems(recipe, engine)
     yield from tracker_problems(recipe)
     for metric in recipe.eval.metrics:
         if metric in PACKAGES and find_spec(PACKAGES[metric][0]) is None:

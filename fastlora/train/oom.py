@@ -22,6 +22,7 @@ from fastlora_kernels.layers.group import drop_waiting
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.engines.base import Engine
+from fastlora.engines.kept import recompute_all
 from fastlora.engines.memory import GIB, free_memory, in_words, is_out_of_memory, memory_now
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
@@ -55,6 +56,11 @@ class Continuation(TrainerCallback):
     ) -> None:
         self.run, self.recipe, self.engine, self.notes = run, recipe, engine, notes
         self.checkpointing = checkpointing
+        memory = recipe.memory
+        self._keeps = checkpointing == "none" or (
+            checkpointing != "unsloth" and bool(memory.keep_layers or memory.keep_attention_layers)
+        )
+        """Layers could still be recomputed that are not."""
         self.trainer: Trainer  # build_trainer sets it
         self.longest = 0
         """Tokens of the longest row that a step was done with."""
@@ -242,14 +248,17 @@ class Continuation(TrainerCallback):
                 "samples in the same order, the loss normalised as before. Smaller forwards mostly are slower; a new "
                 f"run needs train.micro_batch = {rows} and train.effective_batch = {effective_batch(self.recipe)}"
             )
-        elif self.checkpointing == "none" and "full" in self.engine.capabilities.checkpointing:
-            self._record(
-                "step", memory, before=1, rows=1, checkpointing="full", lost_s=round(lost_s, 2)
-            )
+        elif self._keeps:
+            kept = "" if self.checkpointing == "none" else " and nothing kept by [memory]"
             self._checkpoint_layers()
+            self._record(
+                "step", memory, before=1, rows=1, checkpointing=self.checkpointing,
+                lost_s=round(lost_s, 2),
+            )  # fmt: skip
             self.notes(
-                f'{said}. {again}, with train.checkpointing = "full" from now on: the forward of every layer is '
-                "computed a second time for the backward, which takes about a third more time and changes no number"
+                f'{said}. {again}, with train.checkpointing = "{self.checkpointing}"{kept} from now on: the forward of '
+                "every layer is computed a second time for the backward, which takes about a third more time and "
+                "changes no number"
             )
         else:
             self._give_up(f"{said}, train.checkpointing = {self.checkpointing!r}", max(lengths))
@@ -258,13 +267,14 @@ class Continuation(TrainerCallback):
         if self._done:
             self.trainer._save_checkpoint(self.trainer.model, None)
             said += f". Step {self._done} is saved"
-        tighter = (
-            self.checkpointing == "full" and "unsloth" in self.engine.capabilities.checkpointing
-        )
+        # Into host memory; on a CPU it is there already.
+        tighter = self.checkpointing == "full" and torch.cuda.is_available()
+        default = self.engine.capabilities.checkpointing[0]
+        to = "unsloth" if default == "unsloth" else "offload"
         raise DoesNotFit(
             said,
             **self._shorter(tokens),
-            resumed_with=['train.checkpointing="unsloth"'] if tighter else [],
+            resumed_with=[f'train.checkpointing="{to}"'] if tighter else [],
         )
 
     def _shorter(self, tokens: int) -> dict[str, str]:
@@ -278,12 +288,13 @@ class Continuation(TrainerCallback):
         }
 
     def _checkpoint_layers(self) -> None:
+        if not self._keeps:
+            return
+        self._keeps = False
         if self.checkpointing == "none":
             self.checkpointing = "full"
-            # As the trainer does for train.checkpointing = "full".
-            self.trainer.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+        offload = self.checkpointing == "offload"
+        recompute_all(self.trainer.model, self.engine, self.notes, offload=offload)
 
     def _record(self, where: str, memory: dict[str, float], **entry: Any) -> None:
         entries = self.run.manifest.setdefault("oom", [])

@@ -191,7 +191,6 @@ def training_arguments(
 
     train, cuda = recipe.train, torch.cuda.is_available()
     dtype = resolve_dtype(recipe.model)
-    checkpointing = resolve_checkpointing(recipe, engine)
     optimizer = OPTIMIZERS[train.optimizer] if cuda else "adamw_torch"
     return SFTConfig(
         output_dir=str(run.checkpoints),
@@ -222,8 +221,9 @@ def training_arguments(
         fp16_full_eval=False,
         tf32=None,
         use_cpu=not cuda,
-        gradient_checkpointing=checkpointing != "none",
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing == "full" else None,
+        # fastlora's own is on the model already; asked for here, transformers' would take its place.
+        gradient_checkpointing=resolve_checkpointing(recipe, engine) == "unsloth",
+        gradient_checkpointing_kwargs=None,
         activation_offloading=False,
         use_cache=False,  # with a cache, transformers does not keep packed rows apart
         torch_compile=False,

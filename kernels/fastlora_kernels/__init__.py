@@ -3,6 +3,9 @@
 from fastlora_kernels import attach, attach_head, detach, detach_head
 print(attach(model))          # LoRA layers and gated MLPs
 reason = attach_head(model)   # the loss, with an adapter on the output layer or without
+
+from fastlora_kernels import keep_layers, recompute_layers
+recompute_layers(model, ["layer"] * 32, offload=True)   # gradient checkpointing, layer by layer
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from fastlora_kernels.ops.glu import glu, glu_lora_linear
     from fastlora_kernels.ops.head_loss import lora_head_loss
     from fastlora_kernels.ops.lora_linear import lora_linear, lora_linears
+    from fastlora_kernels.recompute import keep_layers, recompute_layers
 
 _HOMES = {
     "Attached": "apply",
@@ -28,14 +32,16 @@ _HOMES = {
     "dora_linear": "ops.dora_linear",
     "glu": "ops.glu",
     "glu_lora_linear": "ops.glu",
+    "keep_layers": "recompute",
     "lora_embedding": "ops.embedding",
     "lora_head_loss": "ops.head_loss",
     "lora_linear": "ops.lora_linear",
     "lora_linears": "ops.lora_linear",
+    "recompute_layers": "recompute",
 }
 __all__ = [
     "Attached", "attach", "attach_head", "detach", "detach_head", "dora_linear", "glu", "glu_lora_linear",
-    "lora_embedding", "lora_head_loss", "lora_linear", "lora_linears",
+    "keep_layers", "lora_embedding", "lora_head_loss", "lora_linear", "lora_linears", "recompute_layers",
 ]  # fmt: skip
 
 

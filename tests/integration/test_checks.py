@@ -91,7 +91,7 @@ def test_all_problems_come_together_and_leave_no_run(workplace: Any) -> None:
     for problem in (
         "output.report_to: tensorboard is not installed; pip install tensorboard",
         "output.report_to: wandb is not installed; pip install wandb",
-        "train.checkpointing: the peft engine has no 'unsloth'; it has full, none",
+        "train.checkpointing: the peft engine has no 'unsloth'; it has full, offload, none",
         "lora.target_modules: an adapter on lm_head could not be merged",
         "lora.target_modules: an adapter on embed_tokens could not be merged",
         "lora.target_modules: the model has no v_prj; did you mean v_proj?",

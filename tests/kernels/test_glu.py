@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from fastlora_kernels.ops.glu import Activation, glu, glu_lora_linear
 from fastlora_kernels.ops.lora_linear import Projection
 
@@ -84,6 +85,41 @@ def test_in_front_of_a_linear_layer(shape: tuple[int, ...], joint: bool, backend
     frozen = [None if t is None else t.detach() for t in given]
     y = glu_lora_linear(*frozen, "silu", projection, torch.float32)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), a)[0].shape, a.shape)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(
+    ("base", "rows", "dropout"),
+    [("dense", 3, 0.0), ("dense", 3, 0.5), ("nf4", 3, 0.0), ("nf4", 200, 0.0), ("nf4", 200, 0.5)],
+)
+def test_an_output_that_nobody_needs_is_not_made(
+    base: str, rows: int, dropout: float, joint: bool, backend: str
+) -> None:
+    """What is kept, every gradient and the next random number are the same; 4-bit weights fold from 64 rows on."""
+    given = gate_and_up((rows, 128), joint, torch.float32)
+    weight: Any = torch.randn(128, 128, device=DEVICE) / 11
+    if base == "nf4":
+        weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(DEVICE)
+    a = torch.randn(8, 128, device=DEVICE, requires_grad=True)
+    b = torch.randn(128, 8, device=DEVICE, requires_grad=True)
+    inputs = [*given, a, b]
+    projection = Projection(weight, None, a, b, 0.5, None, dropout)
+
+    def made(unneeded: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        torch.manual_seed(5)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = glu_lora_linear(*given, "silu", projection, torch.float32, unneeded)
+        drawn = int(torch.randint(2**31, (1,), device=DEVICE))
+        return y.detach(), [*kept, *with_gradients(y, inputs)[1:]], drawn
+
+    whole, wanted, then = made(False)
+    empty, found, after = made(True)
+    assert (empty.shape, empty.dtype, then) == (whole.shape, whole.dtype, after)
+    assert not whole.isnan().any()
+    assert CUDA or empty.isnan().all()  # as memory is before it is written to
+    assert len(found) == len(wanted)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -24,6 +24,7 @@ from fastlora_kernels.layers.linear import (
 )
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.glu import Activation, glu, glu_lora_linear
+from fastlora_kernels.unneeded import recomputing
 
 GATED = """
 def forward(self, x):
@@ -169,8 +170,12 @@ def _down(mlp: Any, act: Any, gate: torch.Tensor, up: torch.Tensor | None) -> to
             dtype = compute_dtype(parts, gate)
             projection = parts.projection()
             if dtype is not None and (not compiling or registered.serves(projection)):
-                op = registered.glu_lora_linear if compiling else glu_lora_linear
-                y = op(gate, up, activation, projection, dtype)
+                if compiling:
+                    y = registered.glu_lora_linear(gate, up, activation, projection, dtype)
+                else:
+                    unneeded = recomputing.ends_with is mlp
+                    y = glu_lora_linear(gate, up, activation, projection, dtype, unneeded)
+                    recomputing.note(mlp, y)
                 return y.to(gate.dtype) if type(down) is AttachedLinear4bit else y
     return down((registered.glu if compiling else glu)(gate, up, activation))  # type: ignore[no-any-return]
 

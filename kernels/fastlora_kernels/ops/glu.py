@@ -23,7 +23,9 @@ from fastlora_kernels.ops.lora_linear import (
     Projection,
     fitting,
     frozen,
+    low_rank,
     outputs,
+    remember,
     shaped,
 )
 from fastlora_kernels.triton_or_not import jit, tl
@@ -156,9 +158,12 @@ def glu_lora_linear(
     activation: Activation,
     projection: Projection,
     dtype: torch.dtype,
+    unneeded: bool = False,
 ) -> torch.Tensor:
     """lora_linear(glu(gate, up), *projection), computed and returned in `dtype`, without h kept for backward.
 
+    `unneeded`: nobody reads what comes back, which is made for its gradients alone. It is memory as it was found then;
+    what is kept for backward is the same to the last bit.
     Raises ValueError: see glu and lora_linear.
     """
     both_fit("glu_lora_linear", gate, up)
@@ -168,7 +173,9 @@ def glu_lora_linear(
         "glu_lora_linear", gate[..., : gate.shape[-1] // 2] if up is None else gate, ready, a, b
     )
     fixed = ((ready, bias, scaling, p),)
-    y: torch.Tensor = GluLoraLinear.apply(gate, up, (activation, dtype, fixed), a, b, beta)
+    y: torch.Tensor = GluLoraLinear.apply(
+        gate, up, (activation, dtype, fixed, unneeded), a, b, beta
+    )
     return y
 
 
@@ -193,8 +200,9 @@ class GluLoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, how: Any, *adapters: Any
     ) -> torch.Tensor:
-        ctx.activation, ctx.dtype, fixed = how
-        y, *made = lora_output(ctx, gate, up, fixed, adapters)
+        ctx.activation, ctx.dtype, fixed, unneeded = how
+        made_of = unmade_output if unneeded else lora_output
+        y, *made = made_of(ctx, gate, up, fixed, adapters)
         ctx.save_for_backward(gate, up, *made, *adapters)
         ctx.set_materialize_grads(False)
         return y
@@ -233,6 +241,24 @@ def lora_output(
     h_TF = _forward(*_halves(gate, up), ctx.activation, ctx.dtype)
     (y,), down_TR, seeds = outputs(ctx, h_TF, gate.shape[:-1], fixed, adapters)
     return y, down_TR, seeds
+
+
+def unmade_output(
+    ctx: Any,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    fixed: Any,
+    adapters: Sequence[Any],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """As lora_output, with y's memory alone in place of y. Where lora_output folds, nothing is computed."""
+    lead = gate.shape[:-1]
+    remember(ctx, lead.numel(), fixed, adapters)
+    down_TR = seeds = None
+    if not ctx.fold:
+        h_TF = _forward(*_halves(gate, up), ctx.activation, ctx.dtype)
+        down_TR, seeds, _ = low_rank(ctx, h_TF, adapters)
+    ((weight, *_),) = fixed
+    return gate.new_empty((*lead, weight.shape[0]), dtype=ctx.dtype), down_TR, seeds
 
 
 def lora_gradients(

@@ -173,9 +173,7 @@ def outputs(
     down_TR = seeds = None
     low: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(fixed)
     if not ctx.fold:
-        a_RK, bs = in_one_dtype(adapters, dtype)
-        seeds = draw_seeds(ctx.ps, x_TK.device)
-        down_TR = down(ctx, x_TK, a_RK, seeds)
+        down_TR, seeds, bs = low_rank(ctx, x_TK, adapters)
         low = [(down_TR[:, block], b_NR) for block, b_NR in zip(ctx.blocks, bs, strict=True)]
     ys = []
     for i, (weight, bias_N, scaling, _) in enumerate(fixed):
@@ -201,6 +199,15 @@ def remember(ctx: Any, tokens: int, fixed: Any, adapters: Sequence[Any]) -> None
     # The weights as they are, not their data: one that is streamed in is another tensor by backward.
     ctx.weights = [source(weight) for weight in weights]
     ctx.scalings = [scaling for _, _, scaling, _ in fixed]
+
+
+def low_rank(
+    ctx: Any, x_TK: torch.Tensor, adapters: Sequence[Any]
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+    """S, the seeds, and each B in x's dtype."""
+    a_RK, bs = in_one_dtype(adapters, x_TK.dtype)
+    seeds = draw_seeds(ctx.ps, x_TK.device)
+    return down(ctx, x_TK, a_RK, seeds), seeds, bs
 
 
 def in_one_dtype(

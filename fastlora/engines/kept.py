@@ -1,0 +1,123 @@
+"""What a model keeps of its layers for backward: train.checkpointing and [memory], put on a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+from fastlora.engines.base import Announce, Engine, resolve_checkpointing
+from fastlora.engines.unsloth import streamed_layers
+from fastlora.errors import EngineError
+from fastlora.recipe.schema import MemorySection, Recipe
+
+if TYPE_CHECKING:
+    from fastlora_kernels.recompute import Mode
+    from peft import PeftModel
+
+
+def memory_problems(recipe: Recipe, engine: Engine) -> Iterator[str]:
+    """A line for each thing that train.checkpointing and [memory] ask for and `engine` cannot do here."""
+    memory = recipe.memory
+    checkpointing = None
+    try:
+        checkpointing = resolve_checkpointing(recipe, engine)
+    except EngineError as error:
+        yield str(error)
+    if memory.keep_attention_layers and checkpointing == "unsloth":
+        yield (
+            "memory.keep_attention_layers: unsloth's own checkpointing keeps a layer or computes all of it again; "
+            'set train.checkpointing = "offload", which is fastlora\'s'
+        )
+    if not memory.stream_layers:
+        return
+    if not engine.capabilities.streams_layers:
+        yield (
+            f"memory.stream_layers: the {engine.name} engine cannot stream weights; set engine = "
+            '"unsloth", or leave it out'
+        )
+        return
+    if checkpointing == "none":
+        yield (
+            "memory.stream_layers: without checkpointing, backward needs all layers' weights to stay; set "
+            'train.checkpointing = "unsloth", "offload" or "full"'
+        )
+    if recipe.model.quantization == "int8":
+        yield (
+            "memory.stream_layers: unsloth streams 16-bit and nf4 weights, int8 ones not; set "
+            'model.quantization = "nf4"'
+        )
+
+
+def keep_as_asked(model: PeftModel, engine: Engine, recipe: Recipe, announce: Announce) -> None:
+    """Recompute the layers of `model`, which has its kernels, as the recipe says; unsloth's own checkpointing is on it
+    since it was loaded.
+
+    Raises EngineError: its layers cannot be recomputed so.
+    """
+    memory, checkpointing = recipe.memory, resolve_checkpointing(recipe, engine)
+    wanted = bool(memory.keep_layers or memory.keep_attention_layers)
+    if checkpointing == "none" and wanted:
+        announce('memory: train.checkpointing = "none" keeps every layer as it is')
+    if checkpointing in ("none", "unsloth"):
+        return
+    layers = _count(model)
+    modes = modes_of(layers, memory, streamed_layers(model), announce)
+    try:
+        _recompute(model, engine, modes, offload=checkpointing == "offload")
+    except ValueError as error:
+        if wanted or checkpointing == "offload":
+            raise EngineError(
+                f'train.checkpointing: {error}; set train.checkpointing = "full" and leave [memory] out'
+            ) from error
+        _transformers_own(model, error, announce)
+
+
+def recompute_all(model: PeftModel, engine: Engine, announce: Announce, *, offload: bool) -> None:
+    """Every layer of a model that trains already, whatever was kept until now."""
+    try:
+        _recompute(model, engine, ["layer"] * _count(model), offload=offload)
+    except ValueError as error:
+        _transformers_own(model, error, announce)
+
+
+def modes_of(
+    layers: int, memory: MemorySection, streamed: Collection[int], announce: Announce
+) -> list[Mode]:
+    """One for each layer. Those that keep something are the last ones, whose backward comes first; weights that are
+    streamed would have to stay for them, so that they are chosen among the others."""
+    modes: list[Mode] = ["layer"] * layers
+    free = [place for place in range(layers) if place not in streamed]
+    kinds: tuple[tuple[str, int | None, Mode], ...] = (
+        ("keep_layers", memory.keep_layers, "keep"),
+        ("keep_attention_layers", memory.keep_attention_layers, "attention"),
+    )
+    for key, wanted, mode in kinds:
+        count = at_most(f"memory.{key}", wanted or 0, len(free), announce)
+        for _ in range(count):
+            modes[free.pop()] = mode
+    return modes
+
+
+def at_most(key: str, wanted: int, there: int, announce: Announce) -> int:
+    if wanted > there:
+        announce(f"{key}: {there}, since the model has no more layers for it ({wanted} asked for)")
+    return min(wanted, there)
+
+
+def _count(model: PeftModel) -> int:
+    from fastlora_kernels.recompute import decoder_layers
+
+    return len(decoder_layers(model))
+
+
+def _recompute(model: PeftModel, engine: Engine, modes: list[Mode], *, offload: bool) -> None:
+    from fastlora_kernels import recompute_layers
+
+    recompute_layers(model, modes, offload=offload)
+    engine.layers_are_recomputed(model)
+
+
+def _transformers_own(model: PeftModel, why: Exception, announce: Announce) -> None:
+    announce(f"train.checkpointing: transformers' own, not fastlora's ({why})")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()

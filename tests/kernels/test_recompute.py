@@ -1,0 +1,606 @@
+"""Layers that are computed again in backward: every gradient to the last bit, what is kept, and what is made."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fastlora_kernels import attach, keep_layers, recompute_layers
+from fastlora_kernels.recompute import Mode, Region, decoder_layers
+from fastlora_kernels.unneeded import recomputing
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+HIDDEN, WIDE, RANK, LAYERS = 32, 48, 4, 4
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": WIDE, "num_hidden_layers": LAYERS, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "attn_implementation": "eager",
+}  # fmt: skip
+MODES: dict[str, list[Mode]] = {
+    "layer": ["layer"] * LAYERS,
+    "attention": ["attention"] * LAYERS,
+    "keep": ["keep"] * LAYERS,
+    "mixed": ["layer", "layer", "attention", "keep"],
+    "odd": ["keep", "layer", "attention", "layer"],
+}
+Results = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small products are ten times as slow where two threads share a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model(name: str, kernels: bool = True, own: dict[str, Any] | None = None, **lora: Any) -> Any:
+    torch.manual_seed(0)
+    settings = getattr(transformers, f"{name}Config")(**SMALL | (own or {}))
+    base = getattr(transformers, f"{name}ForCausalLM")(settings)
+    given = {"r": RANK, "lora_alpha": 8, "target_modules": "all-linear"} | lora
+    peft = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **given))
+    for parameter_name, parameter in peft.named_parameters():
+        if "lora_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.1)
+    if kernels:
+        attach(peft)
+    return peft.train()
+
+
+def ids(rows: int, length: int) -> torch.Tensor:
+    return (torch.arange(rows * length) * 7 % 61 + 2).view(rows, length)
+
+
+def results(
+    peft: Any, lengths: Sequence[int] = (17, 9), autocast: bool = False, inside: bool = False
+) -> Results:
+    """Of so many accumulated micro-batches. The random numbers that come next are among them."""
+    torch.manual_seed(3)
+    peft.zero_grad()
+    losses = []
+    for length in lengths:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = peft(input_ids=ids(2, length), labels=ids(2, length)).loss
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        losses.append(loss.detach())
+    gradients = {name: p.grad for name, p in peft.named_parameters() if p.grad is not None}
+    return {"loss": torch.stack(losses), "random": torch.rand(3), **gradients}
+
+
+def assert_same(ours: Results, theirs: Results) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def layers_of(peft: Any) -> Any:
+    return peft.base_model.model.model.layers
+
+
+# -- the same training -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2", "Phi3", "Granite"])
+def test_no_bit_changes(name: str, kernels: bool) -> None:
+    peft = model(name, kernels, lora_dropout=0.3)
+    plain = results(peft)
+    assert float(plain["loss"].sum()) > 0
+    for modes, offload in itertools.product(MODES.values(), (False, True)):
+        recompute_layers(peft, modes, offload=offload)
+        for _ in range(2):  # at first whole, then without what is not needed
+            assert_same(results(peft), plain)
+    keep_layers(peft)
+    assert_same(results(peft), plain)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_under_autocast(kernels: bool, inside: bool) -> None:
+    peft = model("Llama", kernels)
+    plain = results(peft, autocast=True, inside=inside)
+    for name in ("layer", "attention", "odd"):
+        recompute_layers(peft, MODES[name])
+        for _ in range(2):
+            assert_same(results(peft, autocast=True, inside=inside), plain)
+
+
+def test_with_dropout_in_attention_and_an_input_that_carries_a_gradient() -> None:
+    peft = model("Llama", own={"attention_dropout": 0.2}, lora_dropout=0.1)
+    peft.enable_input_require_grads()
+    plain = results(peft)
+    for name in ("layer", "odd"):
+        recompute_layers(peft, MODES[name], offload=True)
+        assert_same(results(peft), plain)
+
+
+@pytest.mark.parametrize("trained", [0, 2])
+def test_layers_without_an_adapter(trained: int) -> None:
+    """The others neither get a graph nor are computed again."""
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    peft = model("Llama", target_modules=every, layers_to_transform=[trained])
+    plain = results(peft)
+    assert len(plain) == 2 + 2 * len(every)
+    recompute_layers(peft, MODES["layer"], offload=True)
+    assert_same(results(peft), plain)
+    calls: list[int] = []
+    for place, layer in enumerate(layers_of(peft)):
+        layer.self_attn.q_proj.register_forward_hook(lambda *_, place=place: calls.append(place))
+    results(peft, lengths=(5,))
+    assert calls == [0, 1, 2, 3, *reversed(range(trained, 4))]
+
+
+def test_in_evaluation_and_without_gradients_nothing_is_special() -> None:
+    peft = model("Llama")
+    plain = peft(input_ids=ids(2, 9)).logits
+    recompute_layers(peft, MODES["mixed"], offload=True)
+    with torch.no_grad():
+        assert torch.equal(peft(input_ids=ids(2, 9)).logits, plain)
+    peft.eval()
+    found = peft(input_ids=ids(2, 9)).logits
+    assert torch.equal(found, plain)
+    assert "Recomputed" not in names_in(found.grad_fn)
+    peft.train()
+    assert "Recomputed" in names_in(peft(input_ids=ids(2, 9)).logits.grad_fn)
+
+
+def names_in(node: Any) -> str:
+    seen, waiting = set(), [node]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and one not in seen:
+            seen.add(one)
+            waiting += [below for below, _ in one.next_functions]
+    return " ".join(one.name() for one in seen)
+
+
+# -- what is left out ------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Multiply-adds of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "bmm"):
+            left, right = args[-2:]
+            self.count += left.shape[:-1].numel() * left.shape[-1] * right.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def products(peft: Any, tokens: int) -> int:
+    with Products() as counted:
+        results(peft, lengths=(tokens // 2,))
+    return counted.count
+
+
+DOWN = HIDDEN * (WIDE + RANK)  # of a token: W h and B S
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels", "skipped"),
+    [
+        ("Llama", True, {"layer", "attention"}),
+        ("Phi3", True, {"layer", "attention"}),
+        ("Granite", True, {"layer", "attention"}),
+        ("Gemma2", True, {"attention"}),  # a norm reads the MLP's output
+        ("Llama", False, set()),
+    ],
+)
+def test_the_last_product_is_not_made_again(name: str, kernels: bool, skipped: set[str]) -> None:
+    peft, tokens = model(name, kernels), 16
+    kept = products(peft, tokens)
+
+    class Forward(Products):
+        """Of one layer, or its MLP."""
+
+    def of(part: Any, *args: Any, **kwargs: Any) -> int:
+        with torch.no_grad(), Forward() as counted:
+            part(*args, **kwargs)
+        return counted.count
+
+    layer = layers_of(peft)[0]
+    x = torch.randn(2, tokens // 2, HIDDEN)
+    positions = torch.arange(tokens // 2)[None]
+    rotary = peft.base_model.model.model.rotary_emb(x, positions)
+    again = {
+        "layer": of(layer, x, position_embeddings=rotary, attention_mask=None),
+        "attention": of(layer.mlp, x),
+    }
+    for mode, forward in again.items():
+        recompute_layers(peft, MODES[mode])
+        first, then = products(peft, tokens), products(peft, tokens)
+        assert then - kept == LAYERS * (forward - DOWN * tokens * (mode in skipped))
+        # A whole layer is computed once in full, to see what is read.
+        assert first - then == LAYERS * DOWN * tokens * (mode == "layer" and mode in skipped)
+
+
+def test_an_mlp_that_something_else_reads_is_made_in_full() -> None:
+    """Its output goes past the residual into a second path, which saves it."""
+    peft = model("Llama")
+    for layer in layers_of(peft):
+        plain = type(layer).forward
+
+        def forward(x: torch.Tensor, *, layer: Any = layer, plain: Any = plain, **rest: Any) -> Any:
+            y = plain(layer, x, **rest)
+            z = layer.mlp(layer.post_attention_layernorm(x))
+            return y + z + 0.1 * z * torch.sigmoid(z)
+
+        layer.forward = forward
+    wanted = results(peft)
+    recompute_layers(peft, MODES["layer"])
+    for _ in range(2):
+        assert_same(results(peft), wanted)
+    assert all(one._gradient_checkpointing_func.ends_with is None for one in layers_of(peft))
+
+
+@pytest.mark.parametrize("where", ["layer", "mlp"])
+def test_hooks_see_what_the_layer_makes(where: str) -> None:
+    peft = model("Llama")
+    recompute_layers(peft, MODES["layer"])
+    results(peft, lengths=(5,))
+    (last,) = layers_of(peft)[-1:]
+    region = last._gradient_checkpointing_func
+    assert region.ends_with is last.mlp
+    seen: list[torch.Tensor] = []
+    hook = (last if where == "layer" else last.mlp).register_forward_hook(
+        lambda _, __, y: seen.append(y.detach())
+    )
+    results(peft, lengths=(5,))
+    first, again = seen
+    assert torch.equal(first, again)
+    hook.remove()
+    assert region.ends_with is last.mlp
+
+
+# -- what is kept ----------------------------------------------------------------------------
+
+
+def saved_bytes(layers: int, mode: Mode, offload: bool = False) -> int:
+    """What a forward saves, each storage once, without parameters and what they are made into."""
+    peft = model("Llama", own={"num_hidden_layers": layers})
+    recompute_layers(peft, [mode] * layers, offload=offload)
+    own = {p.untyped_storage().data_ptr() for p in peft.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own and x.numel() >= 64:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = peft(input_ids=ids(4, 32), labels=ids(4, 32)).loss
+    assert loss.requires_grad
+    return sum(sizes.values())
+
+
+def test_what_is_kept_of_a_layer() -> None:
+    """docs/memory.md has these formulas: of a token, h or 2 i, and what is of rank r, in 4 bytes each here."""
+    tokens = 4 * 32
+
+    def of_a_layer(mode: Mode, offload: bool = False) -> float:
+        more, less = saved_bytes(4, mode, offload), saved_bytes(3, mode, offload)
+        return (more - less) / tokens / 4
+
+    kept = of_a_layer("keep")
+    assert of_a_layer("layer") == HIDDEN
+    assert of_a_layer("layer", offload=True) == 0
+    assert kept - of_a_layer("attention") == 2 * WIDE + 3 * RANK
+
+
+# -- inputs in host memory -------------------------------------------------------------------
+
+
+def lane_of(peft: Any) -> Any:
+    regions = [layer._gradient_checkpointing_func for layer in layers_of(peft)]
+    (lanes,) = {id(one.lanes): one.lanes for one in regions if getattr(one, "lanes", None)}.values()
+    (lane,) = lanes.by_device.values()
+    return lane
+
+
+def addresses(buffers: Sequence[torch.Tensor]) -> set[int]:
+    return {buffer.data_ptr() for buffer in buffers}
+
+
+def test_host_buffers_are_taken_once() -> None:
+    peft = model("Llama")
+    plain = {length: results(peft, (length, length)) for length in (17, 9, 30)}
+    recompute_layers(peft, MODES["layer"], offload=True)
+    assert_same(results(peft, (17, 17)), plain[17])
+    lane = lane_of(peft)
+    first, staged = addresses(lane.free), addresses([one.buffer for one in lane.staging])
+    assert len(first) == LAYERS - 1  # the last layer's input is needed at once
+    assert_same(results(peft, (9, 9)), plain[9])
+    assert_same(results(peft, (17, 17)), plain[17])
+    assert addresses(lane.free) == first
+    assert addresses([one.buffer for one in lane.staging]) == staged
+    # Longer rows: larger ones in their place, and not beside them.
+    assert_same(results(peft, (30, 30)), plain[30])
+    assert len(lane.free) == LAYERS - 1
+    assert {buffer.numel() for buffer in lane.free} == {2 * 30 * HIDDEN * 4}
+    assert_same(results(peft, (17, 17)), plain[17])
+
+
+def test_a_forward_without_backward_gives_its_memory_back() -> None:
+    peft = model("Llama")
+    plain = results(peft)
+    recompute_layers(peft, MODES["layer"], offload=True)
+    loss = peft(input_ids=ids(2, 17), labels=ids(2, 17)).loss
+    lane = lane_of(peft)
+    assert lane.free == []
+    del loss
+    assert len(lane.free) == LAYERS - 1
+    assert_same(results(peft), plain)
+    assert len(lane.free) == LAYERS - 1
+
+
+def test_two_graphs_at_once() -> None:
+    """Each has its own buffers, and what was sent for one is not taken for the other's."""
+    peft = model("Llama")
+
+    def both(order: int) -> Results:
+        peft.zero_grad()
+        losses = [peft(input_ids=ids(2, n), labels=ids(2, n)).loss for n in (17, 11)]
+        for loss in losses[::order]:
+            loss.backward()
+        return {name: p.grad for name, p in peft.named_parameters() if p.grad is not None}
+
+    for order in (1, -1):
+        keep_layers(peft)
+        plain = both(order)
+        recompute_layers(peft, MODES["layer"], offload=True)
+        for _ in range(2):
+            assert_same(both(order), plain)
+        assert len(lane_of(peft).free) == 2 * (LAYERS - 1)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("where", ["forward", "recomputation", "backward"])
+def test_an_exception_leaves_nothing_behind(where: str, offload: bool) -> None:
+    peft = model("Llama", lora_dropout=0.2)
+    plain = results(peft)
+    recompute_layers(peft, MODES["layer"], offload=offload)
+    assert_same(results(peft), plain)
+
+    class OutOfMemory(RuntimeError):
+        pass
+
+    def fails(gradient: torch.Tensor) -> None:
+        raise OutOfMemory
+
+    def reached(_: Any, __: Any, y: torch.Tensor) -> None:
+        if where == "backward" and torch.is_grad_enabled():
+            y.register_hook(fails)
+        if (where == "recomputation") == torch.is_grad_enabled():
+            fails(y)
+
+    hook = layers_of(peft)[1].self_attn.register_forward_hook(
+        lambda module, given, y: reached(module, given, y[0])
+    )
+    for _ in range(2):
+        with pytest.raises(OutOfMemory):
+            results(peft)
+    hook.remove()
+    assert (recomputing.ends_with, recomputing.noted) == (None, None)
+    assert_same(results(peft), plain)
+    if offload:
+        assert len(lane_of(peft).free) == LAYERS - 1
+        assert not any(one.read for one in lane_of(peft).staging)
+
+
+def test_a_second_backward() -> None:
+    peft = model("Llama")
+    for offload in (False, True):
+        recompute_layers(peft, MODES["layer"], offload=offload)
+        peft.zero_grad()
+        loss = peft(input_ids=ids(2, 9), labels=ids(2, 9)).loss
+        loss.backward(retain_graph=True)
+        first = {name: p.grad.clone() for name, p in peft.named_parameters() if p.requires_grad}
+        if offload:
+            with pytest.raises(RuntimeError, match="a second time"):
+                loss.backward()
+            continue
+        loss.backward()
+        assert all(
+            torch.equal(p.grad, 2 * first[name])
+            for name, p in peft.named_parameters()
+            if p.requires_grad
+        )
+
+
+def test_a_gradient_that_is_asked_for() -> None:
+    peft = model("Llama")
+    recompute_layers(peft, MODES["layer"])
+    embedded = torch.randn(2, 9, HIDDEN, requires_grad=True)
+    loss = peft(inputs_embeds=embedded, labels=ids(2, 9)).loss
+    with pytest.raises(RuntimeError, match=r"call backward\(\)"):
+        torch.autograd.grad(loss, [embedded])
+
+
+# -- layers of other kinds -------------------------------------------------------------------
+
+
+class Odd(GradientCheckpointingLayer):  # type: ignore[misc]
+    """Several inputs with a gradient, by place, by name and within a tuple; several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5))
+        self.mlp = nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5))
+
+    def forward(
+        self, x: torch.Tensor, also: torch.Tensor, flag: bool, *, pair: Any, named: torch.Tensor
+    ) -> Any:
+        assert flag
+        y = self.mlp(x * self.weight + also.sin()) + pair[0] * pair[1] + named.exp()
+        return y, x.detach(), (y * 2).sum(), None
+
+
+class Nested(GradientCheckpointingLayer):  # type: ignore[misc]
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        for layer in self.inner:
+            y, _, total, _ = layer(x, *rest, **named)
+            x = y + total
+        return x, None, x.sum(), None
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_several_inputs_and_outputs_and_regions_within_regions(offload: bool) -> None:
+    torch.manual_seed(1)
+    inner = [nn.Sequential(*[Odd() for _ in range(3)]) for _ in range(3)]
+    whole = nn.Sequential(*[Nested(list(one)) for one in inner])
+    given = [torch.randn(3, 5, requires_grad=True) for _ in range(5)]
+
+    def step() -> list[torch.Tensor]:
+        torch.manual_seed(2)
+        x, also, left, right, named = given
+        total: Any = 0
+        for layer in whole:
+            x, none, sums, nothing = layer(x, also, True, pair=(left, right), named=named)
+            assert none is nothing is None
+            total = total + sums
+        parameters = [*given, *whole.parameters()]
+        for parameter in parameters:
+            parameter.grad = None
+        total.backward()
+        return [total.detach(), *(parameter.grad for parameter in parameters)]
+
+    plain = step()
+    recompute_layers(whole, ["layer"] * 3, offload=offload)
+    lanes = whole[0]._gradient_checkpointing_func.lanes
+    for one in inner:  # with the same buffers
+        for place, layer in enumerate(one):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = Region(layer, lanes, first=place == 0)
+    for _ in range(2):
+        for ours, theirs in zip(step(), plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_what_cannot_be_recomputed() -> None:
+    peft = model("Llama")
+    with pytest.raises(ValueError, match="Linear has no decoder layers"):
+        recompute_layers(nn.Linear(2, 2), ["layer"])
+    with pytest.raises(ValueError, match="2 modes for 4 layers"):
+        recompute_layers(peft, ["layer"] * 2)
+    for layer in layers_of(peft):
+        layer.feed_forward = layer.mlp
+        del layer.mlp
+    with pytest.raises(ValueError, match="layer 1 has no mlp"):
+        recompute_layers(peft, ["keep", "attention", "layer", "attention"])
+    assert not any(layer.gradient_checkpointing for layer in layers_of(peft))
+    peft.config.output_router_logits = True
+    with pytest.raises(ValueError, match="router"):
+        recompute_layers(peft, MODES["layer"])
+    returns = nn.ModuleList([GradientCheckpointingLayer()])
+    returns[0].forward = lambda x: {"hidden": x}
+    recompute_layers(returns, ["layer"])
+    with pytest.raises(TypeError, match="returns a dict"):
+        returns[0](torch.ones(2, requires_grad=True))
+
+
+def test_only_the_language_models_layers_are_found() -> None:
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": 8, "patch_size": 4,
+    }  # fmt: skip
+    text = {key: value for key, value in SMALL.items() if key != "attn_implementation"}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+    seeing = transformers.Gemma3ForConditionalGeneration(config)
+    found = decoder_layers(seeing)
+    assert [type(layer).__name__ for layer in found] == ["Gemma3DecoderLayer"] * LAYERS
+
+
+# -- on a model ------------------------------------------------------------------------------
+
+
+def test_undone_it_is_as_before_and_copies_are_their_own() -> None:
+    peft = model("Llama", lora_dropout=0.2)
+    peft.gradient_checkpointing_enable({"use_reentrant": False})
+    before = [dict(vars(module)) for module in peft.modules()]
+    theirs = results(peft)
+    recompute_layers(peft, MODES["odd"], offload=True)
+    assert list(peft.state_dict()) == list(copy.deepcopy(peft).state_dict())
+    assert_same(results(peft), theirs)
+    twin = copy.deepcopy(peft)
+    attach(twin)  # a copy has no groups
+    for mine, other in zip(layers_of(peft), layers_of(twin), strict=True):
+        region = other._gradient_checkpointing_func
+        if isinstance(region, Region):
+            assert region.module is other
+            assert region.lanes is None or (
+                region.lanes is not mine._gradient_checkpointing_func.lanes
+            )
+    assert_same(results(twin), theirs)
+    keep_layers(peft)
+    assert [dict(vars(module)).keys() for module in peft.modules()] == [
+        one.keys() for one in before
+    ]
+    assert names_in(peft(input_ids=ids(1, 5)).logits.grad_fn).count("Recomputed") == 0
+    assert_same(results(peft), theirs)
+
+
+def test_whoever_sets_the_flag_of_every_layer_changes_nothing() -> None:
+    """As unsloth's for_training does; a layer that keeps all must not fall to another's function."""
+    peft = model("Llama")
+    peft.gradient_checkpointing_enable({"use_reentrant": True})
+    recompute_layers(peft, MODES["mixed"])
+    for module in peft.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+    found = names_in(peft(input_ids=ids(1, 5)).logits.grad_fn)
+    assert found.count("RecomputedBackward") == 3
+    assert "CheckpointFunction" not in found
+
+
+def test_an_mlp_with_a_forward_of_its_own() -> None:
+    peft = model("Llama", kernels=False)
+    for layer in layers_of(peft):
+        layer.mlp.forward = lambda x, mlp=layer.mlp: type(mlp).forward(mlp, x) * 2
+    owns = [layer.mlp.forward for layer in layers_of(peft)]
+    plain = results(peft)
+    recompute_layers(peft, MODES["attention"])
+    assert_same(results(peft), plain)
+    assert [layer.mlp.forward.func for layer in layers_of(peft)] == owns
+    keep_layers(peft)
+    assert [layer.mlp.forward for layer in layers_of(peft)] == owns
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
+def test_compiled_layers_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As unsloth compiles them, one function a class. What a graph ends with is not known: all of it is made again."""
+    torch._dynamo.reset()
+    peft = model("Llama", own={"num_hidden_layers": 2})
+    plain = results(peft, (9,))
+    cls = type(layers_of(peft)[0])
+    monkeypatch.setattr(cls, "forward", torch.compile(cls.forward, backend="eager"))
+    recompute_layers(peft, ["layer", "attention"])
+    for _ in range(2):
+        found = results(peft, (9,))
+        for name, tensor in plain.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert layers_of(peft)[0]._gradient_checkpointing_func.ends_with is None
+    torch._dynamo.reset()

@@ -1,0 +1,185 @@
+"""What [memory] and train.checkpointing ask of an engine: what is refused, what is chosen, what unsloth is told."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora.engines.kept import keep_as_asked, memory_problems, modes_of, recompute_all
+from fastlora.engines.peft import PeftEngine
+from fastlora.engines.unsloth import UnslothEngine
+from fastlora.errors import EngineError
+from fastlora.recipe.schema import MemorySection, Recipe
+from fastlora.train.resume import MEMORY_KEYS, changed_keys
+
+
+def recipe(checkpointing: str = "full", quantization: str = "nf4", **memory: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name": "m", "quantization": quantization, "dtype": "float32"},
+            "data": {"sources": ["rows.jsonl"]},
+            "train": {"checkpointing": checkpointing},
+            "memory": memory,
+            "output": {"dir": "out"},
+        }
+    )
+
+
+def test_every_problem_is_said_at_once() -> None:
+    asked = recipe("unsloth", "int8", keep_attention_layers=2, stream_layers=4)
+    keys = [line.partition(":")[0] for line in memory_problems(asked, PeftEngine())]
+    assert keys == ["train.checkpointing", "memory.stream_layers"]
+    theirs = list(memory_problems(asked, UnslothEngine()))
+    assert [line.partition(":")[0] for line in theirs] == [
+        "memory.keep_attention_layers", "memory.stream_layers",
+    ]  # fmt: skip
+    assert "int8" in theirs[1]
+    (never,) = memory_problems(recipe("none", stream_layers=1), UnslothEngine())
+    assert "backward needs all layers' weights" in never
+    for checkpointing in ("full", "offload", "none"):
+        fine = recipe(checkpointing, keep_layers=3, keep_attention_layers=2, stream_layers=0)
+        assert list(memory_problems(fine, PeftEngine())) == []
+    fine = recipe("offload", keep_attention_layers=2, stream_layers=4)
+    assert list(memory_problems(fine, UnslothEngine())) == []
+
+
+@pytest.mark.parametrize(
+    ("memory", "streamed", "modes", "clipped"),
+    [
+        ({}, (), "llllll", 0),
+        ({"keep_layers": 2}, (), "llllkk", 0),
+        ({"keep_layers": 1, "keep_attention_layers": 2}, (), "lllaak", 0),
+        ({"keep_attention_layers": 1}, (), "llllla", 0),
+        ({"keep_layers": 9, "keep_attention_layers": 1}, (), "kkkkkk", 2),
+        ({"keep_layers": 4, "keep_attention_layers": 4}, (), "aakkkk", 1),
+        # Not where the weights would have to stay.
+        ({"keep_layers": 1, "keep_attention_layers": 1}, (3, 5), "llalkl", 0),
+        ({"keep_layers": 9}, (4, 5), "kkkkll", 1),
+    ],
+)
+def test_which_layers_keep_what(
+    memory: dict[str, int], streamed: tuple[int, ...], modes: str, clipped: int
+) -> None:
+    said: list[str] = []
+    found = modes_of(6, MemorySection(**memory), streamed, said.append)
+    assert "".join(mode[0] for mode in found) == modes
+    assert len(said) == clipped
+    assert all(line.startswith("memory.keep_") and "asked for" in line for line in said)
+
+
+def llama(layers: int = 3) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
+        num_attention_heads=2, use_cache=False, pad_token_id=0,
+    )  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    return get_peft_model(LlamaForCausalLM(config), lora).train()
+
+
+def functions(model: Any) -> list[str]:
+    """The nodes of a step's graph."""
+    found: list[str] = []
+    ids = torch.arange(2, 12)[None]
+    waiting, seen = [model(input_ids=ids, labels=ids).loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.append(node.name())
+            waiting += [below for below, _ in node.next_functions]
+    return found
+
+
+def test_it_is_put_on_the_model() -> None:
+    model, said = llama(), []
+    keep_as_asked(model, PeftEngine(), recipe("none", keep_layers=1), said.append)
+    assert functions(model).count("RecomputedBackward") == 0
+    assert "keeps every layer" in said.pop()
+    keep_as_asked(model, PeftEngine(), recipe("offload", keep_layers=1), said.append)
+    assert functions(model).count("RecomputedBackward") == 2
+    recompute_all(model, PeftEngine(), said.append, offload=False)
+    assert functions(model).count("RecomputedBackward") == 3
+    assert said == []
+
+
+def test_a_model_whose_layers_cannot_be_recomputed_falls_back_aloud() -> None:
+    model, said = llama(), []
+    model.config.output_router_logits = True
+    keep_as_asked(model, PeftEngine(), recipe("full"), said.append)
+    assert [line.startswith("train.checkpointing: transformers' own") for line in said] == [True]
+    assert model.is_gradient_checkpointing
+    assert functions(model).count("RecomputedBackward") == 0
+    for asked in (recipe("offload"), recipe("full", keep_layers=1)):
+        with pytest.raises(EngineError, match=r"output_router_logits.*leave \[memory\] out"):
+            keep_as_asked(model, PeftEngine(), asked, said.append)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """An unsloth that only notes what it is called with."""
+    calls: dict[str, Any] = {}
+
+    def from_pretrained(name: str, **given: Any) -> Any:
+        calls["load"] = given
+        if given.get("offload_layers") == 13:
+            raise ValueError("Unsloth: offload_layers has nothing to swap to here.")
+        text = SimpleNamespace(num_hidden_layers=8)
+        return SimpleNamespace(
+            config=SimpleNamespace(model_type="llama", get_text_config=lambda: text)
+        ), None
+
+    def get_peft_model(base: Any, **given: Any) -> Any:
+        calls["adapt"] = given
+        return SimpleNamespace(_unsloth_gradient_checkpointing=given["use_gradient_checkpointing"])
+
+    fast = SimpleNamespace(from_pretrained=from_pretrained, get_peft_model=get_peft_model)
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=fast))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "memory", "asked", "skipped", "streamed", "clipped"),
+    [
+        ("unsloth", {}, "unsloth", 0, None, 0),
+        ("unsloth", {"keep_layers": 3}, "unsloth", 3, None, 0),
+        ("unsloth", {"keep_layers": 9, "stream_layers": 8}, "unsloth", 8, 8, 2),
+        ("full", {"keep_layers": 3, "stream_layers": 2}, True, 0, 2, 0),  # keeping is ours then
+        ("offload", {}, True, 0, None, 0),
+        ("none", {}, False, 0, None, 0),
+    ],
+)
+def test_what_unsloth_is_asked_for(
+    checkpointing: str, memory: dict[str, int], asked: Any, skipped: int, streamed: int | None,
+    clipped: int, told: dict[str, Any],
+) -> None:  # fmt: skip
+    said: list[str] = []
+    model = UnslothEngine().load(recipe(checkpointing, **memory), said.append)
+    assert told["load"]["use_gradient_checkpointing"] == asked
+    assert told["adapt"]["use_gradient_checkpointing"] == asked
+    assert told["adapt"]["checkpoint_skip_layers"] == skipped
+    assert told["load"].get("offload_layers") == streamed
+    assert len(said) == clipped
+    UnslothEngine().layers_are_recomputed(model)
+    assert model._unsloth_gradient_checkpointing is True  # what for_training sets every flag to
+
+
+@pytest.mark.usefixtures("told")
+def test_what_unsloth_refuses_to_stream_is_no_missing_model() -> None:
+    with pytest.raises(EngineError, match=r"^memory\.stream_layers: .*nothing to swap"):
+        UnslothEngine().load(recipe("full", stream_layers=13), print)
+
+
+def test_memory_may_be_another_on_resume() -> None:
+    then = recipe("none").model_dump(mode="json")
+    now = recipe("offload", keep_layers=1, stream_layers=2).model_dump(mode="json")
+    assert len(changed_keys(then, now)) == 3
+    assert changed_keys(then, now, but=MEMORY_KEYS) == []
+    del then["memory"]  # begun before there was one
+    assert changed_keys(then, recipe("none").model_dump(mode="json")) == []
