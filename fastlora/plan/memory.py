@@ -93,7 +93,7 @@ def memory(
     always = _always(shape, setup)
     buffers = [Term("cuBLAS workspaces", working.cublas_bytes(hopper), "one a thread")]
     if staging := working.staging_bytes(shape, setup):
-        buffers.append(Term("copy buffers", staging, "2 x tokens x hidden"))
+        buffers.append(Term("copy buffers", staging, "inputs that come back"))
     if mask := working.mask_bytes(setup):
         buffers.append(Term("attention mask", mask, "tokens x row"))
     dequantized = Term(

@@ -132,8 +132,11 @@ def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
 
 
 def staging_bytes(shape: Shape, setup: Setup) -> int:
-    """The two buffers through which checkpoints come back from the host."""
-    return 2 * setup.tokens * shape.hidden * setup.item if setup.inputs_on_host else 0
+    """The two buffers through which checkpoints come back from the host; fastlora keeps the last one on the GPU too."""
+    if not setup.inputs_on_host:
+        return 0
+    buffers = 2 if setup.policy == "unsloth" else 3
+    return buffers * setup.tokens * shape.hidden * setup.item
 
 
 def mask_bytes(setup: Setup) -> int:
