@@ -103,9 +103,11 @@ class StaticSteps(TrainerCallback):
     def __call__(
         self, step: Step, inputs: dict[str, Any], *, labels: int, full: bool, baked: Hashable
     ) -> torch.Tensor:
-        """step(inputs), the loss with backward done. `inputs`: of the model, and numbers, or None, that can be others in
-        another call; what else can is `baked`. `labels`: tokens with one. `full`: as most micro-batches are, so that it
-        is worth recording."""
+        """step(inputs), the loss with backward done.
+
+        `inputs`: of the model, and numbers, or None, that can be others in the next call; what else can is `baked`.
+        `labels`: tokens with one. `full`: as most micro-batches are, so that it is worth recording.
+        """
         if self.graphs.why_not:
             return step(inputs)
         self._count += 1
