@@ -83,6 +83,8 @@ class Graphs:
         self.calls = self.replays = 0
         self._seen: Counter[Hashable] = Counter()
         self._records: dict[Hashable, _Record] = {}
+        self._begun = 0
+        """Records since the last `drop`, the one that ran out of memory among them."""
         self._gradients: list[torch.Tensor | None] = []
 
     @property
@@ -114,8 +116,9 @@ class Graphs:
         return self._records[key](inputs)
 
     def drop(self) -> int:
-        """Forget every graph; shapes are recorded again once they have come often enough. How many there were."""
-        dropped = self.recorded
+        """Forget every graph; shapes are recorded again once they have come often enough. How many there were, with one
+        that ran out of memory while it was recorded."""
+        dropped, self._begun = self._begun, 0
         if dropped:
             self.recorder.forget()
         self._records.clear()
@@ -137,6 +140,7 @@ class Graphs:
         return loss
 
     def _record(self, key: Hashable, function: Function, inputs: Inputs) -> None:
+        self._begun += 1
         before = [parameter.grad for parameter in self.parameters]
         static = {name: tensor.clone() for name, tensor in inputs.items()}
         try:

@@ -162,6 +162,7 @@ class StaticSteps(TrainerCallback):
                 f"cuda_graphs: {self.graphs.replays:,} of {self._count:,} micro-batches were replays of "
                 f"{self.graphs.recorded} graphs"
             )
+        self.graphs.drop()  # answers and exports want their memory
 
 
 def _zero_in_place(model: PeftModel, trained: list[torch.nn.Parameter]) -> None:

@@ -123,6 +123,19 @@ def test_out_of_memory_it_goes_on_without_graphs_and_then_in_smaller_forwards(
     assert_close(place, disturbed, plain)
 
 
+def test_out_of_memory_while_it_is_recorded_rows_stay_together(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same micro-batch fitted as a call."""
+    Recorders(monkeypatch, fail={0: torch.OutOfMemoryError("CUDA out of memory.")})
+    disturbed = place.run(*SETTINGS, GRAPHS, "train.steps=3")
+    ((step, rows, graphs),) = [(o["step"], o["rows"], o["graphs"]) for o in disturbed["oom"]]
+    assert (rows, graphs) == (4, False)
+    assert step in (2, 3)
+    assert disturbed["cuda_graphs"]["stopped"] == f"out of memory at step {step}"
+    assert len([entry for entry in place.work.losses(last(disturbed)) if entry[1] == "loss"]) == 3
+
+
 def test_what_cannot_be_recorded_is_said_and_trained_as_usual(
     place: Place, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

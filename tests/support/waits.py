@@ -1,4 +1,4 @@
-"""What waits for a GPU, found on a CPU: operations whose result's size or value the host must know."""
+"""What cannot be recorded on a GPU, found on a CPU: operations whose result's size or value the host must know."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ WAIT = {
 
 
 class Waits(TorchDispatchMode):
-    """Collects "operation at file:line" of each; `error` raises RuntimeError there, as a capture does."""
+    """Collects "operation at file:line" of each; `error` raises RuntimeError there, as a capture does, and where casts
+    are kept."""
 
     def __init__(self, *, error: bool = False) -> None:
         super().__init__()
@@ -33,4 +34,6 @@ class Waits(TorchDispatchMode):
             self.found.append(f"{func} at {at.filename}:{at.lineno}")
             if self.error:
                 raise RuntimeError(f"operation not permitted while it is captured: {func}")
+        if self.error and torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled():
+            raise RuntimeError("a cast that autocast keeps may not be recorded")
         return func(*args, **(kwargs or {}))
