@@ -29,7 +29,7 @@ from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.collate import ROW_LENGTHS, split, split_labels
 from fastlora.train.notes import Notes
-from fastlora.train.static import StaticSteps, checkpointing_kwargs
+from fastlora.train.static import StaticSteps
 from fastlora.train.steps import effective_batch
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from fastlora_kernels.layers.head import is_attached
+from fastlora_kernels.recompute import BEFORE
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.engines.base import Engine
@@ -32,18 +33,17 @@ if TYPE_CHECKING:
     Step = Callable[[dict[str, Any]], torch.Tensor]
 
 
-def why_not(
-    recipe: Recipe, model: PeftModel, engine: Engine, checkpointing: str, own_loss: bool
-) -> str:
+def why_not(model: PeftModel, engine: Engine, own_loss: bool) -> str:
     """What of a run cannot be recorded, as far as it can be known before its first step; "" if nothing is known of."""
     if engine.name == "unsloth":
         return "unsloth's loss asks the GPU which tokens have a label, and waits for it"
     if not own_loss:
         return "TRL's loss reads entropy and accuracy of each micro-batch from the GPU"
-    if checkpointing not in ("full", "none"):
-        return f"train.checkpointing = {checkpointing!r} waits for copies to host memory"
-    if recipe.memory.stream_layers:
-        return "memory.stream_layers waits for copies from host memory"
+    if any(
+        getattr(m, "gradient_checkpointing", False) and BEFORE not in vars(m)
+        for m in model.modules()
+    ):
+        return "transformers' own checkpointing reads the random state of the GPU in each layer"
     if drawn := _draws(model):
         return f"{drawn}: random numbers that are not known to be the same when it is resumed"
     return ""
@@ -58,12 +58,6 @@ def _draws(model: PeftModel) -> str:
         if value := getattr(model.config, name, 0):
             return f"{name} of {value} in the model's configuration"
     return ""
-
-
-def checkpointing_kwargs(static: bool) -> dict[str, Any]:
-    """Of the trainer's checkpointing. To keep the random state is to ask the GPU for it, once a layer, and cannot be
-    recorded; where steps are static nothing is drawn."""
-    return {"use_reentrant": False, **({"preserve_rng_state": False} if static else {})}
 
 
 class StaticSteps(TrainerCallback):

@@ -20,7 +20,7 @@ from fastlora.train.held_out import BaseLosses, evaluate_sources
 from fastlora.train.loss import adapted_head_allowed, takes_own_loss
 from fastlora.train.notes import Notes
 from fastlora.train.oom import Continuation, DoesNotFit
-from fastlora.train.static import StaticSteps, checkpointing_kwargs, why_not
+from fastlora.train.static import StaticSteps, why_not
 from fastlora.train.stop import Interrupted
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def build_trainer(
 
     parts = {label: rows.with_format("torch") for label, rows in data.eval_by_source().items()}
     own_loss = takes_own_loss(recipe, model, engine, notes)
-    reason = why_not(recipe, model, engine, continuation.checkpointing, own_loss)
+    reason = why_not(model, engine, own_loss)
     graphs = bool(recipe.memory.cuda_graphs) and not reason
     if recipe.memory.cuda_graphs and reason:
         notes(f"cuda_graphs: not used ({reason})")
@@ -170,7 +170,7 @@ def build_trainer(
         trainer = CountingTrainer(
             model=model,
             args=training_arguments(
-                recipe, engine, run, has_eval=data.eval is not None, epochs=epochs, static=graphs
+                recipe, engine, run, has_eval=data.eval is not None, epochs=epochs
             ),
             data_collator=SplittableCollator(int(tokenizer.pad_token_id), engine),
             # Tensors, because to make a batch of Python's lists takes 0.6 ms more.
@@ -215,9 +215,8 @@ def _skip_idle_walks(model: PeftModel) -> None:
 
 
 def training_arguments(
-    recipe: Recipe, engine: Engine, run: RunDir, *, has_eval: bool, epochs: float, static: bool
+    recipe: Recipe, engine: Engine, run: RunDir, *, has_eval: bool, epochs: float
 ) -> SFTConfig:
-    """`static`: micro-batches' forward and backward may be recorded."""
     import torch
     from trl import SFTConfig
 

@@ -35,9 +35,9 @@ SHAPE = {
 ROWS, LENGTHS = 2, (256, 512, 384)
 
 
-def model_of(checkpointing: bool, kernels: bool) -> Any:
+def model_of(checkpointing: str, kernels: bool) -> Any:
     """bfloat16, its adapter in float32 and away from its start."""
-    from fastlora_kernels import attach, attach_head
+    from fastlora_kernels import attach, attach_head, recompute_layers
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -53,14 +53,13 @@ def model_of(checkpointing: bool, kernels: bool) -> Any:
             parameter.data = parameter.data.float()
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-    if checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
-        )
-        model.enable_input_require_grads()
     if kernels:
         attach(model)
         assert attach_head(model) is None
+    if checkpointing != "none":
+        layers = SHAPE["num_hidden_layers"]
+        recompute_layers(model, ["layer"] * layers, offload=checkpointing == "offload")
+        model.enable_input_require_grads()
     return model
 
 
@@ -100,9 +99,9 @@ def seconds(step: Callable[[int], Any], times: int = 20) -> float:
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "offload"])
 def test_losses_and_gradients_of_replays(
-    checkpointing: bool, kernels: bool, capsys: pytest.CaptureFixture[str]
+    checkpointing: str, kernels: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To the last bit where a call's own repetition is; else within twice what a repetition differs by."""
     model = model_of(checkpointing, kernels)
@@ -147,7 +146,7 @@ def test_losses_and_gradients_of_replays(
 
 
 def test_dropped_their_memory_is_free() -> None:
-    model = model_of(checkpointing=False, kernels=True)
+    model = model_of("none", kernels=True)
     step = step_of(model, kernels=True)
     graphs = Graphs(CudaRecorder(), [p for p in model.parameters() if p.requires_grad])
     step(inputs(512, 0))
@@ -217,8 +216,15 @@ dir = "runs"
 
 @pytest.mark.parametrize(
     "settings",
-    [(), ("data.packing=true",), ("train.checkpointing=none",), ("model.dtype=float16",)],
-    ids=["checkpointed", "packed", "not checkpointed", "float16"],
+    [
+        (),
+        ("data.packing=true",),
+        ("train.checkpointing=none",),
+        ("train.checkpointing=offload",),
+        ("memory.keep_layers=4", "memory.keep_attention_layers=4"),
+        ("model.dtype=float16",),
+    ],
+    ids=["checkpointed", "packed", "not checkpointed", "offload", "in between", "float16"],
 )
 def test_a_run_of_replays(
     settings: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]

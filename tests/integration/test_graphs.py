@@ -158,9 +158,9 @@ def test_what_cannot_be_recorded_is_said_and_trained_as_usual(
             'kernels.mode="all"',
             "train.steps=3",
         ),
-        ("train.chunked_loss=false", 'train.checkpointing="full"', "train.steps=3"),
+        ("train.chunked_loss=false", 'train.checkpointing="offload"', "train.steps=3"),
     ],
-    ids=["packed", "kernels, checkpointed, bfloat16", "with logits"],
+    ids=["packed", "kernels, checkpointed, bfloat16", "offloaded, with logits"],
 )
 def test_nothing_waits_in_a_replay(
     settings: tuple[str, ...], place: Place, monkeypatch: pytest.MonkeyPatch

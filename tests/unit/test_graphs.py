@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from fastlora_kernels import recompute_layers
 from peft import LoraConfig, get_peft_model
 from reruns import Reruns
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from waits import Waits
 
-from fastlora.recipe.schema import Recipe
 from fastlora.train.causal import right_padded
 from fastlora.train.graphs import Graphs
 from fastlora.train.static import why_not
@@ -185,33 +185,30 @@ def test_a_gradient_that_is_made_while_it_is_recorded_is_none_of_ours() -> None:
     assert all(map(torch.equal, step.gradients(), plain.gradients()))
 
 
-def recipe(**sections: Any) -> Recipe:
-    given = {"model": {"name": "x"}, "data": {"sources": ["x"]}, "output": {"dir": "x"}}
-    return Recipe.model_validate(given | sections)
-
-
 @pytest.mark.parametrize(
-    ("given", "engine", "checkpointing", "own", "dropout", "why"),
+    ("case", "why"),
     [
-        ({}, "peft", "none", True, 0.0, ""),
-        ({}, "peft", "full", True, 0.0, ""),
-        ({}, "unsloth", "none", False, 0.0, "unsloth's loss"),
-        ({}, "peft", "none", False, 0.0, "TRL's loss"),
-        ({}, "peft", "offload", True, 0.0, "train.checkpointing = 'offload'"),
-        ({"memory": {"stream_layers": 2}}, "peft", "none", True, 0.0, "memory.stream_layers"),
-        ({}, "peft", "none", True, 0.1, "dropout of 0.1 in base_model.model.model.layers.0"),
-        ({}, "peft", "none", True, -0.2, "attention_dropout of 0.2"),
+        ("", ""),
+        ("recomputed", ""),
+        ("unsloth", "unsloth's loss"),
+        ("TRL's loss", "TRL's loss"),
+        ("checkpointed", "transformers' own checkpointing"),
+        ("dropout", "dropout of 0.1 in base_model.model.model.layers.0"),
+        ("attention", "attention_dropout of 0.2"),
     ],
 )
-def test_what_is_known_not_to_be_recordable(
-    given: Any, engine: str, checkpointing: str, own: bool, dropout: float, why: str
-) -> None:
-    """`dropout`: of the adapter, below 0 of the model's attention."""
-    config = AutoConfig.for_model("llama", **SIZES, attention_dropout=max(0.0, -dropout))
-    lora = LoraConfig(target_modules=["q_proj"], lora_dropout=max(0.0, dropout))
+def test_what_is_known_not_to_be_recordable(case: str, why: str) -> None:
+    config = AutoConfig.for_model(
+        "llama", **SIZES, attention_dropout=0.2 if case == "attention" else 0.0
+    )
+    lora = LoraConfig(target_modules=["q_proj"], lora_dropout=0.1 if case == "dropout" else 0.0)
     model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
-    of: Any = SimpleNamespace(name=engine)
-    found = why_not(recipe(**given), model, of, checkpointing, own)
+    if case == "recomputed":
+        recompute_layers(model, ["layer", "keep"])
+    if case == "checkpointed":
+        model.gradient_checkpointing_enable()
+    engine: Any = SimpleNamespace(name="unsloth" if case == "unsloth" else "peft")
+    found = why_not(model, engine, own_loss=case != "TRL's loss")
     assert found.startswith(why)
     assert bool(found) is bool(why)
 
