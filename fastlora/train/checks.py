@@ -62,6 +62,11 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
         yield str(error)
     if engine is not None:
         yield from memory_problems(recipe, engine)
+    if recipe.memory.cuda_graphs:
+        from fastlora.train.graphs import can_record
+
+        if not can_record():
+            yield "memory.cuda_graphs: there is no CUDA GPU here; leave it out, or train on one"
     yield from tracker_problems(recipe)
     for metric in recipe.eval.metrics:
         if metric in PACKAGES and find_spec(PACKAGES[metric][0]) is None:

@@ -10,6 +10,9 @@ from fastlora.data.mask import IGNORED
 ROW_LENGTHS = "row_lengths"
 """In a batch, beside its tensors: the tokens of each row, of each of its sequences where rows are packed. No input of a
 model; `split` takes it out."""
+ROW_LABELS = "row_labels"
+"""As ROW_LENGTHS: the tokens of each row, or pack of rows, that have a label and are predicted. Counted here, on the
+CPU, since to ask a GPU is to wait for it."""
 
 if TYPE_CHECKING:
     import torch
@@ -51,20 +54,25 @@ class Collator:
 
 
 class SplittableCollator(Collator):
-    """Batches for `split`, with ROW_LENGTHS."""
+    """Batches for `split`, with ROW_LENGTHS and ROW_LABELS."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
         packed = "seq_lengths" in rows[0]
         lengths = [
             [int(length) for length in row["seq_lengths"]] if packed else len(row["input_ids"])
             for row in rows
         ]
-        return {**super().__call__(rows), ROW_LENGTHS: lengths}
+        # The first token of a row is never predicted; those of packed rows have no label.
+        predicted = slice(0 if packed else 1, None)
+        labels = [int((torch.as_tensor(row["labels"])[predicted] != IGNORED).sum()) for row in rows]
+        return {**super().__call__(rows), ROW_LENGTHS: lengths, ROW_LABELS: labels}
 
 
 def split(batch: dict[str, Any], most_rows: int, engine: Engine) -> list[dict[str, torch.Tensor]]:
     """The model's inputs for so many rows at a time: what the collator makes of those rows alone."""
-    inputs = {name: value for name, value in batch.items() if name != ROW_LENGTHS}
+    inputs = {name: value for name, value in batch.items() if name not in (ROW_LENGTHS, ROW_LABELS)}
     rows = batch[ROW_LENGTHS]
     if len(rows) <= most_rows:
         return [inputs]
@@ -81,3 +89,9 @@ def split(batch: dict[str, Any], most_rows: int, engine: Engine) -> list[dict[st
             place = (slice(first, first + len(some)), slice(max(some)))
             parts.append({name: value[place].contiguous() for name, value in inputs.items()})
     return parts
+
+
+def split_labels(batch: dict[str, Any], most_rows: int) -> list[int]:
+    """The tokens with a label in each part of `split`."""
+    rows = batch[ROW_LABELS]
+    return [sum(rows[first : first + most_rows]) for first in range(0, len(rows), most_rows)]

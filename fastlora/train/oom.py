@@ -27,13 +27,14 @@ from fastlora.engines.memory import GIB, free_memory, in_words, is_out_of_memory
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
-from fastlora.train.collate import ROW_LENGTHS, split
+from fastlora.train.collate import ROW_LENGTHS, split, split_labels
 from fastlora.train.notes import Notes
+from fastlora.train.static import StaticSteps
 from fastlora.train.steps import effective_batch
 
 if TYPE_CHECKING:
     Batch = dict[str, Any]
-    Forward = Callable[[Batch, int, float | None], torch.Tensor]
+    Forward = Callable[[Batch, int, int, float | None], torch.Tensor]
 
 
 class DoesNotFit(EngineError):
@@ -62,10 +63,13 @@ class Continuation(TrainerCallback):
         )
         """Layers could still be recomputed that are not."""
         self.trainer: Trainer  # build_trainer sets it
+        self.static: StaticSteps | None = None  # and this
         self.longest = 0
         """Tokens of the longest row that a step was done with."""
         self._batches: list[Batch] = []  # of the step in hand, so far
         self._optimizing = False
+        self._graphs = 0
+        """How many went with what was dropped last."""
 
     @property
     def step(self) -> int:
@@ -149,7 +153,8 @@ class Continuation(TrainerCallback):
     def train(self, forward: Forward, batch: Batch, *, means: bool) -> torch.Tensor:
         """The trainer's next micro-batch, forward and backward; the loss that the trainer has not yet.
 
-        `forward` takes inputs, how many forwards there are in place of one, and what its loss is to be multiplied with.
+        `forward` takes inputs, how many tokens of them have a label, how many forwards there are in place of one, and
+        what its loss is to be multiplied with.
         `means`: each micro-batch's loss is its own mean, as of models that are not told the tokens of the whole step.
 
         Raises DoesNotFit: with one row as well. What was trained before is then in a checkpoint.
@@ -160,11 +165,12 @@ class Continuation(TrainerCallback):
             loss = None
             try:
                 for one in due:
-                    parts = split(one, self.most_rows("step"), self.engine)
-                    for part, share in _shares(parts, means):
+                    most_rows = self.most_rows("step")
+                    parts, counts = split(one, most_rows, self.engine), split_labels(one, most_rows)
+                    for part, count, share in _shares(parts, counts, means):
                         if loss is not None:
                             self.trainer._tr_loss += loss
-                        loss = forward(part, len(parts), share)
+                        loss = forward(part, count, len(parts), share)
                 assert loss is not None
                 self.longest = max(self.longest, *map(_tokens, batch[ROW_LENGTHS]))
                 return loss
@@ -182,11 +188,14 @@ class Continuation(TrainerCallback):
         """The mean loss of the batch's supervised tokens."""
         while True:
             try:
-                parts = split(batch, self.most_rows("evaluation"), self.engine)
+                most_rows = self.most_rows("evaluation")
+                parts, counts = split(batch, most_rows, self.engine), split_labels(batch, most_rows)
                 if len(parts) == 1:
                     return forward(parts[0])
                 weighed = [
-                    (forward(part), _supervised(part)) for part in parts if _supervised(part)
+                    (forward(part), count)
+                    for part, count in zip(parts, counts, strict=True)
+                    if count
                 ]
                 total = sum(tokens for _, tokens in weighed)
                 return torch.stack([loss * (tokens / total) for loss, tokens in weighed]).sum()
@@ -223,6 +232,8 @@ class Continuation(TrainerCallback):
         self._drop()
 
     def _drop(self) -> None:
+        # Their memory serves nothing else.
+        self._graphs = self.static.drop() if self.static else 0
         drop_waiting(self.trainer.model)
         self.engine.drop_broken_step()
         free_memory()
@@ -240,7 +251,15 @@ class Continuation(TrainerCallback):
         again = f"The step is done again from its first sample ({lost_s:.1f} s lost)"
         if freed:
             again += f", from {freed['allocated_gib']:.2f} GiB in use"
-        if before > 1:
+        if self._graphs and self.static:
+            self._record(
+                "step", memory, before=before, rows=before, lost_s=round(lost_s, 2), graphs=False
+            )
+            self.static.stop(f"out of memory at step {self.step}")
+            self.notes(
+                f"{said}. {again}, without memory.cuda_graphs from now on: what {self._graphs} of them held is free"
+            )
+        elif before > 1:
             rows = (before + 1) // 2
             self._record("step", memory, before=before, rows=rows, lost_s=round(lost_s, 2))
             self.notes(
@@ -316,20 +335,17 @@ class Continuation(TrainerCallback):
         )
 
 
-def _shares(parts: list[Batch], means: bool) -> Iterator[tuple[Batch, float | None]]:
-    """Parts, and how much more or less than an equal share of the micro-batch's mean each one's mean is: as its tokens
-    are. A part without any has no mean."""
-    if not means or len(parts) == 1:
-        yield from ((part, None) for part in parts)
-        return
-    counts = [_supervised(part) for part in parts]
+def _shares(
+    parts: list[Batch], counts: list[int], means: bool
+) -> Iterator[tuple[Batch, int, float | None]]:
+    """Parts, the tokens of each with a label, and how much more or less than an equal share of the micro-batch's mean
+    each one's mean is: as its tokens are. A part without any has no mean."""
+    weighed = means and len(parts) > 1
     for part, count in zip(parts, counts, strict=True):
-        if count or not any(counts):
-            yield part, count * len(parts) / max(1, sum(counts))
-
-
-def _supervised(part: Batch) -> int:
-    return int((part["labels"][:, 1:] >= 0).sum())
+        if not weighed:
+            yield part, count, None
+        elif count or not any(counts):
+            yield part, count, count * len(parts) / max(1, sum(counts))
 
 
 def _tokens(row: int | list[int]) -> int:

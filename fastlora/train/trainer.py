@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastlora.data.prepared import Prepared
-from fastlora.engines.base import Announce, Engine, resolve_checkpointing, resolve_dtype
+from fastlora.engines.base import Engine, resolve_checkpointing, resolve_dtype
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.callbacks import TokenCounter
@@ -18,7 +18,9 @@ from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.collate import SplittableCollator
 from fastlora.train.held_out import BaseLosses, evaluate_sources
 from fastlora.train.loss import adapted_head_allowed, takes_own_loss
+from fastlora.train.notes import Notes
 from fastlora.train.oom import Continuation, DoesNotFit
+from fastlora.train.static import StaticSteps, why_not
 from fastlora.train.stop import Interrupted
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
     from trl import SFTConfig
 
+# Beside a model's inputs: what changes from step to step as well.
+_ITEMS, _SHARE = "num_items_in_batch", "share"
 OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_bnb_8bit",
@@ -46,21 +50,27 @@ def build_trainer(
     continuation: Continuation,
     callbacks: list[TrainerCallback],
     epochs: float,
-    announce: Announce,
+    notes: Notes,
 ) -> Trainer:
     """The trainer, ready for `train()`. `epochs` holds where the recipe gives neither epochs nor steps."""
     import torch
+    from accelerate.utils import AutocastKwargs
     from transformers import PrinterCallback, ProgressCallback, Trainer
     from trl import (
         SFTTrainer,
     )  # here and not above: unsloth, when it is the engine, has replaced it
 
     parts = {label: rows.with_format("torch") for label, rows in data.eval_by_source().items()}
-    own_loss = takes_own_loss(recipe, model, engine, announce)
+    own_loss = takes_own_loss(recipe, model, engine, notes)
+    reason = why_not(model, engine, own_loss)
+    graphs = bool(recipe.memory.cuda_graphs) and not reason
+    if recipe.memory.cuda_graphs and reason:
+        notes(f"cuda_graphs: not used ({reason})")
+    static: StaticSteps | None = None
 
     class CountingTrainer(SFTTrainer):  # type: ignore[misc]
         current_gradient_accumulation_steps: int
-        share: float | None = None
+        share: torch.Tensor | float | None = None
         """What the loss of the forward in hand is multiplied with."""
 
         def training_step(
@@ -68,15 +78,29 @@ def build_trainer(
         ) -> Any:
             steps: int = self.current_gradient_accumulation_steps
 
-            def forward(part: dict[str, Any], parts: int, share: float | None) -> Any:
-                # By it is divided what is not normalised by tokens, such as a router's loss.
-                self.share, self.current_gradient_accumulation_steps = share, steps * parts
-                try:
-                    return super(CountingTrainer, self).training_step(
-                        model, part, num_items_in_batch
-                    )
-                finally:
-                    self.share, self.current_gradient_accumulation_steps = None, steps
+            def forward(part: dict[str, Any], labels: int, parts: int, share: float | None) -> Any:
+                def step(given: dict[str, Any]) -> Any:
+                    # By it is divided what is not normalised by tokens, such as a router's loss.
+                    self.current_gradient_accumulation_steps = steps * parts
+                    self.share = given.pop(_SHARE)
+                    try:
+                        return super(CountingTrainer, self).training_step(
+                            model, given, given.pop(_ITEMS)
+                        )
+                    finally:
+                        self.share, self.current_gradient_accumulation_steps = None, steps
+
+                given = part | {_ITEMS: num_items_in_batch, _SHARE: share}
+                if static is None:
+                    return step(given)
+                return static(
+                    step,
+                    given,
+                    labels=labels,
+                    full=recipe.data.packing
+                    or len(part["labels"]) == continuation.most_rows("step"),
+                    baked=steps * parts if num_items_in_batch is None else None,
+                )
 
             loss = continuation.train(forward, inputs, means=num_items_in_batch is None)
             counter.add(inputs)
@@ -163,6 +187,13 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     _skip_idle_walks(trainer.model)
+    if graphs:
+        # A cast that was kept from before would not be recorded.
+        trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+        static = continuation.static = StaticSteps(
+            recipe, trainer.model, data.train, run, notes, int(tokenizer.pad_token_id)
+        )
+        trainer.add_callback(static)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)  # they print to stdout, which is for results
     return trainer

@@ -128,20 +128,23 @@ def cross_entropy_(
     logit_scale: float,
     softcap: float | None,
     gradient: bool,
+    ignore_index: int = -100,
 ) -> torch.Tensor:
     """Loss of each row (C), in float32; with `gradient`, logits (C, V) <- (softmax - onehot) times the slope of
-    z = c tanh(k logits / c)."""
+    z = c tanh(k logits / c). Both 0 where the label is ignore_index."""
+    ignored = labels == ignore_index
+    labels = labels.masked_fill(ignored, 0)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     lse = torch.logsumexp(z, dim=1)
-    losses = lse - z.gather(1, labels[:, None]).squeeze(1)
+    losses = (lse - z.gather(1, labels[:, None]).squeeze(1)).masked_fill(ignored, 0)
     if gradient:
         g = torch.exp(z - lse[:, None])
         g[torch.arange(len(labels), device=labels.device), labels] -= 1
         if softcap is not None:
             g *= 1 - (z / softcap) ** 2
-        logits.copy_(g * logit_scale)
+        logits.copy_(g.masked_fill_(ignored[:, None], 0) * logit_scale)
     return losses
 
 

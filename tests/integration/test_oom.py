@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,50 +11,11 @@ from typing import Any
 import pytest
 import torch
 from ooms import PLACES, Ooms
-from rich.console import Console
-from safetensors.torch import load_file
+from place import Crash, Place, assert_same, last
 
 from fastlora.errors import EngineError
-from fastlora.recipe.load import load_recipe
-from fastlora.train.oom import Continuation
-from fastlora.train.session import Request, train_run
 
 STEPS = 100
-SETTINGS = (
-    "train.micro_batch=8", "train.effective_batch=8", "lora.dropout=0.0", "lora.alpha=4.0", "train.lr=1e-3",
-    "train.scheduler=constant", "train.warmup_fraction=0.0", "train.save_every_steps=20",
-    "train.eval_every_steps=50",
-)  # fmt: skip
-
-
-class Place:
-    """A folder with a recipe for two layers of the tiny model."""
-
-    def __init__(self, workplace: Any) -> None:
-        self.work = workplace
-        source, model = workplace.root / "recipes/tiny/model", workplace.folder / "model"
-        shutil.copytree(source, model)
-        config = json.loads((model / "config.json").read_text())
-        config["num_hidden_layers"] = 2
-        if "layer_types" in config:
-            config["layer_types"] = config["layer_types"][:2]
-        (model / "config.json").write_text(json.dumps(config))
-        text = workplace.recipe.read_text().replace("epochs = 2\n", "")
-        workplace.recipe.write_text(text.replace(str(source), str(model)))
-        self.said = ""
-
-    def run(self, *settings: str, resume: bool = False) -> dict[str, Any]:
-        settings = (*SETTINGS, *settings)
-        recipe = load_recipe(self.work.recipe, settings)
-        said = io.StringIO()
-        try:
-            request = Request(recipe, str(self.work.recipe), settings, resume)
-            return train_run(request, Console(file=said, width=2000))
-        finally:
-            self.said = said.getvalue()
-
-    def adapter(self, number: int = 1) -> dict[str, torch.Tensor]:
-        return load_file(self.work.path(number) / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +36,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def last(manifest: dict[str, Any]) -> int:
-    return int(manifest["path"].rpartition("/")[2])
-
-
-def assert_same(place: Place, one: dict[str, Any], other: dict[str, Any]) -> None:
-    """To the last bit. Held-out losses are means over other batches."""
-    mine, yours = (
-        [entry for entry in place.work.losses(last(run)) if entry[1] != "eval_loss"]
-        for run in (one, other)
-    )
-    assert mine == yours
-    mine, yours = place.adapter(last(one)), place.adapter(last(other))
-    assert mine.keys() == yours.keys()
-    assert all(torch.equal(mine[name], yours[name]) for name in mine)
 
 
 def test_a_hundred_steps_with_ooms_and_an_interrupt_end_where_the_undisturbed_run_does(
@@ -135,21 +78,6 @@ def test_a_hundred_steps_with_ooms_and_an_interrupt_end_where_the_undisturbed_ru
     before, after = whole.adapter(), disturbed.adapter()
     for name, tensor in before.items():
         assert (after[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), name
-
-
-class Crash:
-    """What a killed process is to its run: an end in the middle of a step, with nothing written for it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-        self.at = at
-        original = Continuation.train
-
-        def train(continuation: Continuation, *rest: Any, **named: Any) -> Any:
-            if continuation.step == self.at:
-                raise RuntimeError("crashed")
-            return original(continuation, *rest, **named)
-
-        monkeypatch.setattr(Continuation, "train", train)
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])

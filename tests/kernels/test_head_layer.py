@@ -12,12 +12,13 @@ import torch
 import transformers
 from fastlora_kernels import attach
 from fastlora_kernels.layers import head as layers
-from fastlora_kernels.layers.head import attach_head, detach_head
+from fastlora_kernels.layers.head import attach_head, detach_head, is_attached
 from fastlora_kernels.ops import head_loss
 from fastlora_kernels.ops.head_loss import lora_head_loss
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from waits import Waits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
@@ -272,6 +273,23 @@ def test_what_has_no_loss_to_take_has_logits(calls: list[bool]) -> None:
     assert calls == []
     text = [each.generate(**without, max_new_tokens=4, do_sample=False) for each in (model, plain)]
     assert torch.equal(*text)
+
+
+def test_the_most_labels_reach_the_op_and_no_forward_of_the_class(calls: list[bool]) -> None:
+    model = model_of()
+    assert not is_attached(model)
+    theirs = results(model)
+    attach_head(model)
+    assert is_attached(model)
+    assert_close(results(model, most_labels=40), theirs)
+    with Waits() as waits:
+        model(**batch(most_labels=40))
+    assert not [wait for wait in waits.found if "fastlora_kernels" in wait]
+    with model.disable_adapter():  # the op declines
+        assert model(**batch(most_labels=40)).logits is not None
+    assert len(calls) == 2
+    detach_head(model)
+    assert not is_attached(model)
 
 
 def test_in_evaluation_where_asked_for(calls: list[bool]) -> None:

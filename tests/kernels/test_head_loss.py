@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fastlora_kernels.ops import head_loss
 from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.head_loss import Shape, cross_entropy_, lora_head_loss
 from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -73,9 +75,10 @@ def row_losses(
 def assert_errs_no_more(given: list[Any], dtype: torch.dtype, labels: Any, **options: Any) -> None:
     # Both of them get inputs that `dtype` can hold, so that the error is of the arithmetic alone.
     given = [None if t is None else t.to(dtype).double() for t in given]
+    most = {"most_labels": options.pop("most_labels")} if "most_labels" in options else {}
     truth = results(reference.lora_head_loss, given, torch.float64, labels, **options)
     theirs = results(reference.lora_head_loss, given, dtype, labels, **options)
-    ours = results(lora_head_loss, given, dtype, labels, **options)
+    ours = results(lora_head_loss, given, dtype, labels, **options, **most)
     assert ours.keys() == theirs.keys()
     assert ours["loss"].dtype == torch.float32
     # Errors of rows cancel in their sum, by chance: it is held to what they would come to without that.
@@ -124,6 +127,45 @@ def test_only_what_is_wanted(trained: str, r: int, backend: str) -> None:
         pytest.skip("no adapter")
     given, labels = inputs((63,), 1003, 24, r, bias=True)
     assert_errs_no_more(given, torch.float32, labels, trained=trained)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("more", [0, 50])
+@pytest.mark.parametrize("options", [{}, {"num_items": 100.0, "softcap": 3.0}])
+def test_with_the_most_labels_given_it_is_the_same_and_nothing_waits(
+    options: Any, more: int, backend: str
+) -> None:
+    given, labels = inputs((2, 31), 1003, 24, 8, bias=True)
+    labels[0, 3] = labels[1, 30] = 7
+    most = int((labels != -100).sum()) + more
+    trained = "hidden weight bias A B"
+    plain = results(lora_head_loss, given, torch.float32, labels, trained, **options)
+    if "num_items" in options:
+        options = options | {"num_items": torch.tensor(100, device=DEVICE)}
+    with Waits() as waits:
+        found = results(
+            lora_head_loss, given, torch.float32, labels, trained, most_labels=most, **options
+        )
+    assert (
+        backend != "reference" or not waits.found
+    )  # Triton's interpreter reads what it computes with
+    for name, tensor in plain.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    assert not found["hidden"].flatten(0, 1)[labels.flatten() == -100].any()
+    assert_errs_no_more(given, torch.float32, labels, trained=trained, most_labels=most, **options)
+
+
+@pytest.mark.parametrize("items", [None, 0, 5])
+def test_no_labels_where_there_might_be_some(items: int | None, backend: str) -> None:
+    given, labels = inputs((63,), 1003, 24, 8, bias=True)
+    labels[:] = -100
+    trained = "hidden weight bias A B"
+    found = results(
+        lora_head_loss, given, torch.float32, labels, trained, most_labels=9, num_items=items
+    )
+    loss = float(found.pop("loss"))
+    assert loss == 0 if items else math.isnan(loss)
+    assert not any(gradient.any() or gradient.isnan().any() for gradient in found.values())
 
 
 @pytest.mark.gpu

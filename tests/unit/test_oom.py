@@ -15,7 +15,14 @@ from fastlora.engines.peft import PeftEngine
 from fastlora.errors import EngineError
 from fastlora.export.answers import answered
 from fastlora.recipe.schema import Recipe
-from fastlora.train.collate import ROW_LENGTHS, Collator, SplittableCollator, split
+from fastlora.train.collate import (
+    ROW_LABELS,
+    ROW_LENGTHS,
+    Collator,
+    SplittableCollator,
+    split,
+    split_labels,
+)
 from fastlora.train.oom import Continuation
 from fastlora.train.resume import MEMORY_KEYS, changed_keys
 
@@ -96,6 +103,8 @@ def rows(lengths: list[int]) -> list[dict[str, torch.Tensor]]:
 
 def packs(lengths: list[list[int]]) -> list[dict[str, Any]]:
     plain = rows([sum(pack) for pack in lengths])
+    for row in plain:
+        row["labels"][0] = -100
     return [row | {"seq_lengths": pack} for row, pack in zip(plain, lengths, strict=True)]
 
 
@@ -110,12 +119,14 @@ def test_a_part_is_what_the_collator_makes_of_its_rows(packed: bool, seed: int) 
     batch = SplittableCollator(0, engine)(all_rows)
     for most in range(1, 9):
         parts = split(batch, most, engine)
+        labelled = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
+        assert split_labels(batch, most) == labelled
         chunks = [all_rows[first : first + most] for first in range(0, 7, most)]
         assert len(parts) == len(chunks)
         for part, chunk in zip(parts, chunks, strict=True):
             wanted = Collator(0, engine)(chunk)
             assert part.keys() == wanted.keys()
-            assert ROW_LENGTHS not in part
+            assert not {ROW_LENGTHS, ROW_LABELS} & part.keys()
             assert all(torch.equal(part[name], wanted[name]) for name in wanted)
             assert all(tensor.is_contiguous() for tensor in part.values())
 
@@ -153,13 +164,17 @@ def test_means_are_weighted_by_their_tokens(seed: int) -> None:
     trainer = guard.trainer = Linear()  # type: ignore[assignment]
     batch = SplittableCollator(0, PeftEngine())(rows([5, 2, 7, 3]))
     batch["labels"][1, :] = -100
+    batch[ROW_LABELS][1] = 0
     trainer.loss({"labels": batch["labels"]}).backward()
     wanted_loss, wanted = trainer.loss(batch).item(), trainer.model.weight.grad.clone()
     trainer.model.zero_grad()
     guard.on_step_begin(None, None, None)  # type: ignore[arg-type]
     calls: list[int] = []
 
-    def forward(part: dict[str, torch.Tensor], parts: int, share: float | None) -> torch.Tensor:
+    def forward(
+        part: dict[str, torch.Tensor], labels: int, parts: int, share: float | None
+    ) -> torch.Tensor:
+        assert labels == int((part["labels"][:, 1:] >= 0).sum())
         calls.append(len(part["labels"]))
         loss = trainer.loss(part) / parts * (1 if share is None else share)
         loss.backward()

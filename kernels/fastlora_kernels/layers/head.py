@@ -74,6 +74,8 @@ def attach_head(model: nn.Module, *, in_evaluation: bool = False) -> str | None:
     lm_head, one that is disabled, merged or has DoRA, dropout in training, a bias; hooks; another loss function) go
     to the class's own forward, looked at on every call.
 
+    `most_labels=N` in a call: no more than N tokens have a label, and the op need not wait for the device to count.
+
     The model gets a class of the same name, so that what is saved of it names its architecture as before. To be
     pickled whole, it has to be detached first.
     """
@@ -94,6 +96,12 @@ def detach_head(model: nn.Module) -> None:
     base.__class__ = vars(type(base)).get("_fastlora_theirs", type(base))
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether `model`, a PeftModel or what is inside one, has our loss."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "_fastlora_theirs" in vars(type(base))
+
+
 @functools.cache
 def _attached(theirs: Any, in_evaluation: bool) -> type:
     shape_of = _shape_of(theirs.forward)
@@ -102,6 +110,7 @@ def _attached(theirs: Any, in_evaluation: bool) -> type:
 
     @functools.wraps(theirs.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        most_labels = kwargs.pop("most_labels", None)
         given = dict(zip(names, args, strict=False)) | kwargs
         return_dict = given.pop("return_dict", None)
         if return_dict is None:
@@ -128,6 +137,7 @@ def _attached(theirs: Any, in_evaluation: bool) -> type:
             shift=shifted is None,
             num_items=given.get("num_items_in_batch"),
             ignore_index=given.get("ignore_index", -100),
+            most_labels=most_labels,
             **shape_of(self)._asdict(),
         )
         return CausalLMOutputWithPast(

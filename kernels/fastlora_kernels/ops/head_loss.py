@@ -7,7 +7,9 @@
 LoRA, Hu et al. 2021 (arXiv:2106.09685), 4.1; softcapping, Gemma 2 (arXiv:2408.00118), 2. That gradients may be
 taken chunk by chunk in the forward pass, as the loss is one number: Hsu et al. 2024 (Liger, arXiv:2410.10989), 3.2.
 
-Rows without a label are dropped before any product. The rest go in equal chunks of at most
+Rows without a label are dropped before any product; how many are left is asked of the device, which waits for it.
+Where that must not be (a CUDA graph), the caller says how many labels there are at most: so many rows are taken, the
+labelled ones first, and those without a label count 0. The rows go in equal chunks of at most
 max(1, LOGITS_BYTES / (V x bytes of a logit)) rows through one buffer, which holds logits and then g in the compute
 dtype; maximum, sum, loss and softmax are float32. g is kept without 1/n, which in float16 could make it vanish: n and
 the upstream gradient come in during backward, in float32. dA, dB, dW and db are summed over the chunks in float32.
@@ -62,12 +64,13 @@ def _tanh_slope(x):
 
 @jit
 def _cross_entropy(
-    logits_ptr, labels_ptr, loss_ptr, n_columns, row_stride, logit_scale, softcap,
+    logits_ptr, labels_ptr, loss_ptr, n_columns, row_stride, ignored, logit_scale, softcap,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     label = tl.load(labels_ptr + row)
+    counts = label != ignored
     scale, cap = tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)
     # A label outside the vocabulary makes the loss NaN; it must not read another row's logit.
     known = (label >= 0) & (label < n_columns)
@@ -86,7 +89,7 @@ def _cross_entropy(
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z_V - higher), axis=0)
         highest = higher
     lse = highest + tl.log(total)
-    tl.store(loss_ptr + row, lse - chosen)
+    tl.store(loss_ptr + row, tl.where(counts, lse - chosen, 0.0))
     if GRADIENT:
         for start in range(0, n_columns, BLOCK_V):
             v_V = start + tl.arange(0, BLOCK_V)
@@ -96,20 +99,25 @@ def _cross_entropy(
                 slope_V *= _tanh_slope(z_V / cap)
                 z_V = cap * _tanh(z_V / cap)
             g_V = (tl.exp(z_V - lse) - tl.where(v_V == label, 1.0, 0.0)) * slope_V
+            g_V = tl.where(counts, g_V, 0.0)
             tl.store(row_ptr + v_V, g_V.to(logits_ptr.dtype.element_ty), mask=v_V < n_columns)
 
 
 def cross_entropy_(
-    logits: torch.Tensor, labels: torch.Tensor, shape: Shape, gradient: bool
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    shape: Shape,
+    gradient: bool,
+    ignore_index: int = -100,
 ) -> torch.Tensor:
     """The loss of each row of `logits` (C, V; rows may lie apart), (C) in float32; with `gradient`, that of its logits
-    takes their place. labels (C), each in [0, V)."""
+    takes their place. labels (C), each in [0, V) or ignore_index, where both are 0."""
     if choose_backend(logits.device, BACKENDS) == "reference":
-        return reference.cross_entropy_(logits, labels, *shape, gradient)
+        return reference.cross_entropy_(logits, labels, *shape, gradient, ignore_index)
     loss_C = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     block = min(BLOCK_V, triton.next_power_of_2(logits.shape[1]))
     _cross_entropy[(logits.shape[0],)](
-        logits, labels, loss_C, logits.shape[1], logits.stride(0), float(shape.logit_scale),
+        logits, labels, loss_C, logits.shape[1], logits.stride(0), ignore_index, float(shape.logit_scale),
         float(shape.softcap or 1.0),
         SOFTCAP=shape.softcap is not None, GRADIENT=gradient, BLOCK_V=block, num_warps=8 if block > 1024 else 4,
     )  # fmt: skip
@@ -130,6 +138,7 @@ def lora_head_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    most_labels: int | None = None,
 ) -> torch.Tensor:
     """The loss above, a float32 number; gradients for hidden, weight, bias, A and B, in their own dtypes.
 
@@ -138,6 +147,9 @@ def lora_head_loss(
     means it. The sum is divided by num_items, or by the number of labels: of none at all the mean is then NaN, as in
     transformers, and the sum over num_items 0; every gradient is 0 in both cases.
     The products are of autocast's dtype where that is on, else of hidden's.
+
+    With most_labels, nothing waits for the device, and so many rows cost what they cost with labels. The caller answers
+    for it that no more are labelled: the loss would go past the rest without a word.
 
     Raises ValueError: shapes that do not fit, one of A and B without the other, a 4-bit layout that FourBit.of does not
     know, a softcap that is not positive. A label outside [0, V) makes the loss NaN on a GPU, and raises on a CPU.
@@ -154,15 +166,20 @@ def lora_head_loss(
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     labels_T = labels.reshape(-1).to(device)
-    rows_N = (labels_T != ignore_index).nonzero().squeeze(1)
+    ignored_T = labels_T == ignore_index
+    if most_labels is None:
+        rows_N = (~ignored_T).nonzero().squeeze(1)
+    else:
+        # In the order of nonzero, and all of them different, since backward writes to them.
+        rows_N = ignored_T.to(torch.uint8).argsort(stable=True)[:most_labels]
     if num_items is None:
-        num_items = len(rows_N)
+        num_items = len(rows_N) if most_labels is None else (~ignored_T).sum()
     if not isinstance(num_items, torch.Tensor):
         num_items = torch.full((), num_items, dtype=torch.float64, device=device)  # without a wait
     with torch.autocast(device.type, enabled=False):
         loss: torch.Tensor = HeadLoss.apply(
             hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_a, lora_b, scaling, labels_T[rows_N], rows_N,
-            num_items.to(device), Shape(logit_scale, softcap), dtype, torch.is_grad_enabled(),
+            num_items.to(device), Shape(logit_scale, softcap), ignore_index, dtype, torch.is_grad_enabled(),
         )  # fmt: skip
     return loss
 
@@ -211,6 +228,7 @@ class HeadLoss(torch.autograd.Function):
         rows_N: torch.Tensor,
         items: torch.Tensor,
         shape: Shape,
+        ignore_index: int,
         dtype: torch.dtype,
         trains: bool,
     ) -> torch.Tensor:
@@ -247,7 +265,9 @@ class HeadLoss(torch.autograd.Function):
             if a is not None and b is not None:
                 down_CR = h_CK @ a.T
                 logits_CV.addmm_(down_CR, b.T, alpha=scaling)
-            losses_N[here] = cross_entropy_(logits_CV, labels_N[here], shape, any(wants))
+            losses_N[here] = cross_entropy_(
+                logits_CV, labels_N[here], shape, any(wants), ignore_index
+            )
             g_CV = logits_CV  # by now
             if dh_NK is not None:
                 torch.mm(g_CV, weight_VK, out=dh_NK[here])
@@ -276,7 +296,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows_N, items, dh_NK, *sums = ctx.saved_tensors
         # Without labels nothing depends on anything, and 1 / items may be infinite.
-        factor = gradients[0] / items if len(rows_N) else torch.zeros_like(gradients[0])
+        factor = torch.where(items == 0, 0.0, gradients[0] / items)
         dh_TK = None
         if dh_NK is not None:
             dh_TK = dh_NK.new_zeros((ctx.tokens, dh_NK.shape[1]), dtype=ctx.dtypes[0])
@@ -290,4 +310,4 @@ class HeadLoss(torch.autograd.Function):
             None if total is None else (total * times).to(dtype)
             for total, times, dtype in zip(sums, factors, ctx.dtypes[1:], strict=True)
         ]
-        return dh_TK, *rest, *([None] * 7)
+        return dh_TK, *rest, *([None] * 8)

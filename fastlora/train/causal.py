@@ -1,0 +1,53 @@
+"""Attention of rows that are padded on the right: causal, and no mask for the padding.
+
+transformers looks into the mask of each batch whether anything is padded, and waits for the GPU to tell; where
+something is, it makes a mask of rows x tokens x tokens, with which PyTorch has no flash attention. But of a row that is
+padded on the right no token looks at the padding, and what the padding computes has no label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_NAME = "fastlora_causal"
+
+
+def _mask(
+    *,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    kv_length: int,
+    **named: Any,
+) -> torch.Tensor | None:
+    if allow_is_causal_skip and (local_size is None or kv_length < local_size):
+        return None
+    # A sliding window that is shorter than the rows, or an architecture with a pattern of its own.
+    mask: torch.Tensor | None = sdpa_mask(
+        kv_length=kv_length, local_size=local_size, allow_is_causal_skip=False, **named
+    )
+    return mask
+
+
+@contextmanager
+def right_padded(model: Any) -> Iterator[None]:
+    """Within it, a model of transformers with PyTorch's attention takes every padding for one on the right. Others stay
+    as they are."""
+    config = model.config
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    if _NAME not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(_NAME, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        AttentionMaskInterface.register(_NAME, _mask)
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"

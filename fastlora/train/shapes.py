@@ -1,0 +1,165 @@
+"""Static shapes: few lengths, to one of which every micro-batch is padded, and how many of its tokens may have a label.
+
+What is recorded for one shape serves no other, so the fewer there are the better. Padding stands on the right, where
+no token of a row looks, or is a packed row of its own: it has no label, and losses and gradients stay what they were.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from fastlora.data.mask import IGNORED
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from datasets import Dataset
+
+MOST_LENGTHS = 8
+MULTIPLE = 64
+"""What lengths are multiples of, for the sake of matrix products; less, but at least 8, where rows are so short that
+there would be fewer lengths."""
+_DRAWN = 4096
+"""Micro-batches that the choice is made for, at least."""
+_FITTING = 0.99
+"""Of the micro-batches of a length, so many have labels enough; the rest is not recorded. At 1B the output layer is a
+fifth of a step if all tokens have labels, and without this it would take as long where a third of them has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    lengths: tuple[int, ...]
+    """Ascending, in tokens: of the longest row, where rows are packed of all together."""
+    labels: tuple[int, ...]
+    """For each length, the most tokens with a label that a micro-batch of it may have."""
+    padding: float = 0.0
+    """The part of all tokens that is there only for these lengths' sake, in micro-batches of a random order."""
+
+    def fit(self, tokens: int) -> tuple[int, int]:
+        """(length, most labels) for so many tokens; none shorter than they are."""
+        place = bisect.bisect_left(self.lengths, tokens)
+        if place == len(self.lengths):
+            return tokens, tokens
+        return self.lengths[place], self.labels[place]
+
+    def __str__(self) -> str:
+        many = "one length" if len(self.lengths) == 1 else f"{len(self.lengths)} lengths"
+        return f"{many}, {self.padding:.1%} padding"
+
+
+def choose_shapes(rows: Dataset, micro_batch: int, most_tokens: int) -> Shapes:
+    """For micro-batches of so many of these rows in a random order. Deterministic: the same rows, the same shapes.
+
+    `rows`: as Prepared.train. `most_tokens`: of a row, or of a packed one.
+    """
+    import numpy as np
+
+    packed = "seq_lengths" in rows.column_names
+    tokens, labels = row_sizes(rows)
+    rows_each = min(micro_batch, len(tokens))
+    complete = len(tokens) // rows_each
+    draw = np.random.default_rng(0)
+    orders = [draw.permutation(len(tokens)) for _ in range(math.ceil(_DRAWN / complete))]
+    drawn = np.concatenate([order[: complete * rows_each] for order in orders])
+    grid = drawn.reshape(-1, rows_each)
+    widths = tokens[grid].sum(axis=1) if packed else tokens[grid].max(axis=1)
+    counts = labels[grid].sum(axis=1)
+
+    most_tokens *= rows_each if packed else 1
+    histogram = Counter(
+        {
+            int(width): int(n)
+            for width, n in zip(*np.unique(widths, return_counts=True), strict=True)
+        }
+    )
+    histogram[int(widths.max() if packed else tokens.max())] += 0  # to be held, though never drawn
+    multiple = MULTIPLE
+    while multiple > 8 and max(histogram) < MOST_LENGTHS * multiple:
+        multiple //= 2
+    lengths = choose_lengths(histogram, MOST_LENGTHS, multiple, most_tokens)
+    of_length = np.searchsorted(lengths, widths)
+    rows_high = 1 if packed else rows_each
+    bounds = []
+    for place, length in enumerate(lengths):
+        here = counts[of_length == place]
+        enough = int(np.quantile(here, _FITTING, method="higher")) if len(here) else 0
+        bounds.append(min(_up(max(enough, 1), multiple), length * rows_high))
+    padded = np.asarray(lengths)[of_length].sum()
+    return Shapes(tuple(lengths), tuple(bounds), round(1 - float(widths.sum() / padded), 4))
+
+
+def choose_lengths(
+    histogram: Mapping[int, int], most: int, multiple: int, longest: int
+) -> list[int]:
+    """At most so many lengths, multiples of `multiple` or `longest`, that hold every width with the fewest padded
+    tokens in all; ascending. `histogram`: width in tokens -> how often it comes; none above `longest`.
+
+    By dynamic programming over the widths, rounded up, as cuts of a sorted line into groups that each are as long as
+    their last: O(most x widths^2).
+    """
+    rounded: Counter[int] = Counter()
+    for width, times in histogram.items():
+        rounded[min(_up(width, multiple), longest)] += times
+    sizes = sorted(rounded)
+    upto = [0, *accumulate(rounded[size] for size in sizes)]
+    # best[j]: (tokens, lengths) of the first j sizes, in the groups so far.
+    best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
+    best += [(sizes[j - 1] * upto[j], (sizes[j - 1],)) for j in range(1, len(sizes) + 1)]
+    for _ in range(min(most, len(sizes)) - 1):
+        best = [
+            min(
+                [best[j]]
+                + [
+                    (best[i][0] + sizes[j - 1] * (upto[j] - upto[i]), (*best[i][1], sizes[j - 1]))
+                    for i in range(1, j)
+                ],
+                key=lambda found: (found[0], len(found[1])),
+            )
+            for j in range(len(sizes) + 1)
+        ]
+    return list(best[-1][1])
+
+
+def row_sizes(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, tokens with a label) of each row. The first of a row is never predicted."""
+    import numpy as np
+
+    table = rows.select_columns(["labels"]).with_format("arrow")[:]
+    column = table.column("labels").combine_chunks()
+    ends = np.cumsum(column.value_lengths().to_numpy())
+    starts = np.concatenate([[0], ends[:-1]])
+    labelled = column.flatten().to_numpy() != IGNORED
+    labelled[starts] = False
+    return ends - starts, np.add.reduceat(labelled.astype(np.int64), starts)
+
+
+def pad(
+    batch: Mapping[str, torch.Tensor], length: int, pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """A micro-batch as Collator makes it, on any device, with so many tokens in each row or in all packed ones."""
+    import torch
+
+    missing = length - batch["input_ids"].shape[1]
+    if not missing:
+        return dict(batch)
+    fills = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
+    padded = {}
+    for name, tensor in batch.items():
+        if name == "position_ids":
+            added = torch.arange(missing, device=tensor.device, dtype=tensor.dtype)
+            padded[name] = torch.cat([tensor, added.expand(len(tensor), -1)], dim=1)
+        elif name in fills:
+            padded[name] = torch.nn.functional.pad(tensor, (0, missing), value=fills[name])
+        else:
+            padded[name] = tensor
+    return padded
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,173 @@
+"""memory.cuda_graphs in a run: micro-batches padded to static shapes, whose forward and backward are replayed.
+
+Whatever is not recorded (the first of a shape, more labels than a shape provides for, the epoch's last micro-batch if
+it is not full) is computed on the same padded shapes, so that a resumed run, which has other first ones, is the run
+that was not interrupted. What the optimizer does, clipping, the schedule and evaluations are as without graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fastlora_kernels.layers.head import is_attached
+from fastlora_kernels.recompute import BEFORE
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastlora.engines.base import Engine
+from fastlora.recipe.schema import Recipe
+from fastlora.rundir.store import RunDir
+from fastlora.train import graphs
+from fastlora.train.causal import right_padded
+from fastlora.train.graphs import Graphs
+from fastlora.train.notes import Notes
+from fastlora.train.shapes import Shapes, choose_shapes, pad
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+
+    Step = Callable[[dict[str, Any]], torch.Tensor]
+
+
+def why_not(model: PeftModel, engine: Engine, own_loss: bool) -> str:
+    """What of a run cannot be recorded, as far as it can be known before its first step; "" if nothing is known of."""
+    if engine.name == "unsloth":
+        return "unsloth's loss asks the GPU which tokens have a label, and waits for it"
+    if not own_loss:
+        return "TRL's loss reads entropy and accuracy of each micro-batch from the GPU"
+    if any(
+        getattr(m, "gradient_checkpointing", False) and BEFORE not in vars(m)
+        for m in model.modules()
+    ):
+        return "transformers' own checkpointing reads the random state of the GPU in each layer"
+    if drawn := _draws(model):
+        return f"{drawn}: random numbers that are not known to be the same when it is resumed"
+    return ""
+
+
+def _draws(model: PeftModel) -> str:
+    """What draws random numbers in training."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            return f"dropout of {module.p} in {name}"
+    for name in ("attention_dropout", "attn_pdrop"):
+        if value := getattr(model.config, name, 0):
+            return f"{name} of {value} in the model's configuration"
+    return ""
+
+
+class StaticSteps(TrainerCallback):
+    """Forward and backward of a run's micro-batches."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PeftModel,
+        rows: Dataset,
+        run: RunDir,
+        notes: Notes,
+        pad_token_id: int,
+    ) -> None:
+        """`rows`: all that are trained on. A run that is resumed keeps its shapes, and stays without graphs if it went
+        on without them."""
+        self.model, self.run, self.notes, self.pad_token_id = model, run, notes, pad_token_id
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.graphs = Graphs(graphs.CudaRecorder(), self.trained)
+        self.count_labels = is_attached(model)
+        self._count = 0
+        known = run.manifest.get("cuda_graphs")
+        if known is None:
+            shapes = choose_shapes(rows, recipe.train.micro_batch, recipe.model.seq_len_tokens)
+            known = asdict(shapes)
+            run.update(cuda_graphs=known)
+        else:
+            shapes = Shapes(tuple(known["lengths"]), tuple(known["labels"]), known["padding"])
+        self.shapes = shapes
+        if "stopped" in known:
+            self.graphs.stop(known["stopped"])
+            notes(f"cuda_graphs: not used any more ({known['stopped']})")
+        else:
+            notes(f"cuda_graphs: {shapes}")
+            _zero_in_place(model, self.trained)
+
+    def __call__(
+        self, step: Step, inputs: dict[str, Any], *, labels: int, full: bool, baked: Hashable
+    ) -> torch.Tensor:
+        """step(inputs), the loss with backward done.
+
+        `inputs`: of the model, and numbers, or None, that can be others in the next call; what else can is `baked`.
+        `labels`: tokens with one. `full`: as most micro-batches are, so that it is worth recording.
+        """
+        if self.graphs.why_not:
+            return step(inputs)
+        self._count += 1
+        device = self.trained[0].device
+        rows, tokens = inputs["input_ids"].shape
+        length, most = self.shapes.fit(tokens)
+        tensors = {
+            name: torch.as_tensor(value).to(device, non_blocking=True)
+            for name, value in inputs.items()
+            if value is not None
+        }
+        absent = dict.fromkeys(inputs.keys() - tensors.keys())
+        provided = not self.count_labels or labels <= most
+        more = {"most_labels": most} if self.count_labels and provided else {}
+        unpacked = "attention_mask" in inputs
+
+        def padded_step(given: Any) -> torch.Tensor:
+            with right_padded(self.model) if unpacked else nullcontext():
+                return step({**given, **absent, **more})
+
+        padded = pad(tensors, length, self.pad_token_id)
+        if not (full and provided and length in self.shapes.lengths):
+            return padded_step(padded)
+        loss = self.graphs(padded_step, padded, (rows, most, baked))
+        if self.graphs.why_not:
+            self._remember(self.graphs.why_not)
+            self.notes(f"cuda_graphs: not used ({self.graphs.why_not})")
+        return loss
+
+    def drop(self) -> int:
+        """Give back what graphs hold; how many there were. They come again."""
+        return self.graphs.drop()
+
+    def stop(self, why: str) -> None:
+        self.graphs.stop(why)
+        self._remember(why)
+
+    def _remember(self, why: str) -> None:
+        self.run.update(cuda_graphs=self.run.manifest["cuda_graphs"] | {"stopped": why})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        done = {
+            "recorded": self.graphs.recorded,
+            "replayed": self.graphs.replays,
+            "of": self._count,
+        }
+        self.run.update(cuda_graphs=self.run.manifest["cuda_graphs"] | done)
+        if not self.graphs.why_not:
+            self.notes(
+                f"cuda_graphs: {self.graphs.replays:,} of {self._count:,} micro-batches were replays of "
+                f"{self.graphs.recorded} graphs"
+            )
+        self.graphs.drop()  # answers and exports want their memory
+
+
+def _zero_in_place(model: PeftModel, trained: list[torch.nn.Parameter]) -> None:
+    """Makes `model.zero_grad()`, which the trainer calls after each step, keep the gradients' memory, which graphs add
+    to."""
+    forget = model.zero_grad
+
+    def zero_grad(set_to_none: bool = False) -> None:
+        if set_to_none:
+            forget(set_to_none=True)
+        elif gradients := [p.grad for p in trained if p.grad is not None]:
+            torch._foreach_zero_(gradients)
+
+    model.zero_grad = zero_grad  # type: ignore[method-assign]

@@ -1,0 +1,185 @@
+"""A run of replays is the run without them. The recorder is reruns.py's, which computes a record's function again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from ooms import Ooms
+from place import Crash, Place, assert_same, last
+from reruns import Recorders, never_recorded
+
+from fastlora.errors import EngineError
+
+# 65 rows: each epoch's last micro-batch, and step, has one.
+SETTINGS = (
+    "data.eval_split=15", "train.micro_batch=4", "train.effective_batch=8", "train.steps=10",
+    "train.eval_every_steps=6", "train.save_every_steps=3", "train.chunked_loss=true",
+)  # fmt: skip
+GRAPHS = "memory.cuda_graphs=true"
+
+
+@pytest.fixture(scope="module")
+def place(make_workplace: Callable[[], Any]) -> Place:
+    """Its rows are of very different lengths."""
+    made = Place(make_workplace())
+    rows = made.work.folder / "rows.jsonl"
+    longer = []
+    for number, line in enumerate(rows.read_text().splitlines()):
+        row = json.loads(line)
+        row["messages"][-1]["content"] += "x" * (24 if number % 6 == 0 else 0)
+        longer.append(json.dumps(row) + "\n")
+    rows.write_text("".join(longer))
+    return made
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Two that wait for each other on a busy machine take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def plain(place: Place) -> dict[str, Any]:
+    return place.run(*SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def replayed(place: Place) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        Recorders(patch)
+        return place.run(*SETTINGS, GRAPHS)
+
+
+def assert_close(
+    place: Place, one: dict[str, Any], other: dict[str, Any], error: float = 1e-4
+) -> None:
+    """Steps and tokens the same; losses, gradients and, in float32, adapter but for sums of other lengths. Adam's first
+    steps are of a gradient's sign alone, and in bfloat16 that of the smallest is rounding."""
+    mine, yours = (place.work.losses(last(run)) for run in (one, other))
+    assert [entry[:2] for entry in mine] == [entry[:2] for entry in yours]
+    for (step, which, got), (_, _, want) in zip(mine, yours, strict=True):
+        exact = "tokens" in which
+        assert got == (want if exact else pytest.approx(want, rel=error)), (step, which)
+    if one["dtype"] == "bfloat16":
+        return
+    for name, tensor in place.adapter(last(other)).items():
+        difference = (place.adapter(last(one))[name] - tensor).abs().max()
+        assert difference <= 10 * error * tensor.abs().max(), name
+
+
+def test_replayed_it_is_the_same_run(
+    place: Place, plain: dict[str, Any], replayed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several shapes, accumulation, micro-batches and steps that are not full, and an evaluation between."""
+    assert_close(place, replayed, plain)
+    found = replayed["cuda_graphs"]
+    assert 1 < found["recorded"] <= len(found["lengths"])
+    assert found["of"] == 19  # 2 to a step, 1 in the epoch's last
+    assert found["replayed"] > 7
+    lengths = f"cuda_graphs: {len(found['lengths'])} lengths, {found['padding']:.1%} padding"
+    assert lengths in replayed["notes"]
+    # And to the last bit that of the same shapes, computed as usual.
+    Recorders(monkeypatch)
+    with never_recorded(monkeypatch):
+        assert_same(place, place.run(*SETTINGS, GRAPHS), replayed)
+
+
+def test_resumed_it_is_the_run_that_was_not_interrupted(
+    place: Place, replayed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Recorders(monkeypatch)
+    crash = Crash(monkeypatch, at=8)
+    with pytest.raises(RuntimeError, match="crashed"):
+        place.run(*SETTINGS, GRAPHS)
+    crash.at = 0
+    # What has been chosen is kept, whatever would be chosen now.
+    monkeypatch.setattr("fastlora.train.static.choose_shapes", lambda *_: 1 / 0)
+    resumed = place.run(*SETTINGS, GRAPHS, resume=True)
+    assert "resumed" in resumed
+    assert len(made.made) == 2
+    assert_same(place, resumed, replayed)
+
+
+def test_out_of_memory_it_goes_on_without_graphs_and_then_in_smaller_forwards(
+    place: Place, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Recorders(monkeypatch)
+    ooms = Ooms(monkeypatch, {5: ["backward"], 7: ["forward"]})
+    disturbed = place.run(*SETTINGS, GRAPHS)
+    assert [step for step, _ in ooms.raised] == [5, 7]
+    assert made.last.forgotten == 1
+    assert [(one["step"], one["rows"], one.get("graphs")) for one in disturbed["oom"]] == [
+        (5, 4, False), (7, 2, None),
+    ]  # fmt: skip
+    assert disturbed["cuda_graphs"]["stopped"] == "out of memory at step 5"
+    assert any("without memory.cuda_graphs from now on" in note for note in disturbed["notes"])
+    assert_close(place, disturbed, plain)
+
+
+def test_out_of_memory_while_it_is_recorded_rows_stay_together(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same micro-batch fitted as a call."""
+    Recorders(monkeypatch, fail={0: torch.OutOfMemoryError("CUDA out of memory.")})
+    disturbed = place.run(*SETTINGS, GRAPHS, "train.steps=3")
+    ((step, rows, graphs),) = [(o["step"], o["rows"], o["graphs"]) for o in disturbed["oom"]]
+    assert (rows, graphs) == (4, False)
+    assert step in (2, 3)
+    assert disturbed["cuda_graphs"]["stopped"] == f"out of memory at step {step}"
+    assert len([entry for entry in place.work.losses(last(disturbed)) if entry[1] == "loss"]) == 3
+
+
+def test_what_cannot_be_recorded_is_said_and_trained_as_usual(
+    place: Place, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Recorders(monkeypatch, fail={1: RuntimeError("operation not permitted")})
+    stopped = place.run(*SETTINGS, GRAPHS)
+    assert made.last.records == 2
+    why = "RuntimeError: operation not permitted"
+    assert f"cuda_graphs: not used ({why})" in stopped["notes"]
+    assert stopped["cuda_graphs"]["stopped"] == why
+    assert_close(place, stopped, plain)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("data.packing=true", "train.micro_batch=2", "train.effective_batch=4", "train.steps=3"),
+        (
+            'train.checkpointing="full"',
+            'model.dtype="bfloat16"',
+            'kernels.mode="all"',
+            "train.steps=3",
+        ),
+        ("train.chunked_loss=false", 'train.checkpointing="offload"', "train.steps=3"),
+    ],
+    ids=["packed", "kernels, checkpointed, bfloat16", "offloaded, with logits"],
+)
+def test_nothing_waits_in_a_replay(
+    settings: tuple[str, ...], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If something did, it would say so and replay nothing."""
+    monkeypatch.setattr("fastlora.train.shapes.MOST_LENGTHS", 1)
+    settings = (*SETTINGS, *settings)
+    made = Recorders(monkeypatch)
+    replayed = place.run(*settings, GRAPHS)
+    assert "stopped" not in replayed["cuda_graphs"]
+    assert (made.last.records, replayed["cuda_graphs"]["replayed"]) == (1, 4)
+    with never_recorded(monkeypatch):
+        assert_same(place, place.run(*settings, GRAPHS), replayed)
+    error = 1e-2 if replayed["dtype"] == "bfloat16" else 1e-4
+    assert_close(place, replayed, place.run(*settings), error)
+
+
+def test_without_a_gpu_it_is_refused_before_anything_is_loaded(place: Place) -> None:
+    with pytest.raises(
+        EngineError, match=r"^memory.cuda_graphs: there is no CUDA GPU here; leave it out"
+    ):
+        place.run(GRAPHS)
