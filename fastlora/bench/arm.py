@@ -24,7 +24,7 @@ from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_p
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
 from fastlora.engines.kept import keep_as_asked
 from fastlora.engines.memory import cap_memory
-from fastlora.engines.unsloth import fused_layers
+from fastlora.engines.unsloth import attach_own_loss, fused_layers
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.train.collate import Collator
@@ -33,6 +33,8 @@ from fastlora.train.planned import fit_memory
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+
+    from fastlora.train.graphs import Graphs
 
 PARITY_TOKENS = 512
 """Of each row: enough to tell a wrong gradient, little enough to be compared in float32 on a small card."""
@@ -67,6 +69,7 @@ class Loaded:
         import torch
 
         self.notes: list[str] = []
+        self.graphs: Graphs | None = None
         self.engine: Engine = choose_engine(task.arm.engine, self.notes.append)
         self.engine.prepare()
         # Batches are not chosen: the work of every arm is the same.
@@ -126,6 +129,20 @@ class Loaded:
             from fastlora_kernels import attach_head
 
             self.notes.append(loss_line(attach_head(self.model)))
+        if self.recipe.memory.cuda_graphs:
+            self._record(arm)
+
+    def _record(self, arm: Arm) -> None:
+        """Raises EngineError: micro-batches cannot be recorded."""
+        from fastlora.train.graphs import CudaRecorder, Graphs, can_record
+
+        if arm.engine == "unsloth" and (reason := attach_own_loss(self.model)):
+            raise EngineError(
+                f"+record: unsloth's loss waits for the GPU, and ours cannot be it: {reason}"
+            )
+        if not can_record():
+            raise EngineError("+record: CUDA graphs need a CUDA GPU")
+        self.graphs = Graphs(CudaRecorder(), [parameter for _, parameter in self.adapter()])
 
     def adapter(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name as PEFT saves it, parameter) of all that is trained."""
@@ -150,14 +167,47 @@ class Loaded:
     def autocast(self) -> AbstractContextManager[Any]:
         import torch
 
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            return nullcontext()
+        # A cast that was kept from before would not be recorded.
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=self.graphs is None)
 
-    def loss(self, inputs: dict[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
+    def loss(self, inputs: dict[str, Any], counted: torch.Tensor) -> torch.Tensor:
         """Of one micro-batch: summed over its supervised tokens, over `counted` ones of the whole step."""
         with self.autocast():
             loss: torch.Tensor = self.model(**inputs, num_items_in_batch=counted).loss
         return loss
+
+    def train(
+        self, inputs: dict[str, torch.Tensor], counted: torch.Tensor, most_labels: int, scaler: Any
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch, of whose tokens at most `most_labels` have a label; its loss."""
+
+        def step(given: Any) -> torch.Tensor:
+            labels = {} if self.graphs is None else {"most_labels": most_labels}
+            inputs = {name: value for name, value in given.items() if name != "counted"}
+            with self.unmasked():
+                loss = self.loss(inputs | labels, given["counted"])
+                scaler.scale(loss).backward()
+            return loss.detach()
+
+        given = {**inputs, "counted": counted}
+        return step(given) if self.graphs is None else self.graphs(step, given, most_labels)
+
+    def unmasked(self) -> AbstractContextManager[None]:
+        """As in a run with memory.cuda_graphs."""
+        from fastlora.train.causal import right_padded
+
+        own = self.graphs is not None and self.engine.name == "peft"
+        return right_padded(self.model) if own else nullcontext()
+
+    def zero_gradients(self) -> None:
+        """Graphs add to them where they are."""
+        for _, parameter in self.adapter():
+            if self.graphs is None:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
 
     def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device) for name, value in inputs.items()}
@@ -266,7 +316,10 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
 
 
 def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
-    """Train on every step; seconds, tokens and losses of each, memory at its peak."""
+    """Train on every step; seconds, tokens and losses of each, memory at its peak.
+
+    Raises EngineError: micro-batches were to be recorded and were not.
+    """
     import torch
 
     train, cuda = loaded.recipe.train, loaded.device.type == "cuda"
@@ -274,6 +327,7 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
     optimizer = make_optimizer(parameters, train.optimizer, train.lr, train.weight_decay)
     scaler = torch.amp.GradScaler(loaded.device.type, enabled=loaded.dtype == torch.float16)
     digest = works.Digest()
+    most_labels = max(counted_tokens([loaded.collate(rows)]) for step in steps for rows in step)
     losses, seconds, tokens, supervised = [], [], [], []
     if cuda:
         release()  # what loading left behind is not training's
@@ -284,18 +338,14 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         before = digest.tokens
         for inputs in batches:
             digest.add(inputs)
-        optimizer.zero_grad(
-            set_to_none=True
-        )  # here, so that the last step's gradients can be looked at
+        loaded.zero_gradients()  # here, so that the last step's can be looked at
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
         counted = torch.tensor(counts, device=loaded.device)
         total = torch.zeros((), device=loaded.device)
         for inputs in batches:
-            loss = loaded.loss(loaded.on_device(inputs), counted)
-            scaler.scale(loss).backward()
-            total += loss.detach()
+            total += loaded.train(loaded.on_device(inputs), counted, most_labels, scaler)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
         scaler.step(optimizer)
@@ -306,6 +356,10 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         tokens.append(digest.tokens - before)
         supervised.append(counts)
+    if loaded.graphs is not None and not loaded.graphs.replays:
+        raise EngineError(
+            f"+record: nothing was recorded: {loaded.graphs.why_not or 'no shape came often enough'}"
+        )
     return {
         "losses": losses,
         "step_s": seconds,
@@ -355,6 +409,9 @@ def make_optimizer(
 def empty(loaded: Loaded) -> None:
     """Free a model's memory although unsloth keeps hold of its layers for the whole process."""
     import torch
+
+    if loaded.graphs is not None:
+        loaded.graphs.drop()
 
     for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

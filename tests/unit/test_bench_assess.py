@@ -96,6 +96,7 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
     assert (memory.keep_layers, memory.keep_attention_layers, memory.stream_layers) == (3, 12, 7)
     assert Arm.parse("unsloth+budget").recipe(recipe, 7.5).memory.vram_gib == 7.5
     assert Arm.parse("unsloth+budget").recipe(recipe).memory.vram == "auto"
+    assert Arm.parse("peft+record+fastlora").recipe(recipe).memory.cuda_graphs
     assert Arm.parse("peft-optimizer+fastlora").name == "peft+fastlora-optimizer"
     for wrong in (
         "unsloth-offload-checkpointing",
@@ -104,6 +105,7 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
         "unsloth+budget3",
         "peft+stream4",
         "unsloth+keep-3",
+        "unsloth+record",
         "peft-kernels",
         "peft+",
         "peft+nothing",
