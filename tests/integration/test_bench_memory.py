@@ -10,7 +10,8 @@ import torch
 from reruns import Recorders
 
 from fastlora.bench import work
-from fastlora.bench.arm import ArmTask, empty, timed_steps
+from fastlora.bench.arm import empty, timed_steps
+from fastlora.bench.loaded import ArmTask
 from fastlora.bench.schema import Arm
 from fastlora.bench.suites import plan_for, renamed
 from fastlora.bench.weights import random_checkpoint
