@@ -83,7 +83,7 @@ class Arm(BaseModel):
             options[name] = option
         if len(both := [name for name in _CHECKPOINTS if name in options]) > 1:
             raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
-        if "+record" in options and "+fastlora" not in options:
+        if engine == "peft" and "+record" in options and "+fastlora" not in options:
             raise UsageError(f"--arms {text}: +record needs fastlora's loss; add +fastlora")
         # One name for one arm, in whatever order it was typed.
         ordered = [options[name] for name in OPTIONS if name in options]

@@ -105,7 +105,7 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
         "unsloth+budget3",
         "peft+stream4",
         "unsloth+keep-3",
-        "unsloth+record",
+        "peft+record",
         "peft-kernels",
         "peft+",
         "peft+nothing",
