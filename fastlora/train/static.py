@@ -93,6 +93,8 @@ class StaticSteps(TrainerCallback):
         self.count_labels = is_attached(model)
         # unsloth, given labels, takes all padding for such already.
         self.unmasked = right_padded if engine.name != "unsloth" else nullcontext
+        self.eager = False
+        """While it is set, nothing is recorded, replayed or counted; the shapes are the same."""
         self._count = 0
         known = run.manifest.get("cuda_graphs")
         if known is None:
@@ -119,7 +121,7 @@ class StaticSteps(TrainerCallback):
         """
         if self.graphs.why_not:
             return step(inputs)
-        self._count += 1
+        self._count += not self.eager
         device = self.trained[0].device
         rows, tokens = inputs["input_ids"].shape
         length, most = self.shapes.fit(tokens)
@@ -138,7 +140,7 @@ class StaticSteps(TrainerCallback):
                 return step({**given, **absent, **more})
 
         padded = pad(tensors, length, self.pad_token_id)
-        if not (full and provided and length in self.shapes.lengths):
+        if self.eager or not (full and provided and length in self.shapes.lengths):
             return padded_step(padded)
         loss = self.graphs(padded_step, padded, (rows, most, baked))
         if self.graphs.why_not:
