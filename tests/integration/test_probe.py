@@ -22,6 +22,7 @@ from transformers import Trainer
 from fastlora.errors import EngineError
 from fastlora.plan import measured
 from fastlora.train import learn
+from fastlora.train.probe import Probe
 from fastlora.train.stop import Interrupted
 
 SETTINGS = (
@@ -118,20 +119,28 @@ def test_a_run_that_is_over_tries_nothing(
 def test_out_of_memory_in_it_the_run_is_that_of_the_smaller_micro_batch(
     packing: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the first step then runs out of it: done again, it is not to train on the probe's rows."""
     common = (*SETTINGS, f"data.packing={packing}", "model.seq_len_tokens=80")
     with monkeypatch.context() as patch:
-        steps = Ooms(patch, {1: ["forward", "backward"]})
-        probes = Probes(patch)
+        steps, probes = Ooms(patch, {1: ["forward"]}), Probes(patch)
+        tell = Probe._tell
+
+        def told(probe: Probe, figures: Any) -> None:
+            tell(probe, figures)
+            steps.plan[1] = ["backward"]
+
+        patch.setattr(Probe, "_tell", told)
         shrunk = place.run(*common)
     assert steps.raised == [(1, "forward"), (1, "backward")]
     assert "before step 1: out of memory with 4 rows of up to " in place.said
     assert "They are tried again" in place.said
+    assert "\nstep 1: out of memory with 2 rows of up to " in place.said
     assert [(one["step"], one["before"], one["rows"]) for one in shrunk["oom"]] == [
         (1, 4, 2), (1, 2, 1),
     ]  # fmt: skip
     # What did not fit is no measure: it is tried once more, in forwards that fit.
     assert len(probes.tried) == 2
-    assert shrunk["plan"]["probe"]["rows_in_forward"] == 1
+    assert shrunk["plan"]["probe"]["rows_in_forward"] == 2
     assert not shrunk["plan"]["probe"]["as_planned"]
     assert_same(place, shrunk, place.run(*common, "train.micro_batch=1"))
 
