@@ -59,12 +59,8 @@ def export(run: str, kind: str, quant: str | None, as_json: bool) -> None:
 
 
 def _export(run: str, kind: str, quant: str | None) -> tuple[dict[str, Any], Path]:
-    from fastlora.export.process import (
-        export_in_new_process,
-        is_complete,
-        refuse_unfinished,
-        target_of,
-    )
+    from fastlora.export.gated import target_of
+    from fastlora.export.process import export_in_new_process, is_complete, refuse_unfinished
     from fastlora.rundir.find import find_run
     from fastlora.rundir.report import keep_report
     from fastlora.rundir.store import RunDir

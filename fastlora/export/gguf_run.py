@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlora.export.process import (
+from fastlora.export.gated import (
     gate,
     notes_of,
     open_plan,

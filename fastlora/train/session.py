@@ -22,7 +22,7 @@ from fastlora.engines.base import load_tokenizer, resolve_dtype
 from fastlora.engines.engaged import load_model
 from fastlora.engines.memory import explained_loading, in_words, is_out_of_memory, memory_now
 from fastlora.errors import EngineError, RunDirError
-from fastlora.export.process import save_held_out
+from fastlora.export.gated import save_held_out
 from fastlora.recipe.advice import Filled, apply, default_epochs
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir import provenance

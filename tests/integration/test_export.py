@@ -18,7 +18,7 @@ from fastlora.cli.main import cli
 from fastlora.errors import GateError
 from fastlora.export import gguf_write, merge
 from fastlora.export.gguf_run import gguf_run
-from fastlora.export.process import merge_run
+from fastlora.export.merge_run import merge_run
 
 PLAIN = """
 import json, sys, torch

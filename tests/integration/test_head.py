@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastlora.export.process import merge_run
+from fastlora.export.merge_run import merge_run
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.export.process import merge_run
+from fastlora.export.merge_run import merge_run
 from fastlora.rundir.store import RunDir
 
 
