@@ -166,7 +166,9 @@ def _kept(
 
 def _backward(shape: Shape, setup: Setup) -> list[Term]:
     """What is kept and made again at the backward's largest layer: the last, with all still there; or the first that is
-    computed again, when the whole ones behind it have gone. unsloth's whole ones lie between the others instead."""
+    computed again, when the kept ones behind it have gone. unsloth's whole ones lie between the others instead; and
+    where layers are streamed the last is one of them, so that all kept ones are before it.
+    """
     between = setup.policy == "unsloth"
     stages = [_kept(shape, setup)]
     if setup.keep_attention_layers:
@@ -177,8 +179,12 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
         if not setup.inputs_on_host:  # its input is among the checkpoints
             saves -= setup.tokens * shape.hidden * setup.item
         again = Term("a layer computed again", saves, "what it saves")
-        whole = max(0, setup.keep_layers - 1) if between else 0
-        stages.append([*_kept(shape, setup, whole=whole, attention=0), again])
+        if setup.stream_layers:
+            still = _kept(shape, setup)
+        else:
+            whole = max(0, setup.keep_layers - 1) if between else 0
+            still = _kept(shape, setup, whole=whole, attention=0)
+        stages.append([*still, again])
     return max(stages, key=lambda terms: _sum((*terms,)))
 
 
