@@ -176,7 +176,9 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
         stages.append([*_kept(shape, setup, whole=0), again])
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
-        if not setup.inputs_on_host:  # its input is among the checkpoints
+        if (
+            setup.engine == "liger"
+        ):  # its input is among the checkpoints; with fastlora's its output is there as well
             saves -= setup.tokens * shape.hidden * setup.item
         again = Term("a layer computed again", saves, "what it saves")
         if setup.stream_layers:
