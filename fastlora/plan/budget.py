@@ -69,6 +69,9 @@ class Choice:
             yield f"  {one.key} = {one.value}: {one.why}"
 
 
+NONE_FITS = "with what the recipe leaves open nothing fits into"
+
+
 def choose(now: Prediction, again: Again) -> Choice | None:
     """What the open keys of a recipe become on the card of `now`, whose size is the budget. None: nothing fits.
 

@@ -304,6 +304,47 @@ def test_plan_takes_the_budget_as_a_run_would(model: Path) -> None:
     assert taken["speed"]["tokens_per_s"] > offered["speed"]["tokens_per_s"]
 
 
+def test_plan_refuses_the_budget_that_a_run_refuses(model: Path) -> None:
+    """Also where it fits tightly."""
+
+    def plan(*more: str) -> tuple[Any, int, str]:
+        stated = (
+            f"model.name={model}", "engine=peft", "train.micro_batch=2", "train.checkpointing=full",
+            "memory.keep_layers=0", "memory.keep_attention_layers=0",
+        )  # fmt: skip
+        base = ["plan", "llama31", "--json", *(part for one in stated for part in ("--set", one))]
+        done = CliRunner().invoke(cli, [*base, *more])
+        return json.loads(done.stdout), done.exit_code, done.stderr
+
+    peak = plan("--gpu", "RTX 4090")[0]["peak"]
+    least, roomy = peak["needed_gib"], peak["comfortable_gib"]
+    for vram, verdict in (
+        (least - 0.1, "no"),
+        ((least + roomy) / 2, "tight"),
+        (roomy + 0.1, "fits"),
+    ):
+        found, code, said = plan("--gpu", "RTX 4090", "--set", f"memory.vram={vram}GiB")
+        assert found["verdict"] == verdict
+        refused = verdict != "fits"
+        assert (found["budget"] is None) == ("a run would refuse" in said) == refused
+        assert code == 3 * refused
+    _, code, said = plan("--set", "memory.vram=20GiB")
+    assert code == 0
+    assert "name one with --gpu" in said
+
+
+def test_a_budget_is_no_larger_than_the_card(model: Path) -> None:
+    base = ["plan", "llama31", "--set", f"model.name={model}", "--gpu", "RTX 4090", "--json"]
+    for more in (
+        ["--set", "memory.vram=80GiB"],
+        ["--set", "memory.vram=80GiB", "--vram", "23.5GiB"],
+    ):
+        found = json.loads(CliRunner().invoke(cli, [*base, *more]).stdout)
+        assert found["budget"]["budget_gib"] == found["vram_gib"] == 23.5
+    less = CliRunner().invoke(cli, [*base, "--set", "memory.vram=9GiB", "--vram", "12GiB"])
+    assert json.loads(less.stdout)["vram_gib"] == 9
+
+
 def test_a_budget_does_not_shrink_the_card() -> None:
     """unsloth's loss takes what is free on the card, whatever of it the process may have."""
     there = replace(card(8.5), whole_gib=79.2)
@@ -360,6 +401,16 @@ def test_a_gpu_that_is_not_known_has_a_budget_too(model: Path, monkeypatch: pyte
     asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "auto"})
     taken, _ = fit_memory(asked, "unsloth", 1500, lambda said: None)
     assert taken.memory.keep_layers
+
+
+def test_no_more_is_chosen_than_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_card(monkeypatch, H100, 79.2, others_gib=65)
+    said: list[str] = []
+    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "80GiB"})
+    _, memory = fit_memory(asked, "unsloth", 1500, said.append)
+    assert memory
+    assert memory["budget_gib"] == pytest.approx(14.2, abs=0.01)
+    assert said[0].startswith("memory.vram: 80.00 GiB are not free")
 
 
 def test_what_fits_nowhere_is_said_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
