@@ -66,7 +66,7 @@ class Arm(BaseModel):
         engine, *given = re.split(r"(?=[+-])", text.strip())
         if engine not in ENGINES:
             raise UsageError(f"--arms {text}: no engine {engine!r}; known: {', '.join(ENGINES)}")
-        options = {}
+        options: dict[str, str] = {}
         for option in given:
             name, number = kind_of(option), option.removeprefix(kind_of(option))
             right = name in OPTIONS and bool(number) == (name in NUMBERED)
@@ -79,7 +79,10 @@ class Arm(BaseModel):
                 raise UsageError(
                     f"--arms {text}: {engine} has no option {option!r}; it has {' '.join(known)}"
                 )
-            options[name] = option
+            if number:
+                option = f"{name}{int(number)}"
+            if options.setdefault(name, option) != option:
+                raise UsageError(f"--arms {text}: {options[name]} and {option} exclude each other")
         if len(both := [name for name in _CHECKPOINTS if name in options]) > 1:
             raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
         # One name for one arm, in whatever order it was typed.

@@ -73,11 +73,11 @@ def fit_memory(
 
 
 def _free_gib(engine: str) -> float:
-    """What this process may come to hold, its CUDA context with it; that of a card that nothing else uses is all of
-    it."""
-    figures = memory_now()
-    others = figures["others_gib"] - CONTEXT[cast(EngineName, engine)] / 2**30
-    return figures["card_gib"] - max(0.0, others)
+    """What this process may come to hold, its CUDA context with it: of a card that nothing else uses all, if PyTorch is
+    allowed as much."""
+    figures, context = memory_now(), CONTEXT[cast(EngineName, engine)] / 2**30
+    free = figures["card_gib"] - max(0.0, figures["others_gib"] - context)
+    return min(free, figures.get("allowed_gib", free) + context)
 
 
 def longest_row(recipe: Recipe, data: Prepared) -> int | None:

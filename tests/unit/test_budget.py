@@ -403,6 +403,18 @@ def test_a_gpu_that_is_not_known_has_a_budget_too(model: Path, monkeypatch: pyte
     assert taken.memory.keep_layers
 
 
+def test_no_more_is_chosen_than_pytorch_may_take(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """As where the benchmark stands for a smaller card."""
+    import torch
+
+    on_a_card(monkeypatch, H100, 79.2)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.25)
+    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "auto"})
+    _, memory = fit_memory(asked, "unsloth", 1500, lambda said: None)
+    assert memory
+    assert memory["budget_gib"] == pytest.approx(0.25 * 79.2 + 0.82, abs=0.01)
+
+
 def test_no_more_is_chosen_than_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_card(monkeypatch, H100, 79.2, others_gib=65)
     said: list[str] = []
