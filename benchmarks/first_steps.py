@@ -62,7 +62,8 @@ def _measure(arm: Any, recipe: Any, plan: Any, steps: int) -> dict[str, list[flo
     import torch
 
     from fastlora.bench import work
-    from fastlora.bench.arm import ArmTask, timed_steps
+    from fastlora.bench.arm import timed_steps
+    from fastlora.bench.loaded import ArmTask
 
     task = ArmTask(
         arm=arm, recipe=recipe, parity_checkpoint="", rows="", gradients="", work=plan.work

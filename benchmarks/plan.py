@@ -70,7 +70,10 @@ def row(
     train = recipe.train.model_copy(update={"micro_batch": micro_batch or recipe.train.micro_batch})
     length = seq_len_tokens or recipe.model.seq_len_tokens
     model = recipe.model.model_copy(update={"seq_len_tokens": length})
-    kernels = KernelsSection(mode="auto" if "+fastlora" in one.options else "off")
+    ours, all_ours = (
+        {*names} <= one.options for names in (["+fastlora"], ["+fastlora", "-kernels"])
+    )
+    kernels = KernelsSection(mode="all" if all_ours else "auto" if ours else "off")
     recipe = recipe.model_copy(update={"train": train, "model": model, "kernels": kernels})
     card = gpu_named(gpu, ceilings)
     assert card is not None

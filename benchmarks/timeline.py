@@ -102,7 +102,8 @@ def measure(
     arm = Arm.parse(arm_name)
     recipe = arm.recipe(renamed(plan.recipe, _checkpoint(plan, layers)))
     from fastlora.bench import work
-    from fastlora.bench.arm import ArmTask, make_optimizer
+    from fastlora.bench.arm import make_optimizer
+    from fastlora.bench.loaded import ArmTask
 
     task = ArmTask(arm=arm, recipe=recipe, parity_checkpoint="", rows="", gradients="", work=plan.work)  # fmt: skip
     loaded = task.load()

@@ -6,176 +6,24 @@ A bare loop (forward, backward, clip, step), because every engine is to be measu
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from fastlora.bench import work as works
 from fastlora.bench.flops import flops_per_token
+from fastlora.bench.loaded import ArmTask, Loaded
 from fastlora.bench.memory import memory, release
-from fastlora.bench.schema import Arm, Work
-from fastlora.engines import Engine, choose_engine
-from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
-from fastlora.engines.engaged import Plan, engage, lines, loss_line
-from fastlora.engines.kept import keep_as_asked
 from fastlora.engines.memory import cap_memory
-from fastlora.engines.unsloth import fused_layers
 from fastlora.errors import EngineError
-from fastlora.recipe.schema import Recipe
-from fastlora.train.collate import Collator
-from fastlora.train.planned import fit_memory
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
 PARITY_TOKENS = 512
 """Of each row: enough to tell a wrong gradient, little enough to be compared in float32 on a small card."""
 PARITY_B_DEVIATION = 0.02
-ADAPTER_SEED = 3407
-
-
-class ArmTask(BaseModel):
-    arm: Arm
-    recipe: Recipe
-    """With the arm's changes; model.name is the whole checkpoint."""
-    parity_checkpoint: str
-    rows: str
-    gradients: str
-    """Where the gradients of the parity step go; those of the whole model beside it, as NAME.depth.*."""
-    work: Work
-    vram_cap_gib: float | None = None
-
-    def load(self) -> Loaded:
-        return Loaded(self, self.recipe)
-
-    def load_for_parity(self) -> Loaded:
-        """The cut-down model."""
-        model = self.recipe.model.model_copy(update={"name": self.parity_checkpoint})
-        return Loaded(self, self.recipe.model_copy(update={"model": model}))
-
-
-class Loaded:
-    """An engine's model with its adapter, ready to train as `recipe` says."""
-
-    def __init__(self, task: ArmTask, recipe: Recipe) -> None:
-        import torch
-
-        self.notes: list[str] = []
-        self.engine: Engine = choose_engine(task.arm.engine, self.notes.append)
-        self.engine.prepare()
-        # Batches are not chosen: the work of every arm is the same.
-        self.recipe, _ = fit_memory(recipe, self.engine.name, None, self.notes.append)
-        self._check_targets()
-        self.dtype = resolve_dtype(self.recipe.model)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
-        self.checkpointing = resolve_checkpointing(self.recipe, self.engine)
-        self._engage(task.arm)
-        memory = self.recipe.memory
-        ours = self.checkpointing == "offload" or memory.keep_layers or memory.keep_attention_layers
-        if ours or "+fastlora" in task.arm.options:
-            keep_as_asked(self.model, self.engine, self.recipe, self.notes.append)
-        elif task.arm.engine != "unsloth" and self.checkpointing == "full":
-            # What one has without fastlora, which is what such an arm stands for.
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-            self.model.enable_input_require_grads()
-        for _, parameter in self.adapter():
-            parameter.data = parameter.data.float()  # as the trainer keeps them
-        self.model.train()
-        self.collate = Collator(0, self.engine)
-
-    def _check_targets(self) -> None:
-        """Raises EngineError: the engine would not train the adapters that are asked for."""
-        from transformers import AutoConfig
-
-        model, targets = self.recipe.model, self.recipe.lora.target_modules
-        if targets == "all-linear":
-            return
-        config = AutoConfig.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-        if problems := target_problems(targets, config, self.engine, self.notes.append):
-            raise EngineError("\n".join(problems))
-
-    def _engage(self, arm: Arm) -> None:
-        """The arm's kernels, as `fastlora run` would put them on. Without +fastlora, none of ours.
-
-        Raises EngineError: an option would change nothing.
-        """
-        plan = Plan(ours="+fastlora" in arm.options, unsloths="-kernels" not in arm.options)
-        if not plan.unsloths and not fused_layers(self.model):
-            raise EngineError(
-                "-kernels: unsloth has no fused LoRA kernel in this model to take out"
-            )
-        rows = engage(self.model, arm.engine, plan)
-        said = list(lines(rows))
-        if plan.ours and not any(row.kernel == "fastlora" for row in rows):
-            raise EngineError(
-                "\n".join([f"+fastlora: this arm would be {arm.engine} alone.", *said])
-            )
-        self.notes += said
-        if plan.ours and arm.engine == "peft":  # the others have a loss of their own
-            from fastlora_kernels import attach_head
-
-            self.notes.append(loss_line(attach_head(self.model)))
-
-    def adapter(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """(name as PEFT saves it, parameter) of all that is trained."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                yield name.replace(".default", ""), parameter
-
-    def set_adapter(self, b_deviation: float, seed: int = ADAPTER_SEED) -> None:
-        """The same adapter in every arm: A uniform as PEFT draws it, B normal (0: as PEFT starts)."""
-        for name, parameter in self.adapter():
-            initial = initial_value(name, tuple(parameter.shape), b_deviation, seed)
-            if initial is not None:
-                parameter.data.copy_(initial)
-
-    @property
-    def recomputed(self) -> float:
-        """Share of the layers that are computed again."""
-        layers: int = self.model.config.num_hidden_layers
-        kept = min(layers, self.recipe.memory.keep_layers or 0)
-        return 0.0 if self.checkpointing == "none" else 1 - kept / layers
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        import torch
-
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.device.type, self.dtype) if half else nullcontext()
-
-    def loss(self, inputs: dict[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
-        """Of one micro-batch: summed over its supervised tokens, over `counted` ones of the whole step."""
-        with self.autocast():
-            loss: torch.Tensor = self.model(**inputs, num_items_in_batch=counted).loss
-        return loss
-
-    def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.device) for name, value in inputs.items()}
-
-
-def initial_value(
-    name: str, shape: tuple[int, ...], b_deviation: float, seed: int = ADAPTER_SEED
-) -> torch.Tensor | None:
-    """float32 on the CPU; None for what is neither A nor B (DoRA's magnitudes start from the base)."""
-    import torch
-
-    draw = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    value: torch.Tensor | None = None
-    if ".lora_A." in name:
-        value = (torch.rand(shape, generator=draw) * 2 - 1) / shape[-1] ** 0.5
-    if ".lora_B." in name:
-        value = torch.randn(shape, generator=draw) * b_deviation
-    return value
 
 
 def counted_tokens(batches: Sequence[dict[str, torch.Tensor]]) -> int:
@@ -266,7 +114,10 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
 
 
 def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
-    """Train on every step; seconds, tokens and losses of each, memory at its peak."""
+    """Train on every step; seconds, tokens and losses of each, memory at its peak.
+
+    Raises EngineError: micro-batches were to be recorded and were not.
+    """
     import torch
 
     train, cuda = loaded.recipe.train, loaded.device.type == "cuda"
@@ -274,6 +125,7 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
     optimizer = make_optimizer(parameters, train.optimizer, train.lr, train.weight_decay)
     scaler = torch.amp.GradScaler(loaded.device.type, enabled=loaded.dtype == torch.float16)
     digest = works.Digest()
+    most_labels = max(counted_tokens([loaded.collate(rows)]) for step in steps for rows in step)
     losses, seconds, tokens, supervised = [], [], [], []
     if cuda:
         release()  # what loading left behind is not training's
@@ -284,18 +136,14 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         before = digest.tokens
         for inputs in batches:
             digest.add(inputs)
-        optimizer.zero_grad(
-            set_to_none=True
-        )  # here, so that the last step's gradients can be looked at
+        loaded.zero_gradients()  # here, so that the last step's can be looked at
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
         counted = torch.tensor(counts, device=loaded.device)
         total = torch.zeros((), device=loaded.device)
         for inputs in batches:
-            loss = loaded.loss(loaded.on_device(inputs), counted)
-            scaler.scale(loss).backward()
-            total += loss.detach()
+            total += loaded.train(loaded.on_device(inputs), counted, most_labels, scaler)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
         scaler.step(optimizer)
@@ -306,6 +154,10 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         tokens.append(digest.tokens - before)
         supervised.append(counts)
+    if loaded.graphs is not None and not loaded.graphs.replays:
+        raise EngineError(
+            f"+record: nothing was recorded: {loaded.graphs.why_not or 'no shape came often enough'}"
+        )
     return {
         "losses": losses,
         "step_s": seconds,
@@ -355,6 +207,9 @@ def make_optimizer(
 def empty(loaded: Loaded) -> None:
     """Free a model's memory although unsloth keeps hold of its layers for the whole process."""
     import torch
+
+    if loaded.graphs is not None:
+        loaded.graphs.drop()
 
     for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from fastlora.bench import work as works
-from fastlora.bench.arm import ArmTask, make_optimizer
+from fastlora.bench.arm import make_optimizer
+from fastlora.bench.loaded import ArmTask
 from fastlora.bench.memory import memory, release
 from fastlora.bench.schema import Axis
 from fastlora.engines.memory import cap_memory, is_out_of_memory

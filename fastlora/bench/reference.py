@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.bench import work as works
-from fastlora.bench.arm import ArmTask, parity_rows, parity_step
+from fastlora.bench.arm import parity_rows, parity_step
+from fastlora.bench.loaded import ArmTask
 from fastlora.bench.memory import release
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "+keep": (("peft", "unsloth"), "layers that are kept whole"),
     "+attention": (("peft", "unsloth"), "layers of which the MLP alone is computed again"),
     "+stream": (("unsloth",), "layers whose weights are in host memory"),
+    "+record": (("peft", "unsloth"), "micro-batches as CUDA graphs (memory.cuda_graphs)"),
     "+budget": (("peft", "unsloth"), "memory.vram = --vram-cap, or what is free"),
     "+packing": (("peft", "liger", "unsloth"), "rows packed instead of padded"),
     "-kernels": (("unsloth",), "without fused LoRA kernels"),
@@ -85,6 +86,8 @@ class Arm(BaseModel):
                 raise UsageError(f"--arms {text}: {options[name]} and {option} exclude each other")
         if len(both := [name for name in _CHECKPOINTS if name in options]) > 1:
             raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
+        if engine == "peft" and "+record" in options and "+fastlora" not in options:
+            raise UsageError(f"--arms {text}: +record needs fastlora's loss; add +fastlora")
         # One name for one arm, in whatever order it was typed.
         ordered = [options[name] for name in OPTIONS if name in options]
         return cls(name="".join([engine, *ordered]), engine=engine, options=frozenset(ordered))
@@ -106,6 +109,8 @@ class Arm(BaseModel):
                 memory[NUMBERED[kind]] = int(option.removeprefix(kind))
         if "-optimizer" in self.options:
             train["optimizer"] = "adamw"
+        if "+record" in self.options:
+            memory["cuda_graphs"] = True
         if "+budget" in self.options:
             memory["vram"] = f"{vram_cap_gib}GiB" if vram_cap_gib else "auto"
         return recipe.model_copy(

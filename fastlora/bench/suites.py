@@ -131,12 +131,8 @@ def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:
     in_recipe = {"-checkpointing", "-offload", "+offload", "-optimizer"}
     others = []
     for option, (engines, _) in OPTIONS.items():
-        left_out = {
-            *NUMBERED,
-            "+budget",
-            "+packing",
-            "+fastlora",
-        }  # what has no one value, or is asked for
+        # What has no one value, needs another option, or is asked for.
+        left_out = {*NUMBERED, "+budget", "+record", "+packing", "+fastlora"}
         if arm.engine not in engines or option in {*arm.options, *left_out}:
             continue
         checkpoints = {"-checkpointing", "-offload", "+offload"}

@@ -102,7 +102,8 @@ def weights(task: str) -> dict[str, Any]:
 
 
 def arm(task: str) -> dict[str, Any]:
-    from fastlora.bench.arm import ArmTask, run_arm
+    from fastlora.bench.arm import run_arm
+    from fastlora.bench.loaded import ArmTask
 
     return run_arm(ArmTask.model_validate_json(task))
 

@@ -47,6 +47,21 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def forget_peak() -> None:
+    """What `peak_gib` gives is counted from now on."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    """The most that PyTorch has reserved of this GPU; 0 without one."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
+
+
 def cap_memory(cap_gib: float | None) -> None:
     """Let this process have no more of the GPU than a smaller card would: the CUDA context counts in,
     which the allocator's own limit leaves out."""

@@ -150,6 +150,53 @@ class UnslothEngine:
             checkpointing.reset_unsloth_gradient_checkpointing_buffers()
 
 
+_SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
+"""With it, forwards of unsloth's give the last hidden states in place of logits, and no loss."""
+
+
+def attach_own_loss(model: PeftModel) -> str | None:
+    """Let fastlora's loss take the place of unsloth's, which asks the GPU which tokens have a label and waits for it;
+    why not, if it cannot."""
+    from fastlora_kernels.layers.head import Backbone, attach_head
+
+    base = model.get_base_model()
+    honours = "__UNSLOTH_SUPPORTS_RETURN_HIDDEN_STATES__"  # on classes that its compiler made
+    if not (base.config.model_type in FUSED or getattr(type(base), honours, False)):
+        return f"unsloth's forward of {base.config.model_type} does not give hidden states"
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(base.config, name, None) not in (None, 1, 1.0):
+            return f"logits are scaled ({name})"
+    return attach_head(model, in_evaluation=True, backbone=Backbone(_hidden_states, _softcap))
+
+
+def _softcap(model: Any) -> Any:
+    from fastlora_kernels.ops.head_loss import Shape
+
+    return Shape(1.0, getattr(model.config, "final_logit_softcapping", None))
+
+
+def _hidden_states(
+    theirs: Any, model: Any, labels: torch.Tensor, given: dict[str, Any]
+) -> tuple[torch.Tensor, Any]:
+    before = os.environ.get(_SWITCH)
+    os.environ[_SWITCH] = "1"
+    try:
+        # With labels it knows padding for padding on the right, which causal attention needs no mask for.
+        outputs = theirs(model, labels=labels, return_dict=True, **given)
+    finally:
+        if before is None:
+            del os.environ[_SWITCH]
+        else:
+            os.environ[_SWITCH] = before
+    hidden: torch.Tensor = outputs.logits
+    if hidden.shape[-1] != model.lm_head.in_features:
+        raise EngineError(
+            f"unsloth gave {hidden.shape[-1]} numbers a token where the {model.lm_head.in_features} of the hidden "
+            "states were asked for; set memory.cuda_graphs = false"
+        )
+    return hidden, outputs
+
+
 def streamed_layers(model: PeftModel) -> frozenset[int]:
     """Places of the layers whose weights unsloth streams from the host; none on another engine's model."""
     return frozenset(getattr(getattr(model, "_unsloth_block_swap", None), "indices", ()))

@@ -43,6 +43,8 @@ class Peak:
     tokens: int
     """Of its longest micro-batch."""
     at: str
+    run: str = ""
+    """Its folder: a run that was cut short and resumed teaches once."""
 
     @property
     def error(self) -> float:
@@ -94,7 +96,10 @@ def peaks(gpu: str) -> list[Peak]:
 
 
 def remember(gpu: str, peak: Peak) -> None:
-    kept = [*peaks(gpu), peak][-_KEPT:]
+    before = [
+        one for one in peaks(gpu) if not peak.run or (one.run, one.like) != (peak.run, peak.like)
+    ]
+    kept = [*before, peak][-_KEPT:]
     _write(gpu, {**_read(gpu), "peaks": [asdict(one) for one in kept]})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import ceil
 
 from fastlora.plan.setup import Setup
@@ -96,11 +97,17 @@ def state_bytes(elements: int, optimizer: str) -> int:
     return 2 * elements + 2 * 4 * ceil(elements / _STATE_BLOCK)
 
 
-def optimizer_bytes(shape: Shape, setup: Setup, *, paged: bool = False) -> int:
-    """On the GPU; with `paged` the part in unified memory instead, which the driver moves out when it must."""
-    unified = setup.optimizer == "paged_adamw_8bit"
+def states_bytes(sizes: Iterable[int], optimizer: str, *, paged: bool = False) -> int:
+    """Of tensors of so many elements: on the GPU; with `paged` the part in unified memory instead, which the driver
+    moves out when it must."""
+    unified = optimizer == "paged_adamw_8bit"
     return sum(
-        state_bytes(size, setup.optimizer)
-        for size in adapter_tensors(shape, setup)
+        state_bytes(size, optimizer)
+        for size in sizes
         if (unified and size >= _SMALLEST_PAGED_STATE) == paged
     )
+
+
+def optimizer_bytes(shape: Shape, setup: Setup, *, paged: bool = False) -> int:
+    """`states_bytes` of the adapter."""
+    return states_bytes(adapter_tensors(shape, setup), setup.optimizer, paged=paged)

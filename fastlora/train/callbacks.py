@@ -77,6 +77,10 @@ class Metrics(TrainerCallback):
         self._paused += now - self._step_end
         self._step_end = now
 
+    def leave_out(self, seconds: float) -> None:
+        """Of the time that tokens/s is taken over: nothing was trained in it."""
+        self._paused += seconds
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

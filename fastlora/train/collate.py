@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastlora.data.mask import IGNORED
@@ -95,3 +95,16 @@ def split_labels(batch: dict[str, Any], most_rows: int) -> list[int]:
     """The tokens with a label in each part of `split`."""
     rows = batch[ROW_LABELS]
     return [sum(rows[first : first + most_rows]) for first in range(0, len(rows), most_rows)]
+
+
+def shares(
+    parts: list[dict[str, Any]], counts: list[int], means: bool
+) -> Iterator[tuple[dict[str, Any], int, float | None]]:
+    """Parts, the tokens of each with a label, and how much more or less than an equal share of the micro-batch's mean
+    each one's mean is: as its tokens are. A part without any has no mean."""
+    weighed = means and len(parts) > 1
+    for part, count in zip(parts, counts, strict=True):
+        if not weighed:
+            yield part, count, None
+        elif count or not any(counts):
+            yield part, count, count * len(parts) / max(1, sum(counts))

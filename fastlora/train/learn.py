@@ -23,6 +23,7 @@ from fastlora.train.held_out import BaseLosses, CurveWatch
 from fastlora.train.job import Job
 from fastlora.train.oom import Continuation
 from fastlora.train.planned import compare_with_plan, predict_run
+from fastlora.train.probe import Probe
 from fastlora.train.steps import count_steps
 from fastlora.train.trackers import Trackers
 from fastlora.train.trainer import build_trainer
@@ -64,15 +65,16 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
         run, recipe, job.engine, resolve_checkpointing(recipe, job.engine), notes
     )
     metrics = Metrics(run, counter, notes.console)
+    probe = Probe(job, continuation, counter, metrics, predicted)
     trackers = Trackers(recipe, run)
     _, epochs = count_steps(recipe, job.data)
     trainer = build_trainer(
         recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, base_losses,
-        continuation, [metrics, CurveWatch(run, recipe, notes), *trackers.callbacks], epochs, notes,
+        continuation, [probe, metrics, CurveWatch(run, recipe, notes), *trackers.callbacks], epochs, notes,
     )  # fmt: skip
     newest = checkpoints.newest()
     started = time.perf_counter()
-    with signals.deferring():
+    with probe.remembered_if_cut_short(), signals.deferring():
         try:
             with explained("training", continuation.way_out):
                 trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
@@ -100,10 +102,12 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     entries = run.read_metrics()
     plot_loss(entries, run.path / "loss.png")
     result = _result(entries, state.global_step, time.perf_counter() - started)
-    planned = compare_with_plan(predicted, result["peak_reserved_gib"], notes)
+    planned = compare_with_plan(
+        predicted, result["peak_reserved_gib"], notes, run=str(run.path), shrunk=continuation.shrunk
+    )
     run.update(
         result=result | {"best_step": state.best_global_step if recipe.train.keep_best else None},
-        **({"plan": planned} if planned else {}),
+        **({"plan": run.manifest.get("plan", {}) | planned} if planned else {}),
         notes=notes.said,
         advice=advise_on_curves(
             run, recipe, state.best_global_step if best is not None else state.global_step, notes

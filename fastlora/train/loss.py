@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastlora.engines.base import Announce, Engine
 from fastlora.engines.engaged import loss_line, plan_kernels
+from fastlora.engines.unsloth import attach_own_loss
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -19,12 +20,17 @@ def takes_own_loss(recipe: Recipe, model: PeftModel, engine: Engine, announce: A
 
     Our kernel goes into the model for an adapter on its output layer, which TRL's loss would go past, for
     train.chunked_loss, and, where that is unset, wherever our kernels run. It serves most architectures; for the
-    others the notes say what is done instead.
+    others the notes say what is done instead. On the unsloth engine it is there for memory.cuda_graphs alone.
     """
     import torch
 
-    if engine.name != "peft":
-        return False  # unsloth has put a fast one of its own in TRL's place
+    if engine.name != "peft":  # unsloth has put a fast one of its own in TRL's place
+        if engine.name != "unsloth" or not recipe.memory.cuda_graphs:
+            return False
+        plan = plan_kernels(recipe)
+        reason = attach_own_loss(model) if plan.ours else plan.why_not_ours
+        announce(f"loss: unsloth's ({reason})" if reason else loss_line(None))
+        return reason is None
     adapted, asked = _head_is_adapted(model), recipe.train.chunked_loss
     if not (adapted or asked or (asked is None and plan_kernels(recipe).ours)):
         return True

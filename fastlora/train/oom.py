@@ -13,7 +13,7 @@ checkpoint is resumed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,7 +27,7 @@ from fastlora.engines.memory import GIB, free_memory, in_words, is_out_of_memory
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
-from fastlora.train.collate import ROW_LENGTHS, split, split_labels
+from fastlora.train.collate import ROW_LENGTHS, shares, split, split_labels
 from fastlora.train.notes import Notes
 from fastlora.train.static import StaticSteps
 from fastlora.train.steps import effective_batch
@@ -66,6 +66,8 @@ class Continuation(TrainerCallback):
         self.static: StaticSteps | None = None  # and this
         self.longest = 0
         """Tokens of the longest row that a step was done with."""
+        self.probing = False
+        """Not the step is in hand, but what is tried before it (train/probe.py)."""
         self._batches: list[Batch] = []  # of the step in hand, so far
         self._optimizing = False
         self._graphs = 0
@@ -83,6 +85,12 @@ class Continuation(TrainerCallback):
     def most_rows(self, where: str) -> int:
         """In one forward of a "step" or of an "evaluation"."""
         return self._fewest(self._entries(where))
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether a step is done in smaller forwards, or keeps less, than the recipe has it."""
+        found = self._entries("step")
+        return any(one["rows"] < one["before"] or "checkpointing" in one for one in found)
 
     def _fewest(self, entries: list[dict[str, Any]]) -> int:
         fewest: int = min([self.recipe.train.micro_batch, *(entry["rows"] for entry in entries)])
@@ -167,7 +175,7 @@ class Continuation(TrainerCallback):
                 for one in due:
                     most_rows = self.most_rows("step")
                     parts, counts = split(one, most_rows, self.engine), split_labels(one, most_rows)
-                    for part, count, share in _shares(parts, counts, means):
+                    for part, count, share in shares(parts, counts, means):
                         if loss is not None:
                             self.trainer._tr_loss += loss
                         loss = forward(part, count, len(parts), share)
@@ -180,7 +188,7 @@ class Continuation(TrainerCallback):
                 memory = memory_now(error)
             # Out here, because in there the exception holds every frame it came through, and they the tensors.
             loss = None
-            self._take_back()
+            self.take_back()
             self._make_room(one, memory)
             due = self._batches
 
@@ -216,7 +224,7 @@ class Continuation(TrainerCallback):
                 "batch's tokens"
             )
 
-    def _take_back(self) -> None:
+    def take_back(self) -> None:
         """To the beginning of the step."""
         trainer = self.trainer
         cpu, cuda = self._random
@@ -225,8 +233,10 @@ class Continuation(TrainerCallback):
             torch.cuda.set_rng_state(cuda)
         trainer._tr_loss.copy_(self._loss)
         trainer._total_train_tokens = self._tokens
-        for name, values in trainer._metrics["train"].items():
+        for name, values in list(trainer._metrics["train"].items()):
             del values[self._logged.get(name, 0) :]
+            if not values:
+                del trainer._metrics["train"][name]
         # A backward that broke off has left gradients of some layers; all of the step's are made again.
         trainer.model.zero_grad(set_to_none=True)
         self._drop()
@@ -244,11 +254,14 @@ class Continuation(TrainerCallback):
         freed = memory_now()
         now = time.perf_counter()
         lost_s, self._began = now - self._began, now
+        when, again = "", "The step is done again from its first sample"
+        if self.probing:
+            when, again = "before ", "They are tried again"
         said = (
-            f"step {self.step}: out of memory with {_rows(before)} of up to {max(lengths):,} tokens in a forward"
+            f"{when}step {self.step}: out of memory with {_rows(before)} of up to {max(lengths):,} tokens in a forward"
             f"{in_words(memory)}"
         )
-        again = f"The step is done again from its first sample ({lost_s:.1f} s lost)"
+        again += f" ({lost_s:.1f} s lost)"
         if freed:
             again += f", from {freed['allocated_gib']:.2f} GiB in use"
         if self._graphs and self.static:
@@ -333,19 +346,6 @@ class Continuation(TrainerCallback):
             'set train.optimizer = "paged_adamw_8bit" or a lower lora.rank and start a new run, or '
             f"{end_others}"
         )
-
-
-def _shares(
-    parts: list[Batch], counts: list[int], means: bool
-) -> Iterator[tuple[Batch, int, float | None]]:
-    """Parts, the tokens of each with a label, and how much more or less than an equal share of the micro-batch's mean
-    each one's mean is: as its tokens are. A part without any has no mean."""
-    weighed = means and len(parts) > 1
-    for part, count in zip(parts, counts, strict=True):
-        if not weighed:
-            yield part, count, None
-        elif count or not any(counts):
-            yield part, count, count * len(parts) / max(1, sum(counts))
 
 
 def _tokens(row: int | list[int]) -> int:

@@ -127,29 +127,49 @@ def _said(found: Prediction, job: Job) -> str:
 
 
 def compare_with_plan(
-    found: Prediction | None, measured_gib: float | None, announce: Announce
+    found: Prediction | None,
+    measured_gib: float | None,
+    announce: Announce,
+    *,
+    run: str = "",
+    shrunk: bool = False,
 ) -> dict[str, Any] | None:
-    """For the manifest; the next prediction on this GPU is corrected by it. measured_gib: peak reserved."""
+    """For the manifest; the next prediction on this GPU is corrected by it. measured_gib: peak reserved. run: its
+    folder. shrunk: it went on with less in a forward, or kept less, than was predicted for; nothing is learnt then."""
     if found is None:
         return None
     document = found.document()
     if not measured_gib:
         return document
-    memory, gpu = found.memory, found.card.gpu
-    error = memory.reserved_gib / measured_gib - 1
-    announce(
-        f"plan: {memory.reserved_gib:.2f} GiB were predicted and {measured_gib:.2f} needed ({error:+.1%})"
-    )
-    if gpu is not None:
-        peak = Peak(
-            like=kind(found.setup),
-            always_gib=memory.always_gib,
-            predicted_gib=memory.uncorrected_gib,
-            shown_gib=memory.reserved_gib,
-            measured_gib=measured_gib,
-            model=found.shape.model_type,
-            tokens=found.setup.tokens,
-            at=datetime.now(UTC).isoformat(timespec="seconds"),
+    predicted = found.memory.reserved_gib
+    if shrunk:
+        announce(
+            f"plan: {predicted:.2f} GiB were predicted for the recipe as it stands; {measured_gib:.2f} were needed "
+            "with less at a time"
         )
-        remember(gpu.name, peak)
+        return document | {"measured_reserved_gib": measured_gib}
+    error = predicted / measured_gib - 1
+    announce(
+        f"plan: {predicted:.2f} GiB were predicted and {measured_gib:.2f} needed ({error:+.1%})"
+    )
+    learn_from(found, measured_gib, run)
     return document | {"measured_reserved_gib": measured_gib, "error": round(error, 4)}
+
+
+def learn_from(found: Prediction, measured_gib: float, run: str) -> None:
+    """Keep for the next prediction on this GPU what was needed. run: its folder, which teaches once; "": none."""
+    memory, gpu = found.memory, found.card.gpu
+    if gpu is None:
+        return
+    peak = Peak(
+        like=kind(found.setup),
+        always_gib=memory.always_gib,
+        predicted_gib=memory.uncorrected_gib,
+        shown_gib=memory.reserved_gib,
+        measured_gib=measured_gib,
+        model=found.shape.model_type,
+        tokens=found.setup.tokens,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        run=run,
+    )
+    remember(gpu.name, peak)

@@ -18,6 +18,7 @@ from fastlora_kernels.recompute import BEFORE
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.engines.base import Engine
+from fastlora.engines.unsloth import streamed_layers
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train import graphs
@@ -33,17 +34,28 @@ if TYPE_CHECKING:
     Step = Callable[[dict[str, Any]], torch.Tensor]
 
 
-def why_not(model: PeftModel, engine: Engine, own_loss: bool) -> str:
+def why_not(model: PeftModel, engine: Engine, *, own_loss: bool, packing: bool) -> str:
     """What of a run cannot be recorded, as far as it can be known before its first step; "" if nothing is known of."""
-    if engine.name == "unsloth":
-        return "unsloth's loss asks the GPU which tokens have a label, and waits for it"
+    unsloth = engine.name == "unsloth"
     if not own_loss:
-        return "TRL's loss reads entropy and accuracy of each micro-batch from the GPU"
+        return (
+            "unsloth's loss asks the GPU which tokens have a label, and waits for it"
+            if unsloth
+            else "TRL's loss reads entropy and accuracy of each micro-batch from the GPU"
+        )
+    if unsloth and packing:
+        return "unsloth reads the lengths of packed rows from the GPU"
+    if streamed_layers(model):
+        return "memory.stream_layers waits for copies from host memory"
     if any(
         getattr(m, "gradient_checkpointing", False) and BEFORE not in vars(m)
         for m in model.modules()
     ):
-        return "transformers' own checkpointing reads the random state of the GPU in each layer"
+        return (
+            'unsloth\'s checkpointing waits for its copies; train.checkpointing = "offload" does not'
+            if unsloth
+            else "transformers' own checkpointing reads the random state of the GPU in each layer"
+        )
     if drawn := _draws(model):
         return f"{drawn}: random numbers that are not known to be the same when it is resumed"
     return ""
@@ -67,6 +79,7 @@ class StaticSteps(TrainerCallback):
         self,
         recipe: Recipe,
         model: PeftModel,
+        engine: Engine,
         rows: Dataset,
         run: RunDir,
         notes: Notes,
@@ -78,6 +91,10 @@ class StaticSteps(TrainerCallback):
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.graphs = Graphs(graphs.CudaRecorder(), self.trained)
         self.count_labels = is_attached(model)
+        # unsloth, given labels, takes all padding for such already.
+        self.unmasked = right_padded if engine.name != "unsloth" else nullcontext
+        self.eager = False
+        """While it is set, nothing is recorded, replayed or counted; the shapes are the same."""
         self._count = 0
         known = run.manifest.get("cuda_graphs")
         if known is None:
@@ -104,7 +121,7 @@ class StaticSteps(TrainerCallback):
         """
         if self.graphs.why_not:
             return step(inputs)
-        self._count += 1
+        self._count += not self.eager
         device = self.trained[0].device
         rows, tokens = inputs["input_ids"].shape
         length, most = self.shapes.fit(tokens)
@@ -119,11 +136,11 @@ class StaticSteps(TrainerCallback):
         unpacked = "attention_mask" in inputs
 
         def padded_step(given: Any) -> torch.Tensor:
-            with right_padded(self.model) if unpacked else nullcontext():
+            with self.unmasked(self.model) if unpacked else nullcontext():
                 return step({**given, **absent, **more})
 
         padded = pad(tensors, length, self.pad_token_id)
-        if not (full and provided and length in self.shapes.lengths):
+        if self.eager or not (full and provided and length in self.shapes.lengths):
             return padded_step(padded)
         loss = self.graphs(padded_step, padded, (rows, most, baked))
         if self.graphs.why_not:

@@ -62,7 +62,7 @@ def build_trainer(
 
     parts = {label: rows.with_format("torch") for label, rows in data.eval_by_source().items()}
     own_loss = takes_own_loss(recipe, model, engine, notes)
-    reason = why_not(model, engine, own_loss)
+    reason = why_not(model, engine, own_loss=own_loss, packing=recipe.data.packing)
     graphs = bool(recipe.memory.cuda_graphs) and not reason
     if recipe.memory.cuda_graphs and reason:
         notes(f"cuda_graphs: not used ({reason})")
@@ -191,7 +191,7 @@ def build_trainer(
         # A cast that was kept from before would not be recorded.
         trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         static = continuation.static = StaticSteps(
-            recipe, trainer.model, data.train, run, notes, int(tokenizer.pad_token_id)
+            recipe, trainer.model, engine, data.train, run, notes, int(tokenizer.pad_token_id)
         )
         trainer.add_callback(static)
     for printer in (PrinterCallback, ProgressCallback):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastlora.bench import arm
+from fastlora.bench import loaded
 from fastlora.bench.schema import Arm
 from fastlora.engines import Engine
 from fastlora.engines.base import load_tokenizer
@@ -128,12 +128,12 @@ def test_the_benchmark_refuses_an_arm_that_would_not_train_what_is_asked(
 ) -> None:
     change(model, tie_word_embeddings=False)
     asked = recipe_for(model, lora={"target_modules": ["lm_head"]})
-    monkeypatch.setattr(arm, "choose_engine", lambda *_: types.SimpleNamespace(
+    monkeypatch.setattr(loaded, "choose_engine", lambda *_: types.SimpleNamespace(
         name="unsloth", prepare=lambda: None, load=lambda *_: pytest.fail("it was loaded")
     ))  # fmt: skip
     task = types.SimpleNamespace(arm=Arm.parse("unsloth"))
     with pytest.raises(EngineError, match="unsloth trains lm_head whole"):
-        arm.Loaded(task, asked)
+        loaded.Loaded(task, asked)
 
 
 def add_tokens(folder: Path, *tokens: str, **named: str) -> None:

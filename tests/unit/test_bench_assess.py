@@ -97,6 +97,7 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
     assert Arm.parse("unsloth+keep007+keep7") == Arm.parse("unsloth+keep7")
     assert Arm.parse("unsloth+budget").recipe(recipe, 7.5).memory.vram_gib == 7.5
     assert Arm.parse("unsloth+budget").recipe(recipe).memory.vram == "auto"
+    assert Arm.parse("peft+record+fastlora").recipe(recipe).memory.cuda_graphs
     assert Arm.parse("peft-optimizer+fastlora").name == "peft+fastlora-optimizer"
     for wrong in (
         "unsloth-offload-checkpointing",
@@ -106,6 +107,7 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
         "unsloth+budget3",
         "peft+stream4",
         "unsloth+keep-3",
+        "peft+record",
         "peft-kernels",
         "peft+",
         "peft+nothing",

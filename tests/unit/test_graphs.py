@@ -190,7 +190,12 @@ def test_a_gradient_that_is_made_while_it_is_recorded_is_none_of_ours() -> None:
     [
         ("", ""),
         ("recomputed", ""),
-        ("unsloth", "unsloth's loss"),
+        ("unsloth", ""),
+        ("unsloth's loss", "unsloth's loss"),
+        ("unsloth, packed", "unsloth reads the lengths"),
+        ("unsloth, checkpointed", "unsloth's checkpointing"),
+        ("unsloth, streamed", "memory.stream_layers"),
+        ("packed", ""),
         ("TRL's loss", "TRL's loss"),
         ("checkpointed", "transformers' own checkpointing"),
         ("dropout", "dropout of 0.1 in base_model.model.model.layers.0"),
@@ -205,10 +210,12 @@ def test_what_is_known_not_to_be_recordable(case: str, why: str) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
     if case == "recomputed":
         recompute_layers(model, ["layer", "keep"])
-    if case == "checkpointed":
+    if "checkpointed" in case:
         model.gradient_checkpointing_enable()
-    engine: Any = SimpleNamespace(name="unsloth" if case == "unsloth" else "peft")
-    found = why_not(model, engine, own_loss=case != "TRL's loss")
+    if "streamed" in case:
+        model._unsloth_block_swap = SimpleNamespace(indices=[1])
+    engine: Any = SimpleNamespace(name="unsloth" if "unsloth" in case else "peft")
+    found = why_not(model, engine, own_loss="loss" not in case, packing="packed" in case)
     assert found.startswith(why)
     assert bool(found) is bool(why)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastlora.engines.liger import LigerEngine
 from fastlora.engines.peft import PeftEngine
-from fastlora.engines.unsloth import UnslothEngine
+from fastlora.engines.unsloth import UnslothEngine, attach_own_loss
+from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.train.loss import adapted_head_allowed, takes_own_loss
 
@@ -32,7 +35,9 @@ GPT2 = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
 OURS = "loss: fastlora, without the logits"
 
 
-def taken(model: Any, engine: Any, chunked: bool | None = None) -> tuple[bool, list[str], bool]:
+def taken(
+    model: Any, engine: Any, chunked: bool | None = None, **sections: Any
+) -> tuple[bool, list[str], bool]:
     """(own loss, notes, whether the model now answers without logits)."""
     recipe = Recipe.model_validate(
         {
@@ -40,6 +45,7 @@ def taken(model: Any, engine: Any, chunked: bool | None = None) -> tuple[bool, l
             "data": {"sources": ["x.jsonl"]},
             "output": {"dir": "runs"},
             "train": {"chunked_loss": chunked},
+            **sections,
         }
     )
     notes: list[str] = []
@@ -95,3 +101,89 @@ def test_trl_finds_a_base_layer_while_its_trainer_is_made() -> None:
     plain = model_of(LLAMA, "q_proj")
     with adapted_head_allowed(plain):
         assert "get_output_embeddings" not in vars(plain)
+
+
+class Unsloths(LlamaForCausalLM):
+    """A forward of the kind that unsloth gives the class: hidden states on demand, else its own loss."""
+
+    seen: dict[str, Any]
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Any = None,
+        causal_mask: Any = None,
+        attention_mask: Any = None,
+        labels: Any = None,
+        return_dict: Any = None,
+        logits_to_keep: Any = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self.seen = {"labels": labels, **kwargs}
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if os.environ.get("UNSLOTH_RETURN_HIDDEN_STATES", "0") == "1":
+            if kwargs.get("broken"):
+                raise MemoryError
+            return CausalLMOutputWithPast(loss=None, logits=hidden)
+        logits = self.lm_head(hidden)
+        return CausalLMOutputWithPast(loss=logits.mean(), logits=logits)
+
+
+def unsloths(config: Any = LLAMA) -> Any:
+    torch.manual_seed(0)
+    base = Unsloths(config)
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+
+RECORDED = {"memory": {"cuda_graphs": True}, "kernels": {"mode": "all"}}
+
+
+def test_unsloths_loss_is_ours_for_graphs_alone() -> None:
+    assert taken(unsloths(), UnslothEngine(), **RECORDED) == (True, [OURS], True)
+    assert taken(unsloths(), UnslothEngine()) == (False, [], False)
+    off = RECORDED | {"kernels": {"mode": "off"}}
+    assert taken(unsloths(), UnslothEngine(), **off) == (
+        False, ['loss: unsloth\'s (kernels.mode = "off")'], False,
+    )  # fmt: skip
+
+
+def test_it_is_the_loss_of_the_hidden_states_that_unsloth_gives(monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    ids, items = torch.arange(24).view(2, 12) % 32, torch.tensor(40)
+    labels = torch.where(ids % 3 == 0, -100, ids)
+    plain = unsloths()
+    plain.get_base_model().__class__ = LlamaForCausalLM
+    expected = plain(input_ids=ids, labels=labels, num_items_in_batch=items).loss
+    expected.backward()
+    ours = unsloths()
+    assert attach_own_loss(ours) is None
+    monkeypatch.setenv("UNSLOTH_RETURN_HIDDEN_STATES", "0")
+    found = ours(input_ids=ids, labels=labels, num_items_in_batch=items, most_labels=20)
+    found.loss.backward()
+    assert found.logits is None
+    assert os.environ["UNSLOTH_RETURN_HIDDEN_STATES"] == "0"
+    assert ours.get_base_model().seen["labels"] is labels  # or it would take padding for a mask
+    torch.testing.assert_close(found.loss, expected)
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad)
+    monkeypatch.delenv("UNSLOTH_RETURN_HIDDEN_STATES")
+    with pytest.raises(MemoryError):
+        ours(input_ids=ids, labels=labels, broken=True)
+    assert "UNSLOTH_RETURN_HIDDEN_STATES" not in os.environ
+    assert ours(input_ids=ids).logits.shape == (2, 12, 32)  # as an answer is generated
+
+
+def test_where_unsloth_gives_no_hidden_states() -> None:
+    scaled = LlamaConfig(**(LLAMA.to_dict() | {"logit_scale": 0.5}))
+    assert attach_own_loss(unsloths(scaled)) == "logits are scaled (logit_scale)"
+    other = model_of(GPT2, "c_proj", fan_in_fan_out=True)
+    assert attach_own_loss(other) == "unsloth's forward of gpt2 does not give hidden states"
+
+    class Logits(Unsloths):
+        def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+            return CausalLMOutputWithPast(logits=torch.zeros(1, 12, 32))
+
+    lying = get_peft_model(Logits(LLAMA), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert attach_own_loss(lying) is None
+    with pytest.raises(EngineError, match="32 numbers a token where the 16"):
+        lying(input_ids=torch.arange(12)[None], labels=torch.arange(12)[None])

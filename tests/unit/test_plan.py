@@ -245,6 +245,25 @@ def test_a_run_corrects_the_next_prediction_of_its_kind() -> None:
     assert predicted(**PLAIN_PEFT).correction.runs == 0
 
 
+def test_a_run_teaches_once_and_not_with_less_at_a_time_than_was_predicted_for() -> None:
+    from fastlora.train.planned import compare_with_plan, learn_from
+
+    found, said = predicted(engine="unsloth"), []
+    needed = found.memory.reserved_gib + 0.2
+    document = compare_with_plan(found, needed, said.append, run="runs/1", shrunk=True)
+    assert document
+    assert "error" not in document
+    assert "with less at a time" in said[0]
+    assert measured.peaks(H100) == []
+    for gib in (needed, needed + 1):  # cut short twice
+        learn_from(found, gib, "runs/1")
+    learn_from(predicted(**PLAIN_PEFT), needed, "runs/1")  # resumed in another way
+    learn_from(found, needed, "runs/2")
+    assert [(one.run, one.measured_gib) for one in measured.peaks(H100)] == [
+        ("runs/1", needed + 1), ("runs/1", needed), ("runs/2", needed),
+    ]  # fmt: skip
+
+
 def test_one_strange_run_does_not_rule() -> None:
     first = predicted(engine="unsloth")
     teach(first, 5 * first.memory.reserved_gib)

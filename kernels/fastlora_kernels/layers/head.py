@@ -15,7 +15,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -65,7 +65,20 @@ ARGUMENTS = (
 )
 
 
-def attach_head(model: nn.Module, *, in_evaluation: bool = False) -> str | None:
+class Backbone(NamedTuple):
+    """A model without its output layer."""
+
+    outputs: Callable[..., tuple[torch.Tensor, Any]]
+    """(theirs, model, labels, arguments) -> (last hidden states (..., T, K), what else there is of a
+    BaseModelOutputWithPast). `theirs` is the class's own forward, `arguments` those it would be given, but for
+    labels."""
+    shape: Callable[[Any], Shape]
+    """How a model makes logits of its output layer's output."""
+
+
+def attach_head(
+    model: nn.Module, *, in_evaluation: bool = False, backbone: Backbone | None = None
+) -> str | None:
     """Give `model`, a PeftModel or what is inside one, our loss; the reason if it is not served, or not for now.
 
     Served are calls with labels in training mode, and in evaluation mode too with `in_evaluation`: the output then has
@@ -74,6 +87,7 @@ def attach_head(model: nn.Module, *, in_evaluation: bool = False) -> str | None:
     lm_head, one that is disabled, merged or has DoRA, dropout in training, a bias; hooks; another loss function) go
     to the class's own forward, looked at on every call.
 
+    `backbone`: for a class whose forward is not transformers', and who calls for it knows its way to the hidden states.
     `most_labels=N` in a call: no more than N tokens have a label, and the op need not wait for the device to count.
 
     The model gets a class of the same name, so that what is saved of it names its architecture as before. To be
@@ -83,11 +97,21 @@ def attach_head(model: nn.Module, *, in_evaluation: bool = False) -> str | None:
     theirs = vars(type(base)).get("_fastlora_theirs", type(base))
     if "forward" in vars(base):
         return "its forward was replaced"
-    if _shape_of(theirs.forward) is None:
-        return f"the forward of {theirs.__name__} has another form"
-    base.__class__ = _attached(theirs, in_evaluation)
-    found = _parts_of(base, training=True)
+    if backbone is None:
+        shape = _shape_of(theirs.forward)
+        if shape is None:
+            return f"the forward of {theirs.__name__} has another form"
+        backbone = Backbone(_inner_model, shape)
+    base.__class__ = _attached(theirs, in_evaluation, backbone)
+    found = _parts_of(base, backbone, training=True)
     return found if isinstance(found, str) else None
+
+
+def _inner_model(
+    theirs: Any, model: Any, labels: torch.Tensor, given: dict[str, Any]
+) -> tuple[torch.Tensor, Any]:
+    outputs = model.model(**given)
+    return outputs.last_hidden_state, outputs
 
 
 def detach_head(model: nn.Module) -> None:
@@ -103,9 +127,7 @@ def is_attached(model: nn.Module) -> bool:
 
 
 @functools.cache
-def _attached(theirs: Any, in_evaluation: bool) -> type:
-    shape_of = _shape_of(theirs.forward)
-    assert shape_of is not None
+def _attached(theirs: Any, in_evaluation: bool, backbone: Backbone) -> type:
     names = list(inspect.signature(theirs.forward).parameters)[1:-1]  # but self and **kwargs
 
     @functools.wraps(theirs.forward)
@@ -124,11 +146,10 @@ def _attached(theirs: Any, in_evaluation: bool) -> type:
             and keep == 0
             and (self.training or in_evaluation)
         )
-        parts = _parts_of(self) if served else ""
+        parts = _parts_of(self, backbone) if served else ""
         if isinstance(parts, str):
             return theirs.forward(self, *args, **kwargs)
-        outputs = self.model(**given)
-        hidden = outputs.last_hidden_state
+        hidden, outputs = backbone.outputs(theirs.forward, self, labels, given)
         shifted = given.get("shift_labels")
         loss = lora_head_loss(
             hidden,
@@ -138,7 +159,7 @@ def _attached(theirs: Any, in_evaluation: bool) -> type:
             num_items=given.get("num_items_in_batch"),
             ignore_index=given.get("ignore_index", -100),
             most_labels=most_labels,
-            **shape_of(self)._asdict(),
+            **backbone.shape(self)._asdict(),
         )
         return CausalLMOutputWithPast(
             loss=loss,
@@ -190,7 +211,7 @@ def _lines(text: str) -> list[str]:
     return [ast.unparse(statement) for statement in ast.parse(text.strip()).body]
 
 
-def _parts_of(model: Any, training: bool = False) -> Parts | str:
+def _parts_of(model: Any, backbone: Backbone, training: bool = False) -> Parts | str:
     """The op's arguments as they now are, or why the class's own forward must run."""
     head = model.lm_head
     if hooked(head):
@@ -214,8 +235,8 @@ def _parts_of(model: Any, training: bool = False) -> Parts | str:
         base, down, up, scaling = found.base, found.down.weight, found.up.weight, found.scaling
     if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
         return f"lm_head: base layer is a {type(base).__name__}"
-    if model.loss_function is not ForCausalLMLoss:
-        return "another loss function"
+    if backbone.outputs is _inner_model and model.loss_function is not ForCausalLMLoss:
+        return "another loss function"  # that transformers' forward would call
     if base.weight.shape[0] != model.config.vocab_size:
         return "lm_head is not of the vocabulary's size"
     device = base.weight.device.type

@@ -1,0 +1,251 @@
+"""The longest real micro-batch, tried before the first step: what would run out of memory after hours does so at once.
+
+The longest rows of the data go forward and backward as in a step: by the trainer's own training_step, in smaller
+forwards where they do not fit (train/oom.py). Meanwhile memory is held for the optimizer's state, which is made only in
+the first step, and for the gradients that a step's later micro-batches find. Then all of it is taken back. The run
+is, to the last bit, the run without a probe; on a GPU as far as kernels that are tuned or compiled for the first shape
+they see do not round otherwise for another.
+
+What is counted: the most that PyTorch reserves from the probe on, after what nobody held was given back, without the
+CUDA context. The counters go on from there, so that the peak that a run reports is that of its worst micro-batch,
+whether or not it came to it. With CUDA graphs the same padded rows are tried without graphs, whose memory is not
+counted.
+
+Written without a GPU at hand: tests/gpu/test_probe.py has yet to run on one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastlora.engines.memory import GIB, forget_peak, free_memory, memory_now, peak_gib
+from fastlora.plan.predict import Prediction
+from fastlora.plan.stored import states_bytes
+from fastlora.train.callbacks import Metrics, TokenCounter
+from fastlora.train.job import Job
+from fastlora.train.oom import Continuation
+from fastlora.train.planned import learn_from
+from fastlora.train.shapes import row_sizes
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from datasets import Dataset
+
+_OFF = 0.05
+"""A prediction further off is said to be."""
+
+
+def worth_it() -> bool:
+    """On a CPU memory is the host's, and nothing counts it."""
+    return torch.cuda.is_available()
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the longest micro-batch took. GiB as PyTorch reserves them."""
+
+    step: int
+    """The one that came next."""
+    rows: int
+    rows_in_forward: int
+    tokens: int
+    """Of the longest row; of packed ones all together."""
+    optimizer_gib: float
+    """State that the optimizer did not have yet."""
+    peak_gib: float
+    """With that state, so that steps are to need as much."""
+    as_planned: bool
+    """As many rows in a forward, and as much kept, as the recipe has it and the prediction was for."""
+    seconds: float
+
+
+class Probe(TrainerCallback):
+    """Tries the longest micro-batch before the first step of training, also of a resumed one. It stands behind
+    Continuation among the callbacks, to whose record of the step's beginning it goes back."""
+
+    def __init__(
+        self,
+        job: Job,
+        continuation: Continuation,
+        counter: TokenCounter,
+        metrics: Metrics,
+        predicted: Prediction | None,
+    ) -> None:
+        self.job, self.continuation, self.counter = job, continuation, counter
+        self.metrics, self.predicted = metrics, predicted
+        self.figures: Figures | None = None
+        self._asked = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Raises DoesNotFit: not even one row fits. Interrupted: a signal came; no step is begun."""
+        if self._asked or not worth_it():
+            return
+        self._asked = True
+        signals, began = self.job.signals, time.perf_counter()
+        signals.raise_pending()
+        self.figures = self._probe(args, state, control, began)
+        self._tell(self.figures)
+        self.metrics.leave_out(time.perf_counter() - began)
+        signals.raise_pending()
+
+    @contextmanager
+    def remembered_if_cut_short(self) -> Iterator[None]:
+        """A run that does not come to its end is not compared there: the next prediction learns from the probe."""
+        try:
+            yield
+        except BaseException:
+            figures = self.figures
+            if self.predicted and figures and figures.as_planned:
+                learn_from(self.predicted, figures.peak_gib, str(self.job.run.path))
+            raise
+
+    @property
+    def _trainer(self) -> Trainer:
+        return self.continuation.trainer
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self._trainer.model.parameters() if p.requires_grad]
+
+    def _probe(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, began: float
+    ) -> Figures:
+        trainer, recipe, continuation = self._trainer, self.job.recipe, self.continuation
+        data = trainer.train_dataset
+        rows = [data[at] for at in longest(data, min(recipe.train.micro_batch, len(data)))]
+        # On the device, and its tokens counted, as the trainer's loop has it; unsloth counts in its own way.
+        batch = send_to_device(trainer.data_collator(rows), args.device)
+        _, items = trainer.get_batch_samples(iter([batch]), 1, args.device)
+        free_memory()
+        while True:
+            known = self._ooms()
+            with self._taken_back(args, state, control):
+                forget_peak()
+                held = self._hold_what_steps_do(args, state, control)
+                trainer.training_step(trainer.model_wrapped, batch, items)
+                peak = max(peak_gib(), self._optimizer_peak_gib())
+                missing = sum(len(state) for state in held) / GIB
+                held.clear()
+            # The peak of one that ran out of memory is all that there was: once more, as steps will be.
+            if self._ooms() == known:
+                break
+        lengths = [len(row["input_ids"]) for row in rows]
+        return Figures(
+            step=continuation.step,
+            rows=len(rows),
+            rows_in_forward=min(len(rows), continuation.most_rows("step")),
+            tokens=sum(lengths) if recipe.data.packing else max(lengths),
+            optimizer_gib=round(missing, 3),
+            peak_gib=round(peak, 3),
+            as_planned=len(rows) == recipe.train.micro_batch and not continuation.shrunk,
+            seconds=round(time.perf_counter() - began, 2),
+        )
+
+    def _ooms(self) -> int:
+        return len(self.job.run.manifest.get("oom", []))
+
+    @contextmanager
+    def _taken_back(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> Iterator[None]:
+        """What is trained within it has not been. Where it raises the run ends, from the step before."""
+        continuation, counter = self.continuation, self.counter
+        static, longest_row = continuation.static, continuation.longest
+        counted = counter.tokens, counter.supervised
+        continuation.probing = True
+        if static is not None:
+            static.eager = True
+        try:
+            yield
+        finally:
+            continuation.probing, continuation.longest = False, longest_row
+            counter.tokens, counter.supervised = counted
+            if static is not None:
+                static.eager = False
+        continuation.take_back()
+        continuation.on_step_begin(args, state, control)
+
+    def _hold_what_steps_do(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> list[torch.Tensor]:
+        """Memory for state that the optimizer does not have yet (a resumed run's has it). And gradients, where a
+        forward finds some.
+
+        Raises what the allocator raises; it then ends as a run whose optimizer has no room for its state.
+        """
+        train, there = self.job.recipe.train, self._trainer.optimizer.state
+        self.continuation.on_pre_optimizer_step(args, state, control)
+        if train.accumulation_steps > 1 or self.continuation.static is not None:
+            for parameter in self._trained():
+                parameter.grad = torch.zeros_like(parameter)
+        held = []
+        for parameter in self._trained():
+            if parameter not in there:
+                size = states_bytes([parameter.numel()], train.optimizer)
+                held.append(torch.empty(size, dtype=torch.uint8, device=parameter.device))
+        self.continuation.on_optimizer_step(args, state, control)
+        return held
+
+    def _optimizer_peak_gib(self) -> float:
+        """The largest moment where micro-batches are small: PyTorch's AdamW has a temporary as large as the gradients,
+        which are there now; bitsandbytes works in place."""
+        if self.job.recipe.train.optimizer != "adamw":
+            return 0.0
+        work = 4 * sum(parameter.numel() for parameter in self._trained()) / GIB
+        return memory_now().get("allocated_gib", 0.0) + work
+
+    def _tell(self, figures: Figures) -> None:
+        """One line, and the manifest's plan.probe."""
+        job, found, peak = self.job, self.predicted, figures.peak_gib
+        many = "the longest row" if figures.rows == 1 else f"the {figures.rows} longest rows"
+        said = f"probe: {many} (up to {figures.tokens:,} tokens) took {peak - figures.optimizer_gib:.2f} GiB"
+        if figures.rows_in_forward < figures.rows:
+            said += f", {figures.rows_in_forward} in a forward"
+        if figures.optimizer_gib:
+            said += f", {peak:.2f} with the optimizer's state"
+        document = asdict(figures)
+        budget, allowed = job.recipe.memory.vram_gib, memory_now().get("allowed_gib")
+        if budget and allowed:
+            # What of the budget PyTorch may not have is the context's (engines/memory.py).
+            said += f"; {peak + budget - allowed:.2f} of {budget:.2f} GiB with the CUDA context"
+        if found is not None:
+            predicted = found.memory.reserved_gib
+            document["predicted_gib"] = round(predicted, 3)
+            said += f"; {predicted:.2f} were predicted"
+            if figures.as_planned:
+                error = predicted / peak - 1
+                document["error"] = round(error, 4)
+                said += f" ({error:+.1%})"
+                if abs(error) > _OFF:
+                    said += f", more than {_OFF:.0%} off: the next prediction on this GPU learns from it"
+            else:
+                said += f" for {found.setup.micro_batch} in a forward, as the recipe has it"
+        if self.continuation.static is not None:
+            said += ". CUDA graphs are not counted"
+        job.notes(said)
+        job.run.update(plan=(found.document() if found else {}) | {"probe": document})
+
+
+def longest(rows: Dataset, count: int) -> list[int]:
+    """Places of the `count` rows that need the most memory together: the longest, of equally long ones those with more
+    labels, for which a loss can need more.
+
+    `rows`: as Prepared.train. Of all of them only the lengths are read, which Arrow keeps beside what they hold.
+    """
+    column = rows.select_columns(["labels"]).with_format("arrow")[:].column("labels")
+    tokens = np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks])
+    candidates = np.flatnonzero(tokens >= np.partition(tokens, -count)[-count])
+    _, labels = row_sizes(rows.select(candidates))
+    order = np.lexsort((labels, tokens[candidates]))[::-1][:count]
+    return [int(place) for place in candidates[order]]

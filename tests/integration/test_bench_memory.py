@@ -1,0 +1,87 @@
+"""Arms that keep less, or are recorded: the same losses and gradients as the arm that does neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reruns import Recorders
+
+from fastlora.bench import work
+from fastlora.bench.arm import empty, timed_steps
+from fastlora.bench.loaded import ArmTask
+from fastlora.bench.schema import Arm
+from fastlora.bench.suites import plan_for, renamed
+from fastlora.bench.weights import random_checkpoint
+from fastlora.errors import EngineError
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An arm's name -> its losses, gradients and notes after a few steps on the same rows."""
+    plan = plan_for("tiny", 0.0)
+    assert plan.shape
+    cache: Path = tmp_path_factory.mktemp("checkpoints")
+    checkpoint = random_checkpoint(plan.shape, plan.recipe.model, cache)
+    train = plan.recipe.train
+    rows = work.random_rows(
+        plan.work.model_copy(update={"steps": STEPS, "lengths": "full"}), vocabulary=plan.shape["vocab_size"],
+        seq_len_tokens=32, rows_per_step=train.micro_batch * train.accumulation_steps,
+    )  # fmt: skip
+    steps = work.steps(rows, train.micro_batch, train.accumulation_steps)
+
+    def run(name: str) -> dict[str, Any]:
+        arm = Arm.parse(name)
+        recipe = arm.recipe(renamed(plan.recipe, str(checkpoint)))
+        task = ArmTask(
+            arm=arm, recipe=recipe, parity_checkpoint="", rows="", gradients="", work=plan.work
+        )
+        loaded = task.load()
+        loaded.set_adapter(0.02)
+        found = timed_steps(loaded, steps)
+        gradients = {n: p.grad.clone() for n, p in loaded.adapter() if p.grad is not None}
+        empty(loaded)
+        return {**found, "gradients": gradients, "notes": loaded.notes, "graphs": loaded.graphs}
+
+    return run
+
+
+def test_what_is_kept_changes_no_number(trained: Any) -> None:
+    plain = trained("peft+fastlora-checkpointing")
+    for name in (
+        "peft+fastlora+offload",
+        "peft+fastlora+offload+keep1",
+        "peft+fastlora+attention1+offload",
+    ):
+        found = trained(name)
+        assert found["losses"] == plain["losses"], name
+        for tensor, gradient in plain["gradients"].items():
+            assert torch.equal(found["gradients"][tensor], gradient), (name, tensor)
+
+
+def test_a_recorded_arm_trains_alike(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trained("peft+fastlora-checkpointing")
+    with pytest.raises(EngineError, match="CUDA graphs need a CUDA GPU"):
+        trained("peft+fastlora+record")
+    recorders = Recorders(monkeypatch)
+    found = trained("peft+fastlora+record-checkpointing")
+    assert recorders.last.records == 1
+    assert recorders.last.forgotten == 1  # given back before gradients are compared
+    assert found["graphs"].replays > 0
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    for tensor, gradient in plain["gradients"].items():
+        torch.testing.assert_close(found["gradients"][tensor], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_an_arm_that_cannot_be_recorded_says_so(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorders(monkeypatch, fail={0: ValueError("it asks the host")})
+    with pytest.raises(
+        EngineError, match=r"\+record: nothing was recorded: ValueError: it asks the host"
+    ):
+        trained("peft+fastlora+record")
