@@ -117,6 +117,10 @@ def memory(
         "backward of a layer": (*lasting, *_backward(shape, setup), *layer),
         "optimizer step": (*always, *buffers, *step),
     }
+    if setup.graphs:
+        most = max(_sum(terms) for terms in moments.values()) - _sum((*lasting,))
+        pool = Term("CUDA graphs' memory", most, "a micro-batch's; others have theirs beside it")
+        moments = {moment: (*terms, pool) for moment, terms in moments.items()}
     peak = max(_sum(terms) for terms in moments.values())
     if setup.loss == "logits":
         holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
@@ -207,7 +211,7 @@ def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
         Term("process", _PROCESS, "estimate: Python, PyTorch, CUDA"),
         Term("loading", min(_SHARD, file), "one file of the checkpoint"),
     ]
-    if setup.inputs_on_host and (pinned := working.checkpoint_bytes(shape, setup)):
+    if pinned := working.host_inputs_bytes(shape, setup):
         terms.append(Term("pinned checkpoints", pinned, "inputs of the layers computed again"))
     if streamed := stored.streamed_bytes(shape, setup):
         terms.append(Term("pinned weights", streamed, f"of {setup.stream_layers} layers"))

@@ -46,6 +46,7 @@ class Setup:
     stream_layers: int = 0
     """As in [memory]; no layer twice, and one at least is not streamed."""
     graphs: bool = False
+    """Micro-batches are recorded: asked for, and not refused (train/static.py)."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -85,11 +86,12 @@ def setup_of(
         notes.append(
             "engine: unsloth, which auto is where it is installed beside a GPU; --set engine=peft for the other"
         )
-    default: Policy = "unsloth" if name == "unsloth" else "full"
+    unsloth = name == "unsloth"
+    default: Policy = "unsloth" if unsloth else "full"
     policy = train.checkpointing if train.checkpointing != "auto" else default
     if policy == "unsloth" and name != "unsloth":
         raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
-    if problems := list(memory_problems(recipe, name, policy, streams=name == "unsloth")):
+    if problems := list(memory_problems(recipe, name, policy, streams=unsloth)):
         raise RecipeError("recipe", problems)
     kernels = recipe.kernels.mode == "all" or (name == "peft" and recipe.kernels.mode != "off")
     chunked = train.chunked_loss if train.chunked_loss is not None else kernels
@@ -97,13 +99,22 @@ def setup_of(
     streamed = min(memory.stream_layers or 0, shape.layers - 1)
     free = shape.layers - streamed
     kept = free if policy == "none" else min(memory.keep_layers or 0, free)
+    refused = policy == "unsloth" or streamed or lora.dropout
+    refused = refused or (
+        recipe.kernels.mode == "off" or recipe.data.packing if unsloth else not chunked
+    )
+    graphs = bool(memory.cuda_graphs) and not refused
+    if memory.cuda_graphs and not graphs:
+        notes.append(
+            "memory.cuda_graphs: a run would go on without them, and say why (docs/memory.md)"
+        )
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
     setup = Setup(
         engine=name,
         policy=policy,
-        loss=name if name != "peft" else "fastlora" if chunked else "logits",
+        loss="fastlora" if graphs else name if name != "peft" else "fastlora" if chunked else "logits",
         quantization=model.quantization,
         item=4 if model.dtype == "float32" else 2,
         micro_batch=train.micro_batch,
@@ -120,7 +131,7 @@ def setup_of(
         keep_layers=kept,
         keep_attention_layers=min(memory.keep_attention_layers or 0, free - kept),
         stream_layers=streamed,
-        graphs=bool(memory.cuda_graphs),
+        graphs=graphs,
     )  # fmt: skip
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")

@@ -145,15 +145,24 @@ def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
 
 def staging_bytes(shape: Shape, setup: Setup) -> int:
     """The two buffers through which checkpoints come back from the host; fastlora keeps the last one on the GPU too."""
-    if not setup.inputs_on_host:
+    again, ours = again_layers(shape, setup), setup.policy == "offload"
+    if not again or not setup.inputs_on_host:
         return 0
-    buffers = 2 if setup.policy == "unsloth" else 3
+    buffers = min(2, again - 1) + 1 if ours else 2
     return buffers * setup.tokens * shape.hidden * setup.item
 
 
+def host_inputs_bytes(shape: Shape, setup: Setup) -> int:
+    """Checkpoints in host memory."""
+    if not setup.inputs_on_host:
+        return 0
+    layers = again_layers(shape, setup) - (setup.policy == "offload")
+    return max(0, layers) * setup.tokens * shape.hidden * setup.item
+
+
 def mask_bytes(setup: Setup) -> int:
-    """A padded micro-batch's attention mask, T x row, a byte each; unsloth has none."""
-    if setup.engine == "unsloth" or setup.packed or setup.micro_batch == 1:
+    """A padded micro-batch's attention mask, T x row, a byte each; unsloth and recorded ones have none."""
+    if setup.engine == "unsloth" or setup.packed or setup.micro_batch == 1 or setup.graphs:
         return 0
     return setup.tokens * setup.row_tokens
 

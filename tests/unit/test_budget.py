@@ -237,6 +237,62 @@ def test_kept_layers_are_still_there_when_a_streamed_one_behind_them_is_computed
     assert needs(4) == pytest.approx(needs(0), rel=0.001)
 
 
+@pytest.mark.parametrize(
+    ("policy", "kept", "staged", "on_host"),
+    [
+        ("unsloth", 0, 2, 32), ("unsloth", 32, 0, 0), ("offload", 0, 3, 31), ("offload", 30, 2, 1),
+        ("offload", 31, 1, 0), ("offload", 32, 0, 0),
+    ],
+)  # fmt: skip
+def test_copies_of_inputs_are_as_many_as_there_are_layers_for(
+    policy: str, kept: int, staged: int, on_host: int
+) -> None:
+    """In inputs of a layer; fastlora leaves the last one's where it is."""
+    train = {"checkpointing": policy}
+    found = predicted(engine="unsloth", train=train, memory={"keep_layers": kept})
+    one = found.setup.tokens * 4096 * 2
+    assert working.staging_bytes(found.shape, found.setup) == staged * one
+    assert working.host_inputs_bytes(found.shape, found.setup) == on_host * one
+    pinned = [term.bytes for term in found.memory.host if term.name == "pinned checkpoints"]
+    assert pinned == ([on_host * one] if on_host else [])
+
+
+def test_recorded_micro_batches_have_memory_of_their_own() -> None:
+    def planned(graphs: bool, **sections: Any) -> Prediction:
+        asked = {"keep_layers": 4, "cuda_graphs": graphs}
+        return predicted(train={"checkpointing": "offload", "micro_batch": 1}, memory=asked, **sections)  # fmt: skip
+
+    without, recorded = (planned(graphs, engine="peft") for graphs in (False, True))
+    assert recorded.speed
+    assert recorded.speed.host_s == 0
+    pool = recorded.memory.moments["loss"][-1]
+    comes_and_goes = without.memory.moments[without.memory.peak]
+    lasting = sum(one.bytes for one in without.memory.moments["optimizer step"])
+    assert pool.bytes == sum(one.bytes for one in comes_and_goes) - lasting
+    more = recorded.memory.allocated_gib - without.memory.allocated_gib
+    assert more == pytest.approx(pool.bytes / 2**30)
+    assert planned(True, engine="unsloth").setup.loss == "fastlora"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"engine": "unsloth"},  # by unsloth's checkpointing
+        {"engine": "unsloth", "train": {"checkpointing": "full"}, "memory": {"stream_layers": 2}},
+        {"engine": "unsloth", "train": {"checkpointing": "full"}, "data": {"sources": ["x"], "packing": True}},
+        {"engine": "unsloth", "train": {"checkpointing": "full"}, "kernels": {"mode": "off"}},
+        {"engine": "peft", "kernels": {"mode": "off"}},  # by TRL's loss
+        {"engine": "peft", "lora": {"dropout": 0.1}},
+    ],
+)  # fmt: skip
+def test_graphs_that_a_run_refuses_are_not_planned_with(sections: dict[str, Any]) -> None:
+    asked = sections | {"memory": {**sections.get("memory", {}), "cuda_graphs": True}}
+    found = predicted(**asked)
+    assert not found.setup.graphs
+    assert found.memory == predicted(**sections).memory
+    assert any("a run would go on without them" in note for note in found.setup.notes)
+
+
 def test_a_choice_says_what_and_why() -> None:
     choice = chosen(12, engine="unsloth")
     assert choice
