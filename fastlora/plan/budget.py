@@ -49,7 +49,7 @@ class Choice:
         def figures(of: Prediction) -> dict[str, float]:
             assert of.speed is not None
             return {
-                "needed_gib": round(of.memory.comfortable_gib, 3),
+                "comfortable_gib": round(of.memory.comfortable_gib, 3),
                 "host_gib": round(of.memory.host_gib, 3),
                 "tokens_per_s": round(of.speed.tokens_per_s, 1),
             }

@@ -63,7 +63,7 @@ def fit_memory(
     if choice is None:
         raise EngineError(
             f"memory.vram: {NONE_FITS} {budget:.2f} GiB, and {host:.1f} of the host; as "
-            f"it stands it needs {now.memory.needed_gib:.2f} and "
+            f"it stands it needs {now.memory.comfortable_gib:.2f} and "
             f"{now.memory.host_gib:.1f}. Leave more keys open ({', '.join(OPEN)}), or see what to change: "
             f"fastlora plan RECIPE --vram {budget:.1f}GiB"
         )

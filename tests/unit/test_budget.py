@@ -301,7 +301,7 @@ def test_a_choice_says_what_and_why() -> None:
     assert len(lines) == 1 + len(choice.filled)
     document = json.loads(json.dumps(choice.document()))
     assert document["budget_gib"] == 12
-    assert document["needed_gib"] <= 12
+    assert document["comfortable_gib"] <= 12
     assert document["tokens_per_s"] >= document["plainest"]["tokens_per_s"]
     assert [one["key"] for one in document["filled"]] == list(choice.settings)
 
@@ -486,6 +486,17 @@ def test_what_fits_nowhere_is_said_at_once(model: Path, monkeypatch: pytest.Monk
     asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "3GiB"})
     with pytest.raises(EngineError, match=r"nothing fits into 3\.00 GiB.*fastlora plan"):
         fit_memory(asked, "unsloth", 1500, lambda said: None)
+
+
+def test_what_would_fit_tightly_is_said_to_need_more(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    on_a_card(monkeypatch, H100, 79.2)
+    stated = {"micro_batch": 2, "effective_batch": 2, "checkpointing": "full"}
+    nothing = {"keep_layers": 0, "keep_attention_layers": 0}
+    needs = predicted(engine="peft", train=stated, memory=nothing, model={"seq_len_tokens": 1500}).memory  # fmt: skip
+    between = f"{(needs.needed_gib + needs.comfortable_gib) / 2}GiB"
+    asked = recipe(train=stated, model={"name": str(model)}, memory={"vram": between, **nothing})
+    with pytest.raises(EngineError, match=rf"it stands it needs {needs.comfortable_gib:.2f} and"):
+        fit_memory(asked, "peft", 1500, lambda said: None)
 
 
 def test_without_a_gpu_nothing_is_chosen(model: Path) -> None:
