@@ -53,7 +53,12 @@ def fit_memory(
     gpu = gpu_named(name, ceilings(name)) or like_a_3090(name, budget)
     host = virtual_memory().available / 2**30
     card = Card(gpu=gpu, vram_gib=budget, host_gib=host, whole_gib=whole)
-    shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+    try:
+        shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+    except EngineError as error:
+        raise EngineError(
+            f"memory.vram: what a step takes cannot be counted ({error}); leave it out, and set [memory] by hand"
+        ) from error
 
     def again(other: Recipe) -> Prediction:
         return predict(other, shape, card, engine=cast(EngineName, engine), row_tokens=row_tokens)

@@ -499,6 +499,24 @@ def test_what_would_fit_tightly_is_said_to_need_more(model: Path, monkeypatch: p
         fit_memory(asked, "peft", 1500, lambda said: None)
 
 
+def test_a_model_that_cannot_be_counted_has_no_budget(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    on_a_card(monkeypatch, H100, 79.2)
+    experts = LLAMA_8B | {"model_type": "mixtral", "num_local_experts": 8}
+    (model / "config.json").write_text(json.dumps(experts))
+    asked = recipe(model={"name": str(model)}, memory={"vram": "auto"})
+    with pytest.raises(EngineError, match=r"^memory\.vram: .*has experts.*leave it out"):
+        fit_memory(asked, "peft", 1500, lambda said: None)
+
+
+def test_every_engine_of_the_benchmark_has_a_budget(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    on_a_card(monkeypatch, H100, 79.2)
+    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "12GiB"})
+    for engine in ("peft", "liger", "unsloth"):
+        taken, memory = fit_memory(asked, engine, 1500, lambda said: None)
+        assert memory
+        assert taken.train.checkpointing in (*PeftEngine.capabilities.checkpointing, "unsloth")
+
+
 def test_without_a_gpu_nothing_is_chosen(model: Path) -> None:
     said: list[str] = []
     asked = recipe(model={"name": str(model)}, memory={"vram": "auto"})
