@@ -3,7 +3,7 @@
 Every choice leaves what is learnt as it is. Tried are micro-batches at the recipe's effective batch, checkpoint
 policies and, for each, every number of layers that are kept whole, with as many more that keep their attention as
 there is then room for. Where nothing of it fits, as few layers as need be have their frozen weights in host memory.
-The same recipe, card and budget always choose the same.
+The same recipe, budget, card and host memory choose the same, until a run on this GPU has corrected the predictions.
 """
 
 from __future__ import annotations

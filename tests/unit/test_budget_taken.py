@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from plans import H100, LLAMA_8B, card, predicted, recipe
 
 from fastlora.cli.main import cli
+from fastlora.engines.engaged import load_model
 from fastlora.engines.peft import PeftEngine
 from fastlora.errors import EngineError, RecipeError
 from fastlora.plan import gpus
@@ -191,6 +192,26 @@ def test_no_more_is_chosen_than_pytorch_may_take(model: Path, monkeypatch: pytes
     _, memory = fit_memory(asked, "unsloth", 1500, lambda said: None)
     assert memory
     assert memory["budget_gib"] == pytest.approx(0.25 * 79.2 + 0.82, abs=0.01)
+
+
+@pytest.mark.parametrize("others_gib", [0, 60])
+def test_the_limit_is_on_what_this_process_holds(
+    others_gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    on_a_card(monkeypatch, H100, 79.2, others_gib)
+    shares: list[float] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+
+    def load(*_: Any) -> Any:
+        raise EngineError("not needed here")
+
+    engine: Any = SimpleNamespace(name="unsloth", load=load)
+    with pytest.raises(EngineError, match="not needed"):
+        load_model(engine, recipe(memory={"vram": "12GiB"}), print)
+    assert shares == [pytest.approx((12 - 0.82) / 79.2, abs=1e-4)]
 
 
 def test_no_more_is_chosen_than_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
