@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastlora.errors import UsageError
 from fastlora.recipe.schema import (
     DataSection,
+    KernelsSection,
     LoraSection,
     ModelSection,
     OutputSection,
@@ -99,7 +100,7 @@ class Arm(BaseModel):
     def recipe(self, recipe: Recipe, vram_cap_gib: float | None = None) -> Recipe:
         """The recipe as this arm trains it, on a GPU of that size. (Its engine is not the recipe's to name: there is no
         liger in recipes.)"""
-        train: dict[str, Any] = {}
+        train: dict[str, Any] = {"chunked_loss": None}
         memory: dict[str, Any] = {}
         for option in self.options:
             kind = kind_of(option)
@@ -118,8 +119,16 @@ class Arm(BaseModel):
                 "train": recipe.train.model_copy(update=train),
                 "memory": recipe.memory.model_copy(update=memory),
                 "data": recipe.data.model_copy(update={"packing": self.packed}),
+                "kernels": KernelsSection(mode=self.kernels),
             }
         )
+
+    @property
+    def kernels(self) -> Literal["auto", "off", "all"]:
+        """What kernels.mode would have them run, for what is planned of the arm."""
+        if "+fastlora" in self.options:
+            return "all" if "-kernels" in self.options else "auto"
+        return "auto" if self.engine == "unsloth" else "off"
 
     @property
     def environment(self) -> dict[str, str]:
