@@ -24,7 +24,7 @@ from fastlora.plan.memory import Memory, memory
 from fastlora.plan.setup import setup_of
 from fastlora.plan.shape import shape_of
 from fastlora.plan.speed import speed
-from fastlora.recipe.schema import KernelsSection, Recipe
+from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,11 +70,7 @@ def row(
     train = recipe.train.model_copy(update={"micro_batch": micro_batch or recipe.train.micro_batch})
     length = seq_len_tokens or recipe.model.seq_len_tokens
     model = recipe.model.model_copy(update={"seq_len_tokens": length})
-    ours, all_ours = (
-        {*names} <= one.options for names in (["+fastlora"], ["+fastlora", "-kernels"])
-    )
-    kernels = KernelsSection(mode="all" if all_ours else "auto" if ours else "off")
-    recipe = recipe.model_copy(update={"train": train, "model": model, "kernels": kernels})
+    recipe = recipe.model_copy(update={"train": train, "model": model})
     card = gpu_named(gpu, ceilings)
     assert card is not None
     assert card.vram_gib is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,7 +29,8 @@ from fastlora.cache import cache_folder
 from fastlora.engines.base import not_loadable
 from fastlora.errors import EngineError, UsageError
 from fastlora.plan.measured import remember_ceilings
-from fastlora.recipe.schema import KernelsSection, ModelSection
+from fastlora.plan.setup import memory_problems
+from fastlora.recipe.schema import KernelsSection, ModelSection, Recipe
 from fastlora.rundir import provenance
 from fastlora.train.stop import Interrupted, StopSignals
 
@@ -192,7 +193,20 @@ class Bench:
         recipe, shape = plan.recipe, plan.shape
         if request.model is not None:
             recipe, shape = renamed(recipe, request.model), None
+        problems = [line for arm in arms for line in self._cannot_keep(arm, recipe)]
+        if problems:
+            raise UsageError("\n".join(problems))
         return replace(plan, recipe=recipe, arms=arms, work=settings, shape=shape)
+
+    def _cannot_keep(self, arm: Arm, recipe: Recipe) -> Iterator[str]:
+        """Where [memory] would do nothing, or not what the arm's name says."""
+        made = arm.recipe(recipe, self.request.vram_cap_gib)
+        unsloth = arm.engine == "unsloth"
+        policy = made.train.checkpointing
+        if policy == "auto":
+            policy = "unsloth" if unsloth else "full"
+        for line in memory_problems(made, arm.engine, policy, streams=unsloth):
+            yield f"--arms {arm.name}: {line}"
 
     def _measure(self, scratch: Path) -> None:
         plan = self.plan
@@ -293,7 +307,9 @@ class Bench:
         own = {
             **task,
             "arm": arm.model_dump(mode="json"),
-            "recipe": arm.recipe(self.plan.recipe).model_dump(mode="json"),
+            "recipe": arm.recipe(self.plan.recipe, self.request.vram_cap_gib).model_dump(
+                mode="json"
+            ),
             "limits": {
                 "seq_len_tokens": _config(self.plan.recipe.model).max_position_embeddings,
                 "micro_batch": FRONTIER_BATCHES,

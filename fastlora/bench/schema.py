@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastlora.errors import UsageError
 from fastlora.recipe.schema import (
     DataSection,
+    KernelsSection,
     LoraSection,
     ModelSection,
     OutputSection,
@@ -67,7 +68,7 @@ class Arm(BaseModel):
         engine, *given = re.split(r"(?=[+-])", text.strip())
         if engine not in ENGINES:
             raise UsageError(f"--arms {text}: no engine {engine!r}; known: {', '.join(ENGINES)}")
-        options = {}
+        options: dict[str, str] = {}
         for option in given:
             name, number = kind_of(option), option.removeprefix(kind_of(option))
             right = name in OPTIONS and bool(number) == (name in NUMBERED)
@@ -80,7 +81,10 @@ class Arm(BaseModel):
                 raise UsageError(
                     f"--arms {text}: {engine} has no option {option!r}; it has {' '.join(known)}"
                 )
-            options[name] = option
+            if number:
+                option = f"{name}{int(number)}"
+            if options.setdefault(name, option) != option:
+                raise UsageError(f"--arms {text}: {options[name]} and {option} exclude each other")
         if len(both := [name for name in _CHECKPOINTS if name in options]) > 1:
             raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
         if engine == "peft" and "+record" in options and "+fastlora" not in options:
@@ -96,7 +100,7 @@ class Arm(BaseModel):
     def recipe(self, recipe: Recipe, vram_cap_gib: float | None = None) -> Recipe:
         """The recipe as this arm trains it, on a GPU of that size. (Its engine is not the recipe's to name: there is no
         liger in recipes.)"""
-        train: dict[str, Any] = {}
+        train: dict[str, Any] = {"chunked_loss": None}
         memory: dict[str, Any] = {}
         for option in self.options:
             kind = kind_of(option)
@@ -115,8 +119,16 @@ class Arm(BaseModel):
                 "train": recipe.train.model_copy(update=train),
                 "memory": recipe.memory.model_copy(update=memory),
                 "data": recipe.data.model_copy(update={"packing": self.packed}),
+                "kernels": KernelsSection(mode=self.kernels),
             }
         )
+
+    @property
+    def kernels(self) -> Literal["auto", "off", "all"]:
+        """What kernels.mode would have them run, for what is planned of the arm."""
+        if "+fastlora" in self.options:
+            return "all" if "-kernels" in self.options else "auto"
+        return "auto" if self.engine == "unsloth" else "off"
 
     @property
     def environment(self) -> dict[str, str]:

@@ -45,7 +45,7 @@ def command(
     loaded = load_recipe(library.find(recipe), settings)
 
     from fastlora.plan.advise import advise, with_settings
-    from fastlora.plan.budget import choose
+    from fastlora.plan.budget import NONE_FITS, choose
     from fastlora.plan.gpus import gpu_named, installed, known
     from fastlora.plan.measured import ceilings
     from fastlora.plan.predict import Card, Prediction, predict
@@ -60,9 +60,10 @@ def command(
     if here and loaded.engine == "auto" and find_spec("unsloth") is None:
         loaded = with_settings(loaded, {"engine": "peft"})  # as a run here would
     own = here[1] if here else found.vram_gib if found else None
-    size = vram or loaded.memory.vram_gib or own
-    # --vram is another card; a budget leaves this one as large as it is.
-    card = Card(gpu=found, vram_gib=size, host_gib=host, whole_gib=None if vram else own)
+    whole = vram or own  # --vram is another card; a budget leaves a card as large as it is
+    sizes = [size for size in (whole, loaded.memory.vram_gib) if size is not None]
+    size = min(sizes, default=None)
+    card = Card(gpu=found, vram_gib=size, host_gib=host, whole_gib=whole)
     config = read_config(loaded.model.name, loaded.model.revision)
     shape = shape_of(config, f"{loaded.model.name}/config.json")
 
@@ -71,8 +72,10 @@ def command(
 
     now = again(loaded)
     choice = choose(now, again) if now.speed and size else None
-    if choice and loaded.memory.vram:  # as a run would
+    asked = loaded.memory.vram is not None
+    if choice and asked:  # as a run would
         now = choice.result
+    refused = asked and choice is None and now.verdict != "unknown" and now.speed is not None
     best, singles = advise(now, again) if now.verdict in ("no", "tight") else (None, [])
     if as_json:
         document = {
@@ -89,5 +92,12 @@ def command(
         from fastlora.plan.show import show
 
         show(now, best, singles, choice, Console())
-    if now.verdict == "no":
+    if refused:
+        click.echo(
+            f"memory.vram: {NONE_FITS} {size:.2f} GiB; a run would refuse",
+            err=True,
+        )
+    elif asked and now.speed is None:
+        click.echo("memory.vram: a choice needs a GPU's speed; name one with --gpu", err=True)
+    if now.verdict == "no" or refused:
         sys.exit(3)

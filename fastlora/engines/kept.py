@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastlora.engines.base import Announce, Engine, resolve_checkpointing
 from fastlora.engines.unsloth import streamed_layers
 from fastlora.errors import EngineError
+from fastlora.plan import setup
 from fastlora.recipe.schema import MemorySection, Recipe
 
 if TYPE_CHECKING:
@@ -17,35 +18,13 @@ if TYPE_CHECKING:
 
 def memory_problems(recipe: Recipe, engine: Engine) -> Iterator[str]:
     """A line for each thing that train.checkpointing and [memory] ask for and `engine` cannot do here."""
-    memory = recipe.memory
     checkpointing = None
     try:
         checkpointing = resolve_checkpointing(recipe, engine)
     except EngineError as error:
         yield str(error)
-    if memory.keep_attention_layers and checkpointing == "unsloth":
-        yield (
-            "memory.keep_attention_layers: unsloth's own checkpointing keeps a layer or computes all of it again; "
-            'set train.checkpointing = "offload", which is fastlora\'s'
-        )
-    if not memory.stream_layers:
-        return
-    if not engine.capabilities.streams_layers:
-        yield (
-            f"memory.stream_layers: the {engine.name} engine cannot stream weights; set engine = "
-            '"unsloth", or leave it out'
-        )
-        return
-    if checkpointing == "none":
-        yield (
-            "memory.stream_layers: without checkpointing, backward needs all layers' weights to stay; set "
-            'train.checkpointing = "unsloth", "offload" or "full"'
-        )
-    if recipe.model.quantization == "int8":
-        yield (
-            "memory.stream_layers: unsloth streams 16-bit and nf4 weights, int8 ones not; set "
-            'model.quantization = "nf4"'
-        )
+    streams = engine.capabilities.streams_layers
+    yield from setup.memory_problems(recipe, engine.name, checkpointing, streams=streams)
 
 
 def keep_as_asked(model: PeftModel, engine: Engine, recipe: Recipe, announce: Announce) -> None:

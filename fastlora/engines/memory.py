@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from math import inf
 
 from fastlora.errors import EngineError, FastloraError
 
@@ -62,16 +63,17 @@ def peak_gib() -> float:
     return torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
 
 
-def cap_memory(cap_gib: float | None) -> None:
+def cap_memory(cap_gib: float | None, most_context_gib: float = inf) -> None:
     """Let this process have no more of the GPU than a smaller card would: the CUDA context counts in,
-    which the allocator's own limit leaves out."""
+    which the allocator's own limit leaves out. What other processes hold cannot be told from it: it counts in as well,
+    but for what is above most_context_gib."""
     import torch
 
     if cap_gib is None or not torch.cuda.is_available():
         return
     torch.zeros(1, device="cuda")  # makes the context
     free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved()
+    context = min(total - free - torch.cuda.memory_reserved(), most_context_gib * GIB)
     fraction = max(0.01, (cap_gib * GIB - context) / total)
     torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
 

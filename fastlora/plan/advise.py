@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from fastlora.errors import RecipeError
 from fastlora.plan.predict import Prediction
 from fastlora.recipe.schema import Recipe
 
@@ -44,16 +45,28 @@ class Advice:
         }
 
 
+def batches(recipe: Recipe, size: int, effective: int) -> dict[str, Any]:
+    """Micro-batches of `size` rows and `effective` rows a step, in the key that the recipe counts them with."""
+    if recipe.train.accumulation is not None:
+        return {"train.micro_batch": size, "train.accumulation": effective // size}
+    return {"train.micro_batch": size, "train.effective_batch": effective}
+
+
+def possible(again: Again, recipe: Recipe) -> Prediction | None:
+    """None: the engine cannot train so."""
+    try:
+        return again(recipe)
+    except RecipeError:
+        return None
+
+
 def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
         if not section:
             recipe = recipe.model_copy(update={name: value})
             continue
-        update: dict[str, Any] = {name: value}
-        if name == "effective_batch":
-            update["accumulation"] = None
-        part = getattr(recipe, section).model_copy(update=update)
+        part = getattr(recipe, section).model_copy(update={name: value})
         recipe = recipe.model_copy(update={section: part})
     return recipe
 
@@ -62,8 +75,9 @@ def advise(now: Prediction, again: Again) -> tuple[Advice | None, list[Advice]]:
     """(the cheapest change that makes it fit, each single change that needs less memory). Cheapest: the same training
     before another one, then the fastest, then the fewest keys. None where nothing here is enough."""
 
-    def tried(change: Change) -> Advice:
-        return Advice(change, again(with_settings(now.recipe, change.settings)))
+    def tried(settings: dict[str, Any], same_training: bool) -> Advice | None:
+        found = possible(again, with_settings(now.recipe, settings))
+        return Advice(Change(settings, same_training), found) if found else None
 
     same = [
         _same_engine(now), _same_loss(now), _same_policy(now), _same_batch(now), _same_weights(now),
@@ -73,13 +87,13 @@ def advise(now: Prediction, again: Again) -> tuple[Advice | None, list[Advice]]:
         advice
         for levels, keeps in [(level, True) for level in same] + [(level, False) for level in other]
         for settings in levels
-        if _less(advice := tried(Change(settings, keeps)), now)
+        if (advice := tried(settings, keeps)) and _less(advice, now)
     ]
     for whether_same, levers in ((True, same), (False, [*same, *other])):
         found = [
             advice
             for settings in _combinations(levers)
-            if (advice := tried(Change(settings, whether_same))).result.verdict != "no"
+            if (advice := tried(settings, whether_same)) and advice.result.verdict != "no"
         ]
         if found:
             return min(found, key=_cost), singles
@@ -143,7 +157,7 @@ def _same_weights(now: Prediction) -> list[dict[str, Any]]:
     layers, already = now.shape.layers, now.setup.stream_layers
     if now.setup.engine != "unsloth" or now.setup.policy == "none":
         return []
-    counts = [ceil(layers * part / 4) for part in range(1, 5)]
+    counts = dict.fromkeys(min(ceil(layers * part / 4), layers - 1) for part in range(1, 5))
     return [{"memory.stream_layers": count} for count in counts if count > already]
 
 
@@ -154,7 +168,7 @@ def _same_batch(now: Prediction) -> list[dict[str, Any]]:
     while size > 1:
         size = max(s for s in range(1, size // 2 + 1) if effective % s == 0)
         sizes.append(size)
-    return [{"train.micro_batch": size, "train.effective_batch": effective} for size in sizes]
+    return [batches(now.recipe, size, effective) for size in sizes]
 
 
 def _other_optimizer(now: Prediction) -> list[dict[str, Any]]:

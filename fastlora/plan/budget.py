@@ -3,7 +3,7 @@
 Every choice leaves what is learnt as it is. Tried are micro-batches at the recipe's effective batch, checkpoint
 policies and, for each, every number of layers that are kept whole, with as many more that keep their attention as
 there is then room for. Where nothing of it fits, as few layers as need be have their frozen weights in host memory.
-The same recipe, card and budget always choose the same.
+The same recipe, budget, card and host memory choose the same, until a run on this GPU has corrected the predictions.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastlora.plan.advise import with_settings
+from fastlora.plan.advise import Again, batches, possible, with_settings
 from fastlora.plan.predict import Prediction
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
-
-Again = Callable[[Recipe], Prediction]
-"""The prediction for another recipe, all else as it was."""
 
 OPEN = (
     "train.micro_batch", "train.checkpointing", "memory.keep_layers", "memory.keep_attention_layers",
@@ -27,7 +24,8 @@ OPEN = (
 )  # fmt: skip
 """What may be chosen, where the recipe does not say it."""
 
-POLICIES = {"unsloth": ("none", "unsloth", "offload", "full"), "peft": ("none", "offload", "full")}
+_OURS = ("none", "offload", "full")
+POLICIES = {"unsloth": ("none", "unsloth", "offload", "full"), "peft": _OURS, "liger": _OURS}
 _MOST_TOKENS = 16_384
 """Of a micro-batch; a GPU does not become faster beyond, and the loss of one row too many costs more time."""
 _ALIKE = 0.01
@@ -51,7 +49,7 @@ class Choice:
         def figures(of: Prediction) -> dict[str, float]:
             assert of.speed is not None
             return {
-                "needed_gib": round(of.memory.comfortable_gib, 3),
+                "comfortable_gib": round(of.memory.comfortable_gib, 3),
                 "host_gib": round(of.memory.host_gib, 3),
                 "tokens_per_s": round(of.speed.tokens_per_s, 1),
             }
@@ -69,6 +67,9 @@ class Choice:
         yield f"memory.vram = {self.result.card.vram_gib:.2f} GiB: {took}; with nothing kept or streamed {plain}"
         for one in self.filled:
             yield f"  {one.key} = {one.value}: {one.why}"
+
+
+NONE_FITS = "with what the recipe leaves open nothing fits into"
 
 
 def choose(now: Prediction, again: Again) -> Choice | None:
@@ -91,7 +92,8 @@ def choose(now: Prediction, again: Again) -> Choice | None:
         for key, value in settings.items()
         if not _stated(recipe, key, value)
     )
-    plain = with_settings(recipe, {"train.checkpointing": POLICIES[engine][1]})
+    nothing = dict.fromkeys(OPEN[2:], 0)
+    plain = with_settings(recipe, {"train.checkpointing": POLICIES[engine][1], **nothing})
     return Choice(filled, result, again(plain))
 
 
@@ -99,9 +101,12 @@ Found = tuple[dict[str, Any], Prediction]
 
 
 def _stated(recipe: Recipe, key: str, value: Any) -> bool:
-    """Whether the recipe means that already."""
+    """Whether the recipe means that already. A micro-batch by default does not count: resumed, it may not change."""
     section, _, name = key.partition(".")
-    return bool(getattr(getattr(recipe, section), name) == value or value == 0)
+    part = getattr(recipe, section)
+    if name == "micro_batch" and name not in part.model_fields_set:
+        return False
+    return bool(getattr(part, name) == value or (value == 0 and not getattr(part, name)))
 
 
 def _given(recipe: Recipe, key: str) -> Any:
@@ -118,69 +123,62 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
     effective = setup.micro_batch * setup.accumulation
     sizes = [_given(recipe, "train.micro_batch")]
     if sizes == [None]:
-        sizes = [
-            size
-            for size in range(1, effective + 1)
-            if effective % size == 0 and (size == 1 or size * setup.row_tokens <= _MOST_TOKENS)
-        ]
+        most = max(1, min(effective, _MOST_TOKENS // setup.row_tokens))
+        sizes = [size for size in range(1, most + 1) if effective % size == 0]
     given = _given(recipe, "train.checkpointing")
     for size in sizes:
         for policy in [given] if given else POLICIES[setup.engine]:
-            yield {
-                "train.micro_batch": size, "train.effective_batch": effective, "train.checkpointing": policy,
-            }  # fmt: skip
+            rows = batches(recipe, size, effective) if size != recipe.train.micro_batch else {}
+            yield {"train.micro_batch": size, **rows, "train.checkpointing": policy}
 
 
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
     """What fits with nothing kept, and with so many layers kept whole and as many more in part as there is room for."""
-    recipe, layers, policy = now.recipe, now.shape.layers, start["train.checkpointing"]
+    policy, free = start["train.checkpointing"], now.shape.layers - now.setup.stream_layers
+    keys = ("memory.keep_layers", "memory.keep_attention_layers")
+    open_keys = [key for key in keys if policy != "none" and _given(now.recipe, key) is None]
 
-    def tried(whole: int, parts: int) -> Found:
-        kept = {"memory.keep_layers": whole, "memory.keep_attention_layers": parts}
-        settings = start if policy == "none" else start | kept
-        return settings, again(with_settings(recipe, settings))
+    def tried(*counts: int) -> Found | None:
+        kept = dict(zip(keys, counts, strict=True))
+        return _tried(now, start | {key: kept[key] for key in open_keys}, again)
 
-    given, given_parts = (
-        _given(recipe, f"memory.{key}") for key in ("keep_layers", "keep_attention_layers")
-    )
-    wholes = (
-        [0] if policy == "none" else range(layers + 1) if given is None else [min(given, layers)]
-    )
-    most = layers if given_parts is None else given_parts
-    if policy in ("none", "unsloth"):
-        most = 0
-    for whole in wholes:
+    most = free if keys[1] in open_keys and policy != "unsloth" else 0
+    for whole in range(free + 1) if keys[0] in open_keys else [0]:
         # The more are kept whole, the fewer more in part.
-        for parts in range(min(most, layers - whole), -1, -1):
-            found = tried(whole, parts)
-            if _fits(found[1]):
+        for parts in range(min(most, free - whole), -1, -1):
+            if (found := tried(whole, parts)) and _fits(found):
                 yield found
                 most = parts
                 break
-            if given_parts is not None:
-                return
         else:
             return
 
 
 def _streamed(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
     """With as few layers streamed as fit, all computed again."""
-    if start["train.checkpointing"] == "none" or _given(now.recipe, "memory.keep_layers"):
+    if _given(now.recipe, "memory.keep_layers"):
         return
     for_n: dict[int, Found] = {}
 
     def fits(streamed: int) -> bool:
-        settings = start | {"memory.stream_layers": streamed}
-        for_n[streamed] = settings, again(with_settings(now.recipe, settings))
-        return _fits(for_n[streamed][1])
+        found = _tried(now, start | {"memory.stream_layers": streamed}, again)
+        if found:
+            for_n[streamed] = found
+        return found is not None and _fits(found)
 
-    fewest = bisect_left(range(now.shape.layers + 1), True, key=fits)
+    fewest = bisect_left(range(now.shape.layers), True, key=fits)  # one at least stays
     if fewest in for_n:
         yield for_n[fewest]
 
 
-def _fits(found: Prediction) -> bool:
-    return found.verdict == "fits"
+def _tried(now: Prediction, settings: dict[str, Any], again: Again) -> Found | None:
+    """None: the engine cannot train so."""
+    result = possible(again, with_settings(now.recipe, settings))
+    return (settings, result) if result else None
+
+
+def _fits(found: Found) -> bool:
+    return found[1].verdict == "fits"
 
 
 def _time(found: Found) -> float:

@@ -66,7 +66,7 @@ def _stack() -> str:
 
 def kind(setup: Setup) -> str:
     parts = (setup.engine, setup.policy, setup.loss, setup.quantization, f"kernels={setup.kernels}")
-    return " ".join((*parts, _stack()))
+    return " ".join((*parts, *(["graphs"] if setup.graphs else []), _stack()))
 
 
 def file_of(gpu: str) -> Path:

@@ -117,6 +117,10 @@ def memory(
         "backward of a layer": (*lasting, *_backward(shape, setup), *layer),
         "optimizer step": (*always, *buffers, *step),
     }
+    if setup.graphs:
+        most = max(_sum(terms) for terms in moments.values()) - _sum((*lasting,))
+        pool = Term("CUDA graphs' memory", most, "a micro-batch's; others have theirs beside it")
+        moments = {moment: (*terms, pool) for moment, terms in moments.items()}
     peak = max(_sum(terms) for terms in moments.values())
     if setup.loss == "logits":
         holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
@@ -166,7 +170,9 @@ def _kept(
 
 def _backward(shape: Shape, setup: Setup) -> list[Term]:
     """What is kept and made again at the backward's largest layer: the last, with all still there; or the first that is
-    computed again, when the whole ones behind it have gone. unsloth's whole ones lie between the others instead."""
+    computed again, when the kept ones behind it have gone. unsloth's whole ones lie between the others instead; and
+    where layers are streamed the last is one of them, so that all kept ones are before it.
+    """
     between = setup.policy == "unsloth"
     stages = [_kept(shape, setup)]
     if setup.keep_attention_layers:
@@ -174,11 +180,17 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
         stages.append([*_kept(shape, setup, whole=0), again])
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
-        if not setup.inputs_on_host:  # its input is among the checkpoints
+        if (
+            setup.engine == "liger"
+        ):  # its input is among the checkpoints; with fastlora's its output is there as well
             saves -= setup.tokens * shape.hidden * setup.item
         again = Term("a layer computed again", saves, "what it saves")
-        whole = max(0, setup.keep_layers - 1) if between else 0
-        stages.append([*_kept(shape, setup, whole=whole, attention=0), again])
+        if setup.stream_layers:
+            still = _kept(shape, setup)
+        else:
+            whole = max(0, setup.keep_layers - 1) if between else 0
+            still = _kept(shape, setup, whole=whole, attention=0)
+        stages.append([*still, again])
     return max(stages, key=lambda terms: _sum((*terms,)))
 
 
@@ -199,7 +211,7 @@ def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
         Term("process", _PROCESS, "estimate: Python, PyTorch, CUDA"),
         Term("loading", min(_SHARD, file), "one file of the checkpoint"),
     ]
-    if setup.inputs_on_host and (pinned := working.checkpoint_bytes(shape, setup)):
+    if pinned := working.host_inputs_bytes(shape, setup):
         terms.append(Term("pinned checkpoints", pinned, "inputs of the layers computed again"))
     if streamed := stored.streamed_bytes(shape, setup):
         terms.append(Term("pinned weights", streamed, f"of {setup.stream_layers} layers"))

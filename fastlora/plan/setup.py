@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,8 +44,9 @@ class Setup:
     keep_layers: int = 0
     keep_attention_layers: int = 0
     stream_layers: int = 0
-    """As in [memory]; never more than there are layers."""
+    """As in [memory]; no layer twice, and one at least is not streamed."""
     graphs: bool = False
+    """Micro-batches are recorded: asked for, and not refused (train/static.py)."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -75,7 +77,7 @@ def setup_of(
 
     engine: what `auto` stands for there; row_tokens: of the longest row, if it is known and below
     model.seq_len_tokens; bfloat16: the GPU has it.
-    Raises RecipeError: lora.target_modules names no layer of the model.
+    Raises RecipeError: lora.target_modules names no layer of the model; the engine cannot keep or stream layers so.
     """
     model, lora, train = recipe.model, recipe.lora, recipe.train
     name: EngineName = engine or (recipe.engine if recipe.engine != "auto" else "unsloth")
@@ -84,20 +86,35 @@ def setup_of(
         notes.append(
             "engine: unsloth, which auto is where it is installed beside a GPU; --set engine=peft for the other"
         )
-    default: Policy = "unsloth" if name == "unsloth" else "full"
+    unsloth = name == "unsloth"
+    default: Policy = "unsloth" if unsloth else "full"
     policy = train.checkpointing if train.checkpointing != "auto" else default
     if policy == "unsloth" and name != "unsloth":
         raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
+    if problems := list(memory_problems(recipe, name, policy, streams=unsloth)):
+        raise RecipeError("recipe", problems)
     kernels = recipe.kernels.mode == "all" or (name == "peft" and recipe.kernels.mode != "off")
     chunked = train.chunked_loss if train.chunked_loss is not None else kernels
-    kept = shape.layers if policy == "none" else min(recipe.memory.keep_layers or 0, shape.layers)
+    memory = recipe.memory
+    streamed = min(memory.stream_layers or 0, shape.layers - 1)
+    free = shape.layers - streamed
+    kept = free if policy == "none" else min(memory.keep_layers or 0, free)
+    refused = policy == "unsloth" or streamed or lora.dropout
+    refused = refused or (
+        recipe.kernels.mode == "off" or recipe.data.packing if unsloth else not chunked
+    )
+    graphs = bool(memory.cuda_graphs) and not refused
+    if memory.cuda_graphs and not graphs:
+        notes.append(
+            "memory.cuda_graphs: a run would go on without them, and say why (docs/memory.md)"
+        )
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
     setup = Setup(
         engine=name,
         policy=policy,
-        loss=name if name != "peft" else "fastlora" if chunked else "logits",
+        loss="fastlora" if graphs else name if name != "peft" else "fastlora" if chunked else "logits",
         quantization=model.quantization,
         item=4 if model.dtype == "float32" else 2,
         micro_batch=train.micro_batch,
@@ -112,9 +129,9 @@ def setup_of(
         kernels=kernels,
         packed=recipe.data.packing,
         keep_layers=kept,
-        keep_attention_layers=min(recipe.memory.keep_attention_layers or 0, shape.layers - kept),
-        stream_layers=min(recipe.memory.stream_layers or 0, shape.layers),
-        graphs=bool(recipe.memory.cuda_graphs),
+        keep_attention_layers=min(memory.keep_attention_layers or 0, free - kept),
+        stream_layers=streamed,
+        graphs=graphs,
     )  # fmt: skip
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
@@ -122,6 +139,36 @@ def setup_of(
         raise RecipeError("recipe", problems)
     notes += _not_measured(setup, shape)
     return replace(setup, notes=tuple(notes))
+
+
+def memory_problems(
+    recipe: Recipe, engine: str, policy: str | None, *, streams: bool
+) -> Iterator[str]:
+    """A line for each thing that [memory] asks for and `engine` cannot do with train.checkpointing = `policy` (None: it
+    has none such). `streams`: it has memory.stream_layers."""
+    memory = recipe.memory
+    if memory.keep_attention_layers and policy == "unsloth":
+        yield (
+            "memory.keep_attention_layers: unsloth's own checkpointing keeps a layer or computes all of it again; "
+            'set train.checkpointing = "offload", which is fastlora\'s'
+        )
+    if not memory.stream_layers:
+        return
+    if not streams:
+        yield (
+            f'memory.stream_layers: the {engine} engine cannot stream weights; set engine = "unsloth", or leave it out'
+        )
+        return
+    if policy == "none":
+        yield (
+            "memory.stream_layers: without checkpointing, backward needs all layers' weights to stay; set "
+            'train.checkpointing = "unsloth", "offload" or "full"'
+        )
+    if recipe.model.quantization == "int8":
+        yield (
+            "memory.stream_layers: unsloth streams 16-bit and nf4 weights, int8 ones not; set "
+            'model.quantization = "nf4"'
+        )
 
 
 def _target_problems(setup: Setup, shape: Shape) -> list[str]:

@@ -52,8 +52,10 @@ class Shape:
     """Width of k, and of v."""
     linears: tuple[Linear, ...]
     """Of one decoder layer."""
-    norms: int
-    """Norm weights of one decoder layer."""
+    layer_norms: int
+    """Norms of one decoder layer over the hidden size: 2, or 4 where what attention and MLP give is normed too."""
+    head_norms: int
+    """Width of the norms on every head of q and of k; 0: there are none."""
     tied: bool
     """Embedding and output layer are one weight."""
     softcapped: bool
@@ -63,6 +65,16 @@ class Shape:
     max_tokens: int | None
     notes: tuple[str, ...]
     """What was assumed."""
+
+    @property
+    def norms(self) -> int:
+        """Norm weights of one decoder layer."""
+        return self.layer_norms * self.hidden + 2 * self.head_norms
+
+    @property
+    def fused_projections(self) -> bool:
+        """q, k and v are one product, and gate and up another."""
+        return any(one.name == "qkv_proj" for one in self.linears)
 
     @property
     def embedding(self) -> Linear:
@@ -157,7 +169,8 @@ def shape_of(config: Mapping[str, Any], name: str = "config.json") -> Shape:
         query=heads * head,
         key_value=kv_heads * head,
         linears=_linears(config, family, hidden, heads * head, kv_heads * head, intermediate),
-        norms=family.get("norms", 2) * hidden + 2 * head * family.get("head_norms", False),
+        layer_norms=family.get("norms", 2),
+        head_norms=head if family.get("head_norms") else 0,
         tied=bool(_first(config, whole, "tie_word_embeddings", family.get("tied", kind not in _FAMILIES))),
         softcapped=bool(config.get("final_logit_softcapping", kind == "gemma2")),
         quantized=(whole.get("quantization_config") or {}).get("quant_method"),

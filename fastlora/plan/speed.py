@@ -14,7 +14,7 @@ from fastlora.plan.gpus import Gpu
 from fastlora.plan.setup import Setup
 from fastlora.plan.shape import Shape
 from fastlora.plan.stored import streamed_bytes
-from fastlora.plan.working import MLP, again_layers, checkpoint_bytes
+from fastlora.plan.working import MLP, again_layers, host_inputs_bytes
 
 EFFICIENCY = {"peft": 0.46, "liger": 0.5, "unsloth": 0.594}
 """Share of the ceiling with what is recomputed: unsloth's at 8B; liger's at Qwen2.5 7B. peft has never been bound by
@@ -72,8 +72,7 @@ def speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed:
     host_s = 0.0 if setup.graphs else shape.layers * HOST_MS[setup.engine] * share / 1e3
     # Weights come once for the forward and once for the backward; an input goes out, and comes back.
     weights_s = streamed_bytes(shape, setup) / (gpu.host_gb_s * 1e9)
-    inputs = checkpoint_bytes(shape, setup) if setup.inputs_on_host else 0
-    inputs_s = inputs / (gpu.host_gb_s * 1e9)
+    inputs_s = host_inputs_bytes(shape, setup) / (gpu.host_gb_s * 1e9)
     # Both directions go at once.
     waits_s = max(0.0, weights_s - forward / rate, inputs_s - forward / rate)
     waits_s += max(0.0, weights_s + inputs_s - backward / rate)

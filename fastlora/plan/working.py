@@ -52,16 +52,22 @@ def layer_saves(shape: Shape, setup: Setup) -> int:
     which backward makes the product again. liger: the same and the product (3 i). peft: the norms' float32 copies of
     their inputs (2 x 2 h), their outputs, and silu(gate) and the product too (4 i); on a base that is not quantized
     PEFT gives every adapter a copy of its input (3 h and q more). With fastlora's kernels neither, nor product (2 i).
+    Gemma's norms behind attention and MLP save their inputs as well, and so do norms on q and k. Where q, k and v are
+    one product, v is a view that keeps all of it, and attention's output is copied (2 q and k more).
     """
     h, q, k = shape.hidden, shape.query, shape.key_value
-    own_norms = setup.engine == "peft"  # transformers' keep float32 copies
-    elements = (6 if own_norms else 4) * h + 2 * q + 2 * k
-    if setup.engine == "peft" and not setup.kernels and setup.quantization == "none":
+    normed = shape.layer_norms * h + (q + k if shape.head_norms else 0)
+    wide = 2 if setup.engine == "peft" else 1  # transformers' norms keep float32 copies
+    elements = wide * normed + 2 * h + 2 * q + 2 * k
+    if shape.fused_projections:
+        elements += 2 * q + k
+    elif setup.engine == "peft" and not setup.kernels and setup.quantization == "none":
         elements += 2 * h + q
-    if shape.norms > 4 * h:  # gemma's norms after attention and MLP save their inputs too
-        elements += 2 * h
     attention = [one for one in shape.linears if one.name not in MLP]
-    statistics = 4 * (shape.heads + 2)  # attention's log-sum-exp and the norms' roots, float32
+    roots = shape.layer_norms
+    if shape.head_norms:
+        roots += (q + k) // shape.head_norms
+    statistics = 4 * (shape.heads + roots)  # attention's log-sum-exp and the norms' roots, float32
     per_token = setup.item * elements + statistics + _adapters_save(attention, setup)
     return setup.tokens * per_token + mlp_saves(shape, setup)
 
@@ -72,10 +78,11 @@ MLP = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj"})
 def mlp_saves(shape: Shape, setup: Setup) -> int:
     """The part of `layer_saves` that keep_attention_layers do without: all but the MLP's input."""
     i = shape.intermediate
-    if fused_by_unsloth(shape, setup) or setup.kernels:
+    if fused_by_unsloth(shape, setup) or (setup.kernels and not setup.dora):
         elements = 2 * i
-    elif setup.engine == "peft":
-        elements = 4 * i + (shape.hidden if setup.quantization == "none" else 0)
+    elif setup.engine == "peft" and not setup.kernels:
+        copied = setup.quantization == "none" and not shape.fused_projections
+        elements = 4 * i + (shape.hidden if copied else 0)
     else:
         elements = 3 * i
     adapters = _adapters_save([one for one in shape.linears if one.name in MLP], setup)
@@ -83,22 +90,25 @@ def mlp_saves(shape: Shape, setup: Setup) -> int:
 
 
 def _adapters_save(linears: Sequence[Linear], setup: Setup) -> int:
-    """Bytes a token: x A^T; with DoRA the base's result and the adapter's, which the magnitude's gradient takes; with
-    dropout the dropped input, and a byte of mask."""
+    """Bytes a token: x A^T; with DoRA the base's result and the adapter's, which the magnitude's gradient takes, or
+    with fastlora's kernels their sum; with dropout the dropped input, and a byte of mask, which the kernels draw again.
+    """
     adapted = [one for one in linears if setup.adapted(one)]
     elements, inputs = len(adapted) * setup.rank, sum(one.inputs for one in adapted)
     if setup.dora:
-        elements += 2 * sum(one.outputs for one in adapted)
-    if setup.dropout:
+        elements += (1 if setup.kernels else 2) * sum(one.outputs for one in adapted)
+    masked = setup.dropout and (setup.dora or not setup.kernels)
+    if masked:
         elements += inputs
-    return setup.item * elements + (inputs if setup.dropout else 0)
+    return setup.item * elements + (inputs if masked else 0)
 
 
 def layer_works(shape: Shape, setup: Setup) -> int:
     """What the backward of a layer makes beside what is saved, at its largest. In the MLP the gradient of its output
     (h), and unsloth's copies of gate, up and product (4 i), peft's gradients of product and activation (2 i; with an
     unquantized base's copies 4 h and i more), or fastlora's of product, gate and up (3 i). In attention, when the MLP's
-    have gone, the float32 sums of dq and the unshared dk and dv; in peft's norms their float32 gradients (10 h)."""
+    have gone, the float32 sums of dq and the unshared dk and dv; in peft's norms their float32 gradients (10 h); those
+    of a norm behind the MLP while all that is saved is still there (13 h)."""
     h, i, q = shape.hidden, shape.intermediate, shape.query
     others = 6 * q
     if fused_by_unsloth(shape, setup):
@@ -109,6 +119,8 @@ def layer_works(shape: Shape, setup: Setup) -> int:
         mlp, saved, others = 2 * i, 4 * i, max(others, 9 * h)
         if setup.quantization == "none":
             mlp += 4 * h + i
+        if shape.layer_norms > 2:
+            mlp = max(mlp, 12 * h)
     else:
         mlp, saved = i, 3 * i
     return setup.tokens * setup.item * (h + max(mlp, others - saved))
@@ -133,15 +145,24 @@ def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
 
 def staging_bytes(shape: Shape, setup: Setup) -> int:
     """The two buffers through which checkpoints come back from the host; fastlora keeps the last one on the GPU too."""
-    if not setup.inputs_on_host:
+    again, ours = again_layers(shape, setup), setup.policy == "offload"
+    if not again or not setup.inputs_on_host:
         return 0
-    buffers = 2 if setup.policy == "unsloth" else 3
+    buffers = min(2, again - 1) + 1 if ours else 2
     return buffers * setup.tokens * shape.hidden * setup.item
 
 
+def host_inputs_bytes(shape: Shape, setup: Setup) -> int:
+    """Checkpoints in host memory."""
+    if not setup.inputs_on_host:
+        return 0
+    layers = again_layers(shape, setup) - (setup.policy == "offload")
+    return max(0, layers) * setup.tokens * shape.hidden * setup.item
+
+
 def mask_bytes(setup: Setup) -> int:
-    """A padded micro-batch's attention mask, T x row, a byte each; unsloth has none."""
-    if setup.engine == "unsloth" or setup.packed or setup.micro_batch == 1:
+    """A padded micro-batch's attention mask, T x row, a byte each; unsloth and recorded ones have none."""
+    if setup.engine == "unsloth" or setup.packed or setup.micro_batch == 1 or setup.graphs:
         return 0
     return setup.tokens * setup.row_tokens
 

@@ -9,7 +9,7 @@ from psutil import virtual_memory
 
 from fastlora.engines.memory import memory_now
 from fastlora.errors import EngineError, FastloraError
-from fastlora.plan.budget import OPEN, choose
+from fastlora.plan.budget import NONE_FITS, OPEN, choose
 from fastlora.plan.gpus import gpu_named, like_a_3090
 from fastlora.plan.measured import Peak, ceilings, kind, remember
 from fastlora.plan.predict import Card, Prediction, predict
@@ -44,11 +44,21 @@ def fit_memory(
         return recipe, None
     properties = torch.cuda.get_device_properties(0)
     name, whole = properties.name, properties.total_memory / 2**30
-    budget = recipe.memory.vram_gib or _free_gib(engine)
+    free = _free_gib(engine)
+    asked = recipe.memory.vram_gib or free
+    if (budget := min(asked, free)) < asked:
+        announce(
+            f"memory.vram: {asked:.2f} GiB are not free on this GPU; chosen is for {budget:.2f}"
+        )
     gpu = gpu_named(name, ceilings(name)) or like_a_3090(name, budget)
     host = virtual_memory().available / 2**30
     card = Card(gpu=gpu, vram_gib=budget, host_gib=host, whole_gib=whole)
-    shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+    try:
+        shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+    except EngineError as error:
+        raise EngineError(
+            f"memory.vram: what a step takes cannot be counted ({error}); leave it out, and set [memory] by hand"
+        ) from error
 
     def again(other: Recipe) -> Prediction:
         return predict(other, shape, card, engine=cast(EngineName, engine), row_tokens=row_tokens)
@@ -57,8 +67,8 @@ def fit_memory(
     choice = choose(now, again)
     if choice is None:
         raise EngineError(
-            f"memory.vram: with what the recipe leaves open nothing fits into {budget:.2f} GiB, and "
-            f"{host:.1f} of the host; as it stands it needs {now.memory.needed_gib:.2f} and "
+            f"memory.vram: {NONE_FITS} {budget:.2f} GiB, and {host:.1f} of the host; as "
+            f"it stands it needs {now.memory.comfortable_gib:.2f} and "
             f"{now.memory.host_gib:.1f}. Leave more keys open ({', '.join(OPEN)}), or see what to change: "
             f"fastlora plan RECIPE --vram {budget:.1f}GiB"
         )
@@ -68,11 +78,11 @@ def fit_memory(
 
 
 def _free_gib(engine: str) -> float:
-    """What this process may come to hold, its CUDA context with it; that of a card that nothing else uses is all of
-    it."""
-    figures = memory_now()
-    others = figures["others_gib"] - CONTEXT[cast(EngineName, engine)] / 2**30
-    return figures["card_gib"] - max(0.0, others)
+    """What this process may come to hold, its CUDA context with it: of a card that nothing else uses all, if PyTorch is
+    allowed as much."""
+    figures, context = memory_now(), CONTEXT[cast(EngineName, engine)] / 2**30
+    free = figures["card_gib"] - max(0.0, figures["others_gib"] - context)
+    return min(free, figures.get("allowed_gib", free) + context)
 
 
 def longest_row(recipe: Recipe, data: Prepared) -> int | None:

@@ -27,7 +27,12 @@ def open_for_resume(recipe: Recipe, *, auto: bool = False) -> RunDir:
     def unlike(manifest: dict[str, Any]) -> list[str]:
         if "recipe" in manifest and ("auto" in manifest) is not auto:
             return ["it was begun without --auto" if auto else "it was begun with --auto"]
-        now = apply(recipe, filled_from(manifest))
+        filled = filled_from(manifest)
+        now = apply(recipe, filled)
+        given = recipe.train.micro_batch if "micro_batch" in recipe.train.model_fields_set else None
+        for one in filled:
+            if one.key == "train.micro_batch" and given not in (None, one.value):
+                return [f"{one.key}: memory.vram chose {one.value}, now {given}"]
         return changed_keys(manifest.get("recipe"), now.model_dump(mode="json"), but=MEMORY_KEYS)
 
     return RunDir.open_unfinished(Path(recipe.output.dir), unlike)

@@ -46,7 +46,7 @@ MANIFEST: dict[str, Any] = {
     "answers": {"rows": 20, "expected": 18, "before": {"chrf": 12.25}, "after": {"chrf": 88.5, "rouge_l": 0.4}},
     "auto": [{"key": "lora.rank", "value": 32, "why": "for 1,150 rows"}],
     "memory": {
-        "budget_gib": 12.0, "needed_gib": 11.432, "host_gib": 9.5, "tokens_per_s": 10_729.4,
+        "budget_gib": 12.0, "comfortable_gib": 11.432, "host_gib": 9.5, "tokens_per_s": 10_729.4,
         "filled": [{"key": "memory.keep_layers", "value": 10, "why": "of 28 layers"}], "plainest": {},
     },
     "eval_before": {"loss": 2.25, "by_source": {"cipher": 1.5}},

@@ -94,6 +94,17 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
     memory = kept.recipe(recipe).memory
     assert kept.recipe(recipe).train.checkpointing == "offload"
     assert (memory.keep_layers, memory.keep_attention_layers, memory.stream_layers) == (3, 12, 7)
+    # What an arm runs is what a budget counts.
+    modes = {
+        name: Arm.parse(name).recipe(recipe).kernels.mode
+        for name in ("peft", "liger", "peft+fastlora", "unsloth", "unsloth+fastlora-kernels")
+    }
+    assert [*modes.values()] == ["off", "off", "auto", "auto", "all"]
+    chunked = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"chunked_loss": True})}
+    )
+    assert Arm.parse("peft").recipe(chunked).train.chunked_loss is None
+    assert Arm.parse("unsloth+keep007+keep7") == Arm.parse("unsloth+keep7")
     assert Arm.parse("unsloth+budget").recipe(recipe, 7.5).memory.vram_gib == 7.5
     assert Arm.parse("unsloth+budget").recipe(recipe).memory.vram == "auto"
     assert Arm.parse("peft+record+fastlora").recipe(recipe).memory.cuda_graphs
@@ -102,6 +113,7 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
         "unsloth-offload-checkpointing",
         "unsloth+offload-offload",
         "unsloth+keep",
+        "unsloth+keep1+keep2",
         "unsloth+budget3",
         "peft+stream4",
         "unsloth+keep-3",

@@ -205,6 +205,43 @@ def test_json_is_all_there_is_on_stdout_even_where_it_cannot_be_written(
     assert "full: the report cannot be written: " in done.stderr
 
 
+def test_an_arm_that_would_not_be_what_its_name_says_is_refused(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(*names: str) -> list[str]:
+        arms = [Arm.parse(name) for name in names]
+        running = bench(tmp_path, told, monkeypatch, GPU, arms=arms)
+        running.machine = GPU
+        return [arm.name for arm in running._plan().arms]
+
+    fine = ["unsloth+offload+attention4", "unsloth+keep2+stream4", "peft+attention4"]
+    assert planned(*fine) == fine
+    with pytest.raises(
+        UsageError, match=r"(?s)^--arms unsloth\+attention4: .*\n--arms unsloth\+stream4-ch"
+    ):
+        planned("peft", "unsloth+attention4", "unsloth+stream4-checkpointing")
+
+
+def test_a_frontier_is_within_the_cap(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = bench(tmp_path, told, monkeypatch, GPU, vram_cap_gib=12.0)
+    running.machine = GPU
+    running.plan = running._plan()
+    asked: list[Any] = []
+
+    def worker(self: Bench, kind: str, task: str, **_: Any) -> dict[str, Any]:
+        asked.append(json.loads(task)["recipe"]["memory"]["vram"])
+        raise Failed("timeout", "no answer")
+
+    monkeypatch.setattr(Bench, "_worker", worker)
+    monkeypatch.setattr(
+        bench_run, "_config", lambda _: SimpleNamespace(max_position_embeddings=512)
+    )
+    running._frontier(Arm.parse("peft+budget"), {})
+    assert asked == ["12.0GiB"]
+
+
 def test_an_arm_whose_frontier_fails_has_its_rows(
     tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import H100, LLAMA_8B, card, predicted, recipe
+from plans import LLAMA_8B, card, predicted, recipe
 
-from fastlora.cli.main import cli
-from fastlora.errors import EngineError, RecipeError
-from fastlora.plan import gpus
+from fastlora.engines import kept
+from fastlora.engines.peft import PeftEngine
+from fastlora.engines.unsloth import UnslothEngine
+from fastlora.errors import RecipeError
+from fastlora.plan import working
 from fastlora.plan.advise import with_settings
 from fastlora.plan.budget import Choice, choose
-from fastlora.plan.predict import Prediction, predict
+from fastlora.plan.predict import Card, Prediction, predict
+from fastlora.plan.setup import memory_problems
 from fastlora.plan.shape import shape_of
-from fastlora.recipe.load import load_recipe
+from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
-from fastlora.train.advising import filled_from
-from fastlora.train.planned import fit_memory
 
 SMALL = LLAMA_8B | {"num_hidden_layers": 6}
 OPEN: dict[str, Any] = {"train": {"effective_batch": 16}}
@@ -108,6 +109,67 @@ def test_what_the_recipe_says_stays() -> None:
     assert setup.keep_layers == choice.settings["memory.keep_layers"] > 0
 
 
+ASKED: tuple[dict[str, Any], ...] = (
+    {}, {"keep_layers": 2}, {"keep_layers": 100}, {"keep_attention_layers": 2}, {"stream_layers": 3},
+    {"stream_layers": 100}, {"stream_layers": 2, "keep_layers": 1, "keep_attention_layers": 9},
+)  # fmt: skip
+TRAINED: tuple[dict[str, Any], ...] = (
+    {}, {"accumulation": 4}, {"effective_batch": 6, "micro_batch": 3}, {"checkpointing": "none"},
+    {"checkpointing": "full"}, {"checkpointing": "offload", "accumulation": 2, "micro_batch": 4},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["unsloth", "peft"])
+@pytest.mark.parametrize("layers", [1, 6])
+def test_whatever_is_chosen_can_be_run(engine: str, layers: int) -> None:
+    """The recipe that comes of it is valid, the engine does not refuse it, and it is planned as it was chosen."""
+    here = UnslothEngine() if engine == "unsloth" else PeftEngine()
+    shape, chose = shape_of(SMALL | {"num_hidden_layers": layers}), 0
+    for vram, memory, train, base in product((2.8, 3.4, 5, 30), ASKED, TRAINED, ("nf4", "int8")):
+        there = card(vram)
+
+        def again(other: Recipe, there: Card = there) -> Prediction:
+            return predict(other, shape, there)
+
+        asked = recipe(engine=engine, memory=memory, train=train, model={"quantization": base})
+        refused = list(memory_problems(asked, engine, _policy(asked), streams=engine == "unsloth"))
+        if refused:
+            with pytest.raises(RecipeError):
+                again(asked)
+            continue
+        choice = choose(again(asked), again)
+        if choice is None:
+            continue
+        chose += 1
+        taken = apply(asked, choice.filled)
+        assert list(kept.memory_problems(taken, here)) == []
+        assert replace(again(taken).setup, notes=()) == replace(choice.result.setup, notes=())
+        setup, before = choice.result.setup, again(asked).setup
+        assert setup.tokens * setup.accumulation == before.tokens * before.accumulation
+        assert setup.stream_layers < layers
+        assert setup.stream_layers + setup.keep_layers + setup.keep_attention_layers <= layers
+        assert choice.plainest.setup.keep_layers == choice.plainest.setup.stream_layers == 0
+    assert chose > 50
+
+
+def _policy(asked: Recipe) -> str:
+    default = "unsloth" if asked.engine == "unsloth" else "full"
+    return default if asked.train.checkpointing == "auto" else asked.train.checkpointing
+
+
+def test_a_great_batch_takes_no_longer() -> None:
+    began = time.perf_counter()
+    assert chosen(12, SMALL, train={"effective_batch": 2 * 500_000_003})
+    assert time.perf_counter() - began < 10
+
+
+def test_micro_batches_by_default_are_chosen_too() -> None:
+    """Resumed under another budget, they are to stay."""
+    choice = chosen(30, SMALL, engine="unsloth", train={"accumulation": 1})
+    assert choice
+    assert choice.settings["train.micro_batch"] == choice.result.setup.micro_batch == 2
+
+
 def test_layers_are_streamed_only_where_nothing_else_fits() -> None:
     roomy, tight = chosen(8.5, engine="unsloth"), chosen(6.0, engine="unsloth")
     assert roomy
@@ -147,10 +209,82 @@ def test_kept_layers_are_gone_before_others_are_computed_again() -> None:
     bare, two = peak(), peak(keep_layers=2)
     assert two["backward of a layer"] < bare["backward of a layer"] + 2.1 * (two["loss"] - bare["loss"])  # fmt: skip
     one = peak(keep_layers=1)
-    # The last layer's own, which would have been made again for its backward.
-    assert one["backward of a layer"] == pytest.approx(bare["backward of a layer"], rel=0.001)
+    # The last layer's own, which would have been made again for its backward, and its output with it.
+    output = 8 * 2048 * 4096 * 2
+    assert bare["backward of a layer"] - one["backward of a layer"] == pytest.approx(output)
     parts = peak(keep_attention_layers=32)
     assert bare["loss"] < parts["loss"] < peak(keep_layers=32)["loss"]
+
+
+def test_kept_layers_are_still_there_when_a_streamed_one_behind_them_is_computed_again() -> None:
+    """unsloth streams the last layer before any other."""
+
+    def needs(whole: int) -> float:
+        asked = {"stream_layers": 8, "keep_layers": whole}
+        train = {"checkpointing": "full", "micro_batch": 8, "effective_batch": 8}
+        found = predicted(engine="unsloth", train=train, memory=asked)
+        saves = working.layer_saves(found.shape, found.setup)
+        inputs = working.checkpoint_bytes(found.shape, found.setup)
+        terms = found.memory.moments["backward of a layer"]
+        return sum(one.bytes for one in terms) - inputs - whole * saves
+
+    assert needs(4) == pytest.approx(needs(0), rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "staged", "on_host"),
+    [
+        ("unsloth", 0, 2, 32), ("unsloth", 32, 0, 0), ("offload", 0, 3, 31), ("offload", 30, 2, 1),
+        ("offload", 31, 1, 0), ("offload", 32, 0, 0),
+    ],
+)  # fmt: skip
+def test_copies_of_inputs_are_as_many_as_there_are_layers_for(
+    policy: str, kept: int, staged: int, on_host: int
+) -> None:
+    """In inputs of a layer; fastlora leaves the last one's where it is."""
+    train = {"checkpointing": policy}
+    found = predicted(engine="unsloth", train=train, memory={"keep_layers": kept})
+    one = found.setup.tokens * 4096 * 2
+    assert working.staging_bytes(found.shape, found.setup) == staged * one
+    assert working.host_inputs_bytes(found.shape, found.setup) == on_host * one
+    pinned = [term.bytes for term in found.memory.host if term.name == "pinned checkpoints"]
+    assert pinned == ([on_host * one] if on_host else [])
+
+
+def test_recorded_micro_batches_have_memory_of_their_own() -> None:
+    def planned(graphs: bool, **sections: Any) -> Prediction:
+        asked = {"keep_layers": 4, "cuda_graphs": graphs}
+        return predicted(train={"checkpointing": "offload", "micro_batch": 1}, memory=asked, **sections)  # fmt: skip
+
+    without, recorded = (planned(graphs, engine="peft") for graphs in (False, True))
+    assert recorded.speed
+    assert recorded.speed.host_s == 0
+    pool = recorded.memory.moments["loss"][-1]
+    comes_and_goes = without.memory.moments[without.memory.peak]
+    lasting = sum(one.bytes for one in without.memory.moments["optimizer step"])
+    assert pool.bytes == sum(one.bytes for one in comes_and_goes) - lasting
+    more = recorded.memory.allocated_gib - without.memory.allocated_gib
+    assert more == pytest.approx(pool.bytes / 2**30)
+    assert planned(True, engine="unsloth").setup.loss == "fastlora"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"engine": "unsloth"},  # by unsloth's checkpointing
+        {"engine": "unsloth", "train": {"checkpointing": "full"}, "memory": {"stream_layers": 2}},
+        {"engine": "unsloth", "train": {"checkpointing": "full"}, "data": {"sources": ["x"], "packing": True}},
+        {"engine": "unsloth", "train": {"checkpointing": "full"}, "kernels": {"mode": "off"}},
+        {"engine": "peft", "kernels": {"mode": "off"}},  # by TRL's loss
+        {"engine": "peft", "lora": {"dropout": 0.1}},
+    ],
+)  # fmt: skip
+def test_graphs_that_a_run_refuses_are_not_planned_with(sections: dict[str, Any]) -> None:
+    asked = sections | {"memory": {**sections.get("memory", {}), "cuda_graphs": True}}
+    found = predicted(**asked)
+    assert not found.setup.graphs
+    assert found.memory == predicted(**sections).memory
+    assert any("a run would go on without them" in note for note in found.setup.notes)
 
 
 def test_a_choice_says_what_and_why() -> None:
@@ -161,124 +295,6 @@ def test_a_choice_says_what_and_why() -> None:
     assert len(lines) == 1 + len(choice.filled)
     document = json.loads(json.dumps(choice.document()))
     assert document["budget_gib"] == 12
-    assert document["needed_gib"] <= 12
+    assert document["comfortable_gib"] <= 12
     assert document["tokens_per_s"] >= document["plainest"]["tokens_per_s"]
     assert [one["key"] for one in document["filled"]] == list(choice.settings)
-
-
-# -- the recipe, the command, a run --------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "gib"), [("12GiB", 12.0), ("1e3", None), ("auto", None), ("0", None)]
-)
-def test_an_amount_is_checked(value: str, gib: float | None) -> None:
-    if value in ("1e3", "0"):
-        with pytest.raises(ValueError, match="is not an amount of memory"):
-            recipe(memory={"vram": value})
-    else:
-        assert recipe(memory={"vram": value}).memory.vram_gib == gib
-
-
-def test_the_problem_names_the_key(tmp_path: Path) -> None:
-    path = tmp_path / "my.toml"
-    path.write_text(
-        '[model]\nname = "m"\n[data]\nsources = ["x.jsonl"]\n[memory]\nvram = "lots"\n[output]\ndir = "o"\n'
-    )
-    with pytest.raises(RecipeError, match=r"memory\.vram: 'lots' is not an amount"):
-        load_recipe(path)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    (tmp_path / "8b").mkdir()
-    (tmp_path / "8b" / "config.json").write_text(json.dumps(LLAMA_8B))
-    return tmp_path / "8b"
-
-
-def test_plan_takes_the_budget_as_a_run_would(model: Path) -> None:
-    def plan(*arguments: str) -> Any:
-        base = ["plan", "llama31", "--set", f"model.name={model}", "--gpu", "RTX 4090", "--json"]
-        return json.loads(CliRunner().invoke(cli, [*base, *arguments]).stdout)
-
-    offered = plan("--vram", "12GiB")
-    assert offered["setup"]["keep_layers"] == 0  # shown, not taken
-    taken = plan("--vram", "12GiB", "--set", "memory.vram=auto")
-    assert taken["vram_gib"] == plan("--set", "memory.vram=12GiB")["vram_gib"] == 12
-    assert taken["verdict"] == "fits"
-    settings = {one["key"]: one["value"] for one in taken["budget"]["filled"]}
-    assert taken["setup"]["keep_layers"] == settings.get("memory.keep_layers", 0) > 0
-    assert taken["budget"] == offered["budget"]
-    assert taken["speed"]["tokens_per_s"] > offered["speed"]["tokens_per_s"]
-
-
-def test_a_budget_does_not_shrink_the_card() -> None:
-    """unsloth's loss takes what is free on the card, whatever of it the process may have."""
-    there = replace(card(8.5), whole_gib=79.2)
-    now = recipe(engine="unsloth")
-    budget, small = (
-        predict(now, shape_of(LLAMA_8B), one).memory.moments["loss"] for one in (there, card(8.5))
-    )
-    assert budget[-1].bytes > 1.5 * small[-1].bytes
-
-
-def on_a_card(monkeypatch: pytest.MonkeyPatch, name: str, card_gib: float, others_gib: float = 0) -> None:  # fmt: skip
-    import torch
-
-    size = int(card_gib * 2**30)
-    properties = SimpleNamespace(name=name, total_memory=size)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
-    used = int((others_gib + 0.82) * 2**30)  # with this process's own context
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (size - used, size))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-
-
-def test_a_run_takes_what_is_chosen(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_card(monkeypatch, H100, 79.2, others_gib=60)
-    said: list[str] = []
-    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "12GiB"})
-    taken, memory = fit_memory(asked, "unsloth", 1500, said.append)
-    assert memory
-    assert memory["budget_gib"] == 12
-    assert said[0].startswith("memory.vram = 12.00 GiB: ")
-    # The batches are part of what the steps are; with them stated, the rest is chosen again and alike.
-    stated = Recipe.model_validate(taken.model_dump(exclude_unset=True))
-    again, _ = fit_memory(stated, "unsloth", 1500, said.append)
-    assert again == taken
-    batches = {one.key for one in filled_from({"memory": memory})}
-    assert batches <= {"train.micro_batch", "train.effective_batch"}
-    assert taken.train.micro_batch * taken.train.accumulation_steps == 16
-    auto, memory = fit_memory(
-        recipe(**OPEN, model={"name": str(model)}, memory={"vram": "auto"}),
-        "unsloth",
-        1500,
-        said.append,
-    )
-    assert memory
-    assert memory["budget_gib"] == pytest.approx(19.2, abs=0.01)
-    assert auto.memory.keep_layers or auto.train.checkpointing == "none"
-
-
-def test_a_gpu_that_is_not_known_has_a_budget_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    on_a_card(monkeypatch, "Voodoo 2", 12)
-    assert gpus.gpu_named("Voodoo 2") is None
-    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "auto"})
-    taken, _ = fit_memory(asked, "unsloth", 1500, lambda said: None)
-    assert taken.memory.keep_layers
-
-
-def test_what_fits_nowhere_is_said_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_card(monkeypatch, H100, 79.2)
-    asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "3GiB"})
-    with pytest.raises(EngineError, match=r"nothing fits into 3\.00 GiB.*fastlora plan"):
-        fit_memory(asked, "unsloth", 1500, lambda said: None)
-
-
-def test_without_a_gpu_nothing_is_chosen(model: Path) -> None:
-    said: list[str] = []
-    asked = recipe(model={"name": str(model)}, memory={"vram": "auto"})
-    assert fit_memory(asked, "peft", 1500, said.append) == (asked, None)
-    assert "no GPU" in said[0]

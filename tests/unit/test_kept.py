@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch
 from fastlora.engines.kept import keep_as_asked, memory_problems, modes_of, recompute_all
 from fastlora.engines.peft import PeftEngine
 from fastlora.engines.unsloth import UnslothEngine
-from fastlora.errors import EngineError
+from fastlora.errors import EngineError, RunDirError
 from fastlora.recipe.schema import MemorySection, Recipe
-from fastlora.train.resume import MEMORY_KEYS, changed_keys
+from fastlora.rundir.store import RunDir
+from fastlora.train.resume import MEMORY_KEYS, changed_keys, open_for_resume
 
 
 def recipe(checkpointing: str = "full", quantization: str = "nf4", **memory: Any) -> Recipe:
@@ -183,3 +186,19 @@ def test_memory_may_be_another_on_resume() -> None:
     assert changed_keys(then, now, but=MEMORY_KEYS) == []
     del then["memory"]  # begun before there was one
     assert changed_keys(then, recipe("none").model_dump(mode="json")) == []
+
+
+def test_a_micro_batch_that_was_chosen_stays_on_resume(tmp_path: Path) -> None:
+    def asked(**train: int) -> Recipe:
+        sections = recipe("none").model_dump(exclude_unset=True)
+        sections["train"] |= {"effective_batch": 8, **train}
+        return Recipe.model_validate(sections | {"output": {"dir": str(tmp_path)}})
+
+    chosen = {"key": "train.micro_batch", "value": 4, "why": ""}
+    with contextlib.closing(RunDir.create(tmp_path)) as run:
+        began = asked(micro_batch=4).model_dump(mode="json")
+        run.update(status="interrupted", recipe=began, memory={"filled": [chosen]})
+    open_for_resume(asked()).close()
+    open_for_resume(asked(micro_batch=4)).close()
+    with pytest.raises(RunDirError, match=r"train\.micro_batch: memory\.vram chose 4, now 8"):
+        open_for_resume(asked(micro_batch=8))

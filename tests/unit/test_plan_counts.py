@@ -205,6 +205,8 @@ def test_activations_are_those_a_profiler_finds(
     quantization: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT asks torch.is_autocast_enabled(), which speaks of a GPU, whether to convert: here it is told of the CPU."""
+    from fastlora_kernels import attach, recompute_layers
+
     ask = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": ask(device))
     shape = shape_of(LLAMA)
@@ -221,12 +223,9 @@ def test_activations_are_those_a_profiler_finds(
             model = model_of(LLAMA | {"num_hidden_layers": layers})
             model = adapted(quantized(model) if quantization == "nf4" else model)
             if kernels == "all":
-                from fastlora_kernels import attach
-
                 assert not any(attach(model).by_layer.values())
             if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                model.enable_input_require_grads()
+                recompute_layers(model, ["layer"] * layers)
             return model
 
         return build
@@ -238,9 +237,87 @@ def test_activations_are_those_a_profiler_finds(
         return  # on a CPU they work otherwise: no kernel, but its reference
     most = per_token(made(True), 2)[1]
     inputs = working.checkpoint_bytes(shape, planned) / planned.tokens
-    again = saves - shape.hidden * planned.item  # its input is among the checkpoints
     work = working.layer_works(shape, planned) / planned.tokens
-    assert most == pytest.approx(inputs + again + work, rel=0.05)
+    # Its input is among these, and its output there as well.
+    assert most == pytest.approx(inputs + saves + work, rel=0.05)
+
+
+def saved_by_a_layer(model: Any, tokens: int) -> int:
+    """Bytes that the second layer saves of a row, adapters' weights and all; not the rotation, which is all layers'."""
+    layer = model.get_base_model().model.layers[1]
+    found: dict[int, torch.UntypedStorage] = {}
+    inside, rotation = False, set()
+
+    def enter(module: Any, given: Any, named: Any) -> None:
+        nonlocal inside
+        inside = True
+        rotation.update(one.untyped_storage().data_ptr() for one in named["position_embeddings"])
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if inside and storage.data_ptr() not in rotation:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    hooks = [
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        layer.register_forward_hook(leave),
+    ]
+    ids = torch.randint(0, 256, (1, tokens))
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with saving, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids)
+    for hook in hooks:
+        hook.remove()
+    return sum(storage.nbytes() for storage in found.values())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("family", "quantization", "kernels", "lora"),
+    [
+        *((family, *how, {}) for family in FAMILIES for how in (("nf4", "off"), ("none", "off"), ("none", "all"))),
+        ("llama", "none", "off", {"dora": True}),
+        ("llama", "none", "all", {"dora": True}),
+        ("llama", "none", "all", {"dropout": 0.1}),
+    ],
+)  # fmt: skip
+def test_a_layer_saves_what_is_counted(
+    family: str, quantization: str, kernels: str, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole layer, and one whose MLP is computed again, of every family."""
+    from fastlora_kernels import attach, recompute_layers
+
+    ask = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": ask(device))
+    config = LLAMA | {"model_type": family} | FAMILIES[family]
+    shape = shape_of(config)
+    planned = setup(
+        shape,
+        model={"quantization": quantization},
+        lora={"rank": 8, **lora},
+        kernels={"mode": kernels},
+    )
+    model = model_of(config)
+    model = adapted(
+        quantized(model) if quantization == "nf4" else model,
+        use_dora=planned.dora,
+        lora_dropout=planned.dropout,
+    ).train()
+    if kernels == "all":
+        assert not any(attach(model).by_layer.values())
+    whole = working.layer_saves(shape, planned)
+    for mode, counted in (
+        ("keep", whole),
+        ("attention", whole - working.mlp_saves(shape, planned)),
+    ):
+        recompute_layers(model, ["layer", mode])  # type: ignore[list-item]
+        more = saved_by_a_layer(model, 256) - saved_by_a_layer(model, 128)
+        assert more / 128 == counted / planned.tokens, mode
 
 
 def test_unsloths_chunks_are_those_of_its_rule() -> None:
