@@ -45,14 +45,15 @@ def flops(shape: Shape, setup: Setup) -> tuple[float, float]:
     """Of a micro-batch's forward, and of its backward to the inputs with what it computes again: 2 per frozen weight
     and token each and again, head included; attention over the causal half of the square, 2 row² width forward, twice
     back. fastlora's checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs
-    it again.
+    it again, but for a norm behind it.
     """
     layer = sum(one.weights for one in shape.linears)
     again = layer
     mlp = sum(one.weights for one in shape.linears if one.name in MLP)
     if setup.kernels and setup.policy in ("full", "offload"):
         unused = sum(one.weights for one in shape.linears if one.name == "down_proj")
-        again, mlp = again - unused, mlp - unused
+        mlp -= unused
+        again -= unused if shape.layer_norms == 2 else 0
     layers = again_layers(shape, setup)
     recomputed = layers * again + setup.keep_attention_layers * mlp
     once = 2.0 * setup.tokens

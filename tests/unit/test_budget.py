@@ -24,6 +24,7 @@ from fastlora.plan.budget import Choice, choose
 from fastlora.plan.predict import Card, Prediction, predict
 from fastlora.plan.setup import memory_problems
 from fastlora.plan.shape import shape_of
+from fastlora.plan.speed import flops
 from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
 
@@ -298,3 +299,18 @@ def test_a_choice_says_what_and_why() -> None:
     assert document["comfortable_gib"] <= 12
     assert document["tokens_per_s"] >= document["plainest"]["tokens_per_s"]
     assert [one["key"] for one in document["filled"]] == list(choice.settings)
+
+
+def test_down_proj_is_made_again_where_a_norm_reads_it() -> None:
+    def backward(config: Any, **more: Any) -> float:
+        shape = shape_of(config)
+        sections = {"engine": "peft", "train": {"checkpointing": "full"}, **more}
+        return flops(shape, predicted(config=config, **sections).setup)[1]
+
+    gemma = LLAMA_8B | {"model_type": "gemma2"}
+    down = 2 * 2 * 2048 * 32 * 4096 * 14336  # of a micro-batch of 2 x 2,048
+    plain = {"kernels": {"mode": "off"}}
+    assert backward(LLAMA_8B, **plain) - backward(LLAMA_8B) == pytest.approx(down)
+    assert backward(gemma, **plain) == backward(gemma)
+    parts = {"memory": {"keep_attention_layers": 32}}
+    assert backward(gemma, **plain, **parts) - backward(gemma, **parts) == pytest.approx(down)
