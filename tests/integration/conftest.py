@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +121,12 @@ def workplace(tmp_path: Path) -> Workplace:
 @pytest.fixture(scope="session")
 def make_workplace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Workplace]:
     return lambda: Workplace(tmp_path_factory.mktemp("work"), Path(__file__).parents[2])
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Two that wait for each other on a busy machine take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

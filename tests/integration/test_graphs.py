@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,27 +21,15 @@ SETTINGS = (
 GRAPHS = "memory.cuda_graphs=true"
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
 def place(make_workplace: Callable[[], Any]) -> Place:
     """Its rows are of very different lengths."""
     made = Place(make_workplace())
-    rows = made.work.folder / "rows.jsonl"
-    longer = []
-    for number, line in enumerate(rows.read_text().splitlines()):
-        row = json.loads(line)
-        row["messages"][-1]["content"] += "x" * (24 if number % 6 == 0 else 0)
-        longer.append(json.dumps(row) + "\n")
-    rows.write_text("".join(longer))
+    made.lengthen_some_rows()
     return made
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two that wait for each other on a busy machine take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ooms import PLACES, Ooms
 from place import Crash, Place, assert_same, last
 
 from fastlora.errors import EngineError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 100
 
@@ -27,15 +29,6 @@ def make_place(make_workplace: Callable[[], Any]) -> Callable[[], Place]:
 def place(make_place: Callable[[], Place]) -> Place:
     """For runs that do not mind each other."""
     return make_place()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two that wait for each other on a busy machine take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_hundred_steps_with_ooms_and_an_interrupt_end_where_the_undisturbed_run_does(

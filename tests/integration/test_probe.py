@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from fastlora.train import learn
 from fastlora.train.probe import Probe
 from fastlora.train.stop import Interrupted
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = (
     "train.micro_batch=4", "train.effective_batch=8", "train.steps=5", "train.save_every_steps=2",
     "lora.dropout=0.1", "train.eval_every_steps=4",
@@ -34,23 +36,8 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def place(make_workplace: Callable[[], Any]) -> Place:
     made = Place(make_workplace())
-    rows = made.work.folder / "rows.jsonl"
-    longer = []
-    for number, line in enumerate(rows.read_text().splitlines()):
-        row = json.loads(line)
-        row["messages"][-1]["content"] += "x" * (24 if number % 6 == 0 else 0)
-        longer.append(json.dumps(row) + "\n")
-    rows.write_text("".join(longer))
+    made.lengthen_some_rows()
     return made
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two that wait for each other on a busy machine take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

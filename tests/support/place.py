@@ -39,6 +39,16 @@ class Place:
         workplace.recipe.write_text(text.replace(str(source), str(model)))
         self.said = ""
 
+    def lengthen_some_rows(self) -> None:
+        """So that lengths differ much."""
+        rows = self.work.folder / "rows.jsonl"
+        longer = []
+        for number, line in enumerate(rows.read_text().splitlines()):
+            row = json.loads(line)
+            row["messages"][-1]["content"] += "x" * (24 if number % 6 == 0 else 0)
+            longer.append(json.dumps(row) + "\n")
+        rows.write_text("".join(longer))
+
     def run(self, *settings: str, resume: bool = False) -> dict[str, Any]:
         settings = (*SETTINGS, *settings)
         recipe = load_recipe(self.work.recipe, settings)
