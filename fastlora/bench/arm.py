@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fastlora.bench import work as works
 from fastlora.bench.flops import flops_per_token
 from fastlora.bench.loaded import ArmTask, Loaded
-from fastlora.bench.memory import memory, release
-from fastlora.engines.memory import cap_memory
+from fastlora.bench.memory import memory
+from fastlora.engines.memory import cap_memory, forget_peak, free_memory
 from fastlora.errors import EngineError
 
 if TYPE_CHECKING:
@@ -123,15 +123,14 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
     train, cuda = loaded.recipe.train, loaded.device.type == "cuda"
     parameters = [parameter for _, parameter in loaded.adapter()]
     optimizer = make_optimizer(parameters, train.optimizer, train.lr, train.weight_decay)
-    scaler = torch.amp.GradScaler(loaded.device.type, enabled=loaded.dtype == torch.float16)
-    digest = works.Digest()
-    most_labels = max(counted_tokens([loaded.collate(rows)]) for step in steps for rows in step)
+    scaler, digest = loaded.scaler, works.Digest()
+    collated = [[loaded.collate(rows) for rows in step] for step in steps]
+    most_labels = max(counted_tokens([inputs]) for batches in collated for inputs in batches)
     losses, seconds, tokens, supervised = [], [], [], []
     if cuda:
-        release()  # what loading left behind is not training's
-        torch.cuda.reset_peak_memory_stats()
-    for step in steps:
-        batches = [loaded.collate(rows) for rows in step]
+        free_memory()  # what loading left behind is not training's
+        forget_peak()
+    for batches in collated:
         counts = counted_tokens(batches)
         before = digest.tokens
         for inputs in batches:
@@ -143,7 +142,7 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         counted = torch.tensor(counts, device=loaded.device)
         total = torch.zeros((), device=loaded.device)
         for inputs in batches:
-            total += loaded.train(loaded.on_device(inputs), counted, most_labels, scaler)
+            total += loaded.train(loaded.on_device(inputs), counted, most_labels)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
         scaler.step(optimizer)
@@ -214,4 +213,4 @@ def empty(loaded: Loaded) -> None:
     for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         tensor.grad = None
-    release()
+    free_memory()

@@ -11,9 +11,9 @@ from typing import Any
 from fastlora.bench import work as works
 from fastlora.bench.arm import make_optimizer
 from fastlora.bench.loaded import ArmTask
-from fastlora.bench.memory import memory, release
+from fastlora.bench.memory import memory
 from fastlora.bench.schema import Axis
-from fastlora.engines.memory import cap_memory, is_out_of_memory
+from fastlora.engines.memory import cap_memory, forget_peak, free_memory, is_out_of_memory
 
 RESOLUTION = 0.04
 """The search ends when what fits and what does not lie so close together."""
@@ -114,8 +114,8 @@ def run_frontier(task: FrontierTask) -> dict[str, Any]:
             rows_per_step=count,
         )
         try:
-            release()
-            torch.cuda.reset_peak_memory_stats()
+            free_memory()
+            forget_peak()
             for _ in range(2):
                 torch.cuda.synchronize()
                 started = time.perf_counter()
@@ -133,7 +133,7 @@ def run_frontier(task: FrontierTask) -> dict[str, Any]:
                 raise
             optimizer.zero_grad(set_to_none=True)
             trial = None
-        release()
+        free_memory()
         told = (
             "out of memory" if trial is None else f"{trial.peak_gib:.2f} GiB, {trial.seconds:.2f} s"
         )

@@ -13,7 +13,7 @@ from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
-from fastlora.engines.kept import keep_as_asked
+from fastlora.engines.kept import keep_as_asked, transformers_own
 from fastlora.engines.unsloth import attach_own_loss, fused_layers
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
@@ -64,6 +64,9 @@ class Loaded:
         self._check_targets()
         self.dtype = resolve_dtype(self.recipe.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.scaler: Any = torch.amp.GradScaler(
+            self.device.type, enabled=self.dtype == torch.float16
+        )
         self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
         self.checkpointing = resolve_checkpointing(self.recipe, self.engine)
         self._engage(task.arm)
@@ -73,10 +76,7 @@ class Loaded:
             keep_as_asked(self.model, self.engine, self.recipe, self.notes.append)
         elif task.arm.engine != "unsloth" and self.checkpointing == "full":
             # What one has without fastlora, which is what such an arm stands for.
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-            self.model.enable_input_require_grads()
+            transformers_own(self.model)
         for _, parameter in self.adapter():
             parameter.data = parameter.data.float()  # as the trainer keeps them
         self.model.train()
@@ -166,16 +166,17 @@ class Loaded:
         return loss
 
     def train(
-        self, inputs: dict[str, torch.Tensor], counted: torch.Tensor, most_labels: int, scaler: Any
+        self, inputs: dict[str, torch.Tensor], counted: torch.Tensor, most_labels: int
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch, of whose tokens at most `most_labels` have a label; its loss."""
+        """Forward and backward of one micro-batch, of whose tokens at most `most_labels` have a label; its loss. The
+        gradients are scaled (`scaler`), and with +record it is a replay once its shape was recorded."""
 
         def step(given: Any) -> torch.Tensor:
             labels = {} if self.graphs is None else {"most_labels": most_labels}
             inputs = {name: value for name, value in given.items() if name != "counted"}
             with self.unmasked():
                 loss = self.loss(inputs | labels, given["counted"])
-                scaler.scale(loss).backward()
+                self.scaler.scale(loss).backward()
             return loss.detach()
 
         given = {**inputs, "counted": counted}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 
 def memory() -> dict[str, float | None]:
     """Peaks in GiB since they were last reset, and what the driver counts now; None on a CPU."""
@@ -17,11 +15,3 @@ def memory() -> dict[str, float | None]:
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
         "driver_gib": round((total - free) / 2**30, 3),
     }
-
-
-def release() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

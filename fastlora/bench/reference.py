@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora.bench import work as works
 from fastlora.bench.arm import parity_rows, parity_step
 from fastlora.bench.loaded import ArmTask
-from fastlora.bench.memory import release
+from fastlora.engines.memory import free_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +29,7 @@ def run_reference(task: ReferenceTask) -> dict[str, Any]:
     rows = parity_rows(works.load(Path(task.rows)), max(2, task.recipe.train.micro_batch))
     torch.backends.cuda.matmul.allow_tf32 = False
     plain = parity_step(task.load_for_parity(), rows)
-    release()
+    free_memory()
     save_file(plain, task.plain_gradients)
     # Loaded as the arms load it and only then widened: the same codes, the same rounded weights.
     loaded = task.load_for_parity()

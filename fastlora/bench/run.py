@@ -29,7 +29,7 @@ from fastlora.cache import cache_folder
 from fastlora.engines.base import not_loadable
 from fastlora.errors import EngineError, UsageError
 from fastlora.plan.measured import remember_ceilings
-from fastlora.plan.setup import memory_problems
+from fastlora.plan.setup import memory_problems, policy_of
 from fastlora.recipe.schema import KernelsSection, ModelSection, Recipe
 from fastlora.rundir import provenance
 from fastlora.train.stop import Interrupted, StopSignals
@@ -201,11 +201,8 @@ class Bench:
     def _cannot_keep(self, arm: Arm, recipe: Recipe) -> Iterator[str]:
         """Where [memory] would do nothing, or not what the arm's name says."""
         made = arm.recipe(recipe, self.request.vram_cap_gib)
-        unsloth = arm.engine == "unsloth"
-        policy = made.train.checkpointing
-        if policy == "auto":
-            policy = "unsloth" if unsloth else "full"
-        for line in memory_problems(made, arm.engine, policy, streams=unsloth):
+        policy = policy_of(made, arm.engine)
+        for line in memory_problems(made, arm.engine, policy, streams=arm.engine == "unsloth"):
             yield f"--arms {arm.name}: {line}"
 
     def _measure(self, scratch: Path) -> None:

@@ -6,25 +6,19 @@ from importlib.util import find_spec
 
 import click
 
-from fastlora.cli.options import gib
+from fastlora.cli.options import gib, json_option, settings_option
 from fastlora.errors import UsageError
 from fastlora.recipe import library
 
 
 @click.command("plan")
 @click.argument("recipe")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a key, e.g. --set train.micro_batch=4.",
-)
+@settings_option("train.micro_batch=4")
 @click.option("--vram", callback=gib, metavar="24GiB", help="Of the card; else this machine's.")
 @click.option("--host", callback=gib, metavar="64GiB", help="Memory of the host.")
 @click.option("--seq", type=click.IntRange(min=8), metavar="TOKENS", help="Longest row.")
 @click.option("--gpu", metavar="NAME", help="Whose speed to take, e.g. 'RTX 4090'.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def command(
     recipe: str,
     settings: tuple[str, ...],

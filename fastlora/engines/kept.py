@@ -48,7 +48,7 @@ def keep_as_asked(model: PeftModel, engine: Engine, recipe: Recipe, announce: An
             raise EngineError(
                 f'train.checkpointing: {error}; set train.checkpointing = "full" and leave [memory] out'
             ) from error
-        _transformers_own(model, error, announce)
+        _fall_back(model, error, announce)
 
 
 def recompute_all(model: PeftModel, engine: Engine, announce: Announce, *, offload: bool) -> None:
@@ -56,7 +56,7 @@ def recompute_all(model: PeftModel, engine: Engine, announce: Announce, *, offlo
     try:
         _recompute(model, engine, ["layer"] * _count(model), offload=offload)
     except ValueError as error:
-        _transformers_own(model, error, announce)
+        _fall_back(model, error, announce)
 
 
 def modes_of(
@@ -96,7 +96,12 @@ def _recompute(model: PeftModel, engine: Engine, modes: list[Mode], *, offload: 
     engine.layers_are_recomputed(model)
 
 
-def _transformers_own(model: PeftModel, why: Exception, announce: Announce) -> None:
+def _fall_back(model: PeftModel, why: Exception, announce: Announce) -> None:
     announce(f"train.checkpointing: transformers' own, not fastlora's ({why})")
+    transformers_own(model)
+
+
+def transformers_own(model: PeftModel) -> None:
+    """Let every layer be computed again by transformers' checkpointing."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()

@@ -180,9 +180,8 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
         stages.append([*_kept(shape, setup, whole=0), again])
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
-        if (
-            setup.engine == "liger"
-        ):  # its input is among the checkpoints; with fastlora's its output is there as well
+        # Its input is among the checkpoints; with fastlora's its output is there as well.
+        if setup.engine == "liger":
             saves -= setup.tokens * shape.hidden * setup.item
         again = Term("a layer computed again", saves, "what it saves")
         if setup.stream_layers:

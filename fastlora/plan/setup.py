@@ -87,8 +87,7 @@ def setup_of(
             "engine: unsloth, which auto is where it is installed beside a GPU; --set engine=peft for the other"
         )
     unsloth = name == "unsloth"
-    default: Policy = "unsloth" if unsloth else "full"
-    policy = train.checkpointing if train.checkpointing != "auto" else default
+    policy = policy_of(recipe, name)
     if policy == "unsloth" and name != "unsloth":
         raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
     if problems := list(memory_problems(recipe, name, policy, streams=unsloth)):
@@ -139,6 +138,14 @@ def setup_of(
         raise RecipeError("recipe", problems)
     notes += _not_measured(setup, shape)
     return replace(setup, notes=tuple(notes))
+
+
+def policy_of(recipe: Recipe, engine: str) -> Policy:
+    """What train.checkpointing stands for on a GPU."""
+    wanted = recipe.train.checkpointing
+    if wanted == "auto":
+        return "unsloth" if engine == "unsloth" else "full"
+    return wanted
 
 
 def memory_problems(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastlora.engines.memory import forget_peak
 from fastlora.rundir.store import RunDir
 from fastlora.train.held_out import by_source, show
 
@@ -46,8 +47,7 @@ class Metrics(TrainerCallback):
     ) -> None:
         self._mark = self._step_end = time.perf_counter()
         self._paused, self._tokens_at_mark = 0.0, self.counter.read()[0]
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak()
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),

@@ -14,7 +14,7 @@ from fastlora.plan.gpus import gpu_named, like_a_3090
 from fastlora.plan.measured import Peak, ceilings, kind, remember
 from fastlora.plan.predict import Card, Prediction, predict
 from fastlora.plan.setup import EngineName
-from fastlora.plan.shape import read_config, shape_of
+from fastlora.plan.shape import Shape, read_config, shape_of
 from fastlora.plan.show import time_said
 from fastlora.plan.working import CONTEXT
 from fastlora.recipe.advice import apply
@@ -42,8 +42,7 @@ def fit_memory(
     if not torch.cuda.is_available():
         announce("memory.vram: no GPU here, so nothing is chosen")
         return recipe, None
-    properties = torch.cuda.get_device_properties(0)
-    name, whole = properties.name, properties.total_memory / 2**30
+    name, whole = _this_gpu()
     free = _free_gib(engine)
     asked = recipe.memory.vram_gib or free
     if (budget := min(asked, free)) < asked:
@@ -54,7 +53,7 @@ def fit_memory(
     host = virtual_memory().available / 2**30
     card = Card(gpu=gpu, vram_gib=budget, host_gib=host, whole_gib=whole)
     try:
-        shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+        shape = _shape(recipe)
     except EngineError as error:
         raise EngineError(
             f"memory.vram: what a step takes cannot be counted ({error}); leave it out, and set [memory] by hand"
@@ -77,6 +76,19 @@ def fit_memory(
     return apply(recipe, choice.filled), choice.document()
 
 
+def _this_gpu() -> tuple[str, float]:
+    """(name, GiB)."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return properties.name, properties.total_memory / 2**30
+
+
+def _shape(recipe: Recipe) -> Shape:
+    """By now the model's files are here."""
+    return shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
+
+
 def _free_gib(engine: str) -> float:
     """What this process may come to hold, its CUDA context with it: of a card that nothing else uses all, if PyTorch is
     allowed as much."""
@@ -96,13 +108,11 @@ def predict_run(job: Job) -> Prediction | None:
 
     if not torch.cuda.is_available():
         return None
-    properties, recipe = torch.cuda.get_device_properties(0), job.recipe
-    name = properties.name
-    card = Card(gpu=gpu_named(name, ceilings(name)), vram_gib=properties.total_memory / 2**30)
+    recipe, (name, whole) = job.recipe, _this_gpu()
+    card = Card(gpu=gpu_named(name, ceilings(name)), vram_gib=whole)
     try:
-        shape = shape_of(read_config(recipe.model.name, recipe.model.revision, local=True))
         found = predict(
-            recipe, shape, card, engine=cast(EngineName, job.engine.name),
+            recipe, _shape(recipe), card, engine=cast(EngineName, job.engine.name),
             row_tokens=longest_row(recipe, job.data),
         )  # fmt: skip
     except FastloraError as error:
