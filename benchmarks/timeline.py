@@ -102,7 +102,7 @@ def measure(
     arm = Arm.parse(arm_name)
     recipe = arm.recipe(renamed(plan.recipe, _checkpoint(plan, layers)))
     from fastlora.bench import work
-    from fastlora.bench.arm import make_optimizer
+    from fastlora.bench.arm import counted_tokens, make_optimizer
     from fastlora.bench.loaded import ArmTask
 
     task = ArmTask(arm=arm, recipe=recipe, parity_checkpoint="", rows="", gradients="", work=plan.work)  # fmt: skip
@@ -119,7 +119,8 @@ def measure(
     parameters = [parameter for _, parameter in loaded.adapter()]
     optimizer = make_optimizer(parameters, train.optimizer, train.lr, train.weight_decay)
     inputs = loaded.on_device(loaded.collate(rows))
-    counted = torch.tensor(int((inputs["labels"][:, 1:] >= 0).sum()), device=loaded.device)
+    labels = counted_tokens([inputs])
+    counted = torch.tensor(labels, device=loaded.device)
 
     def wait() -> None:
         if cuda:
@@ -128,19 +129,21 @@ def measure(
     def micro_batch() -> tuple[float, float]:
         wait()
         began = time.perf_counter()
-        loaded.loss(inputs, counted).backward()
+        loaded.train(inputs, counted, labels)
         handed = time.perf_counter()
         wait()
         return handed - began, time.perf_counter() - began
 
-    for _ in range(4):  # compiles, tunes, makes the optimizer's state
+    for _ in range(
+        4
+    ):  # compiles, tunes, makes the optimizer's state; records, where that is asked for
         micro_batch()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loaded.zero_gradients()
     times = []
     for _ in range(steps):
         times.append(micro_batch())
-        optimizer.zero_grad(set_to_none=True)
+        loaded.zero_gradients()
     found: dict[str, Any] = {
         "arm": arm.name,
         "layers": loaded.model.config.num_hidden_layers,

@@ -300,6 +300,9 @@ class Bench:
         self.results[arm.name] = answer
 
     def _frontier(self, arm: Arm, task: dict[str, Any]) -> None:
+        if "+record" in arm.options:
+            self._say(f"{arm.name}: no frontier: a size is tried twice, too seldom to be recorded")
+            return
         self._say(f"{arm.name}: how much fits ...")
         own = {
             **task,

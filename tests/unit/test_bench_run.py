@@ -242,6 +242,15 @@ def test_a_frontier_is_within_the_cap(
     assert asked == ["12.0GiB"]
 
 
+def test_a_recorded_arm_has_no_frontier_of_calls_that_are_not_recorded(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = bench(tmp_path, told, monkeypatch)
+    running._frontier(Arm.parse("peft+fastlora+record"), {})
+    assert running.frontiers == []
+    assert "peft+fastlora+record: no frontier" in " ".join(told.getvalue().split())
+
+
 def test_an_arm_whose_frontier_fails_has_its_rows(
     tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
