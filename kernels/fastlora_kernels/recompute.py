@@ -5,8 +5,10 @@
     keep_layers(model)          # undone
 
 keep       nothing is computed again
-attention  the MLP, of which its input is kept
-layer      the whole layer, of which its input is kept; with `offload` in host memory (offload.py)
+attention  the layer, but for attention and the products around it, whose outputs are kept (attention.py)
+layer      the whole layer, of which its input is kept
+
+With `offload` what the latter two keep is in host memory (offload.py).
 
 For any model of transformers whose decoder layers are GradientCheckpointingLayers, with PEFT or without; kernels go on
 before (`attach`), since an MLP that is recomputed is not one that can be fused. Loss and gradients are those of plain
@@ -31,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastlora_kernels import replay
-from fastlora_kernels.layers.mlp import FusedMlp
+from fastlora_kernels.attention import Attention, Give, Keep
 from fastlora_kernels.offload import Lanes
 from fastlora_kernels.unneeded import mlp_at_the_end, recomputing
 
@@ -44,10 +46,10 @@ BEFORE = "_fastlora_recompute"
 def recompute_layers(model: nn.Module, modes: Sequence[Mode], *, offload: bool = False) -> None:
     """Let the decoder layers of `model` recompute as `modes` says, one for each, while they are in training mode.
 
-    `offload`: the inputs of those with mode "layer" are in host memory until backward needs them, but for the last
-    one's, which it needs at once.
-    Raises ValueError: the model has no such layers, or not so many; one has no MLP to recompute alone; a loss is taken
-    from inside of its layers.
+    `offload`: what those that are not kept keep is in host memory until backward needs it, but for the last such one's,
+    which it needs at once.
+    Raises ValueError: the model has no such layers, or not so many; one has no attention whose outputs could be kept; a
+    loss is taken from inside of its layers.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -63,20 +65,22 @@ def recompute_layers(model: nn.Module, modes: Sequence[Mode], *, offload: bool =
     if without := [
         place
         for place, (layer, mode) in enumerate(zip(layers, modes, strict=True))
-        if mode == "attention" and not isinstance(layer._modules.get("mlp"), nn.Module)
+        if mode == "attention" and not isinstance(layer._modules.get("self_attn"), nn.Module)
     ]:
-        raise ValueError(f"layer {without[0]} has no mlp that could be recomputed alone")
+        raise ValueError(f"layer {without[0]} has no self_attn whose outputs could be kept")
     keep_layers(model)
     lanes = Lanes() if offload else None
-    whole = [place for place, mode in enumerate(modes) if mode == "layer"]
+    again = [place for place, mode in enumerate(modes) if mode != "keep"]
     for place, (layer, mode) in enumerate(zip(layers, modes, strict=True)):
         vars(layer)[BEFORE] = _Before(layer.gradient_checkpointing, vars(layer).get(_FUNCTION))
         # Layers that keep all have a function as well: who sets the flag of every layer then changes nothing.
         function: Call = _plainly
-        if mode == "layer":
-            function = Region(layer, lanes if place != whole[-1] else None, first=place == whole[0])
-        elif mode == "attention":
-            layer.mlp.forward = RecomputedMlp(layer.mlp, vars(layer.mlp).get("forward"))
+        if mode != "keep":
+            to = lanes if place != again[-1] else None
+            function = Region(layer, to, first=place == again[0], attention=mode == "attention")
+        if mode == "attention":
+            part = layer.self_attn
+            part.forward = Attention(part, vars(part).get("forward"))
         setattr(layer, _FUNCTION, function)
         layer.gradient_checkpointing = True
 
@@ -85,7 +89,7 @@ def keep_layers(model: nn.Module) -> None:
     """Undo recompute_layers, if it was called."""
     module: Any
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), RecomputedMlp):
+        if isinstance(vars(module).get("forward"), Attention):
             _set(module, "forward", module.forward.own)
         before = vars(module).pop(BEFORE, None)
         if before is not None:
@@ -129,38 +133,22 @@ def _plainly(function: Call, *args: Any) -> Any:
     return function(*args)
 
 
-class RecomputedMlp:
-    """An MLP's forward, inside of its hooks."""
-
-    def __init__(self, mlp: nn.Module, forward: Any) -> None:
-        self.mlp, self.region = mlp, Region(mlp)
-        self.own = forward
-        """The instance's own, such as unsloth's; None: its class's, whichever that is by then."""
-
-    @property
-    def func(self) -> Any:
-        """Named as a partial names it."""
-        cls: Any = type(self.mlp)
-        return self.own or cls.forward.__get__(self.mlp)
-
-    @torch.compiler.disable  # a compiled layer ends and begins again around it
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.mlp.training:
-            return self.func(*args, **kwargs)
-        return self.region(functools.partial(self.func, **kwargs), *args)
-
-
 class Region:
-    """A part of a model that backward computes again."""
+    """A part of a model that backward computes again. `attention`: but for the outputs of an Attention in it."""
 
     def __init__(
-        self, module: nn.Module, lanes: Lanes | None = None, *, first: bool = False
+        self,
+        module: nn.Module,
+        lanes: Lanes | None = None,
+        *,
+        first: bool = False,
+        attention: bool = False,
     ) -> None:
-        self.module, self.lanes, self.first = module, lanes, first
+        self.module, self.lanes, self.first, self.attention = module, lanes, first, attention
         self.random = False
         """Its last forward drew random numbers."""
-        self._decided = isinstance(module, FusedMlp)
-        self._ends_with: Any = module if self._decided else None
+        self._decided = False
+        self._ends_with: Any = None
         """The MLP whose output is the region's alone, once known."""
 
     @torch.compiler.disable
@@ -189,9 +177,7 @@ class Region:
     def ends_with(self) -> Any:
         """The MLP whose output need not be made again. A hook behind it would see what is there instead."""
         mlp = self._ends_with
-        if mlp is None or (
-            mlp is not self.module and (mlp._forward_hooks or self.module._forward_hooks)
-        ):
+        if mlp is None or mlp._forward_hooks or self.module._forward_hooks:
             return None
         return mlp
 
@@ -262,18 +248,26 @@ class Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, region: Region, call: _Call, anchor: torch.Tensor | None, *inputs: torch.Tensor
     ) -> Any:
-        ctx.region, ctx.call, ctx.stash = region, call, None
+        ctx.region, ctx.call, ctx.stash, ctx.entries = region, call, None, []
         ctx.set_materialize_grads(False)
         device = inputs[0].device if inputs else torch.device("cpu")
         ctx.autocast = replay.autocast_now(device)
-        if region.lanes is not None and inputs and inputs[0].is_contiguous():
-            ctx.stash = region.lanes.put(inputs[0], first=region.first)
+        kept: list[torch.Tensor] = []
+        put = kept.append
+        if region.lanes is not None and inputs:
+            ctx.stash = region.lanes.stash(device, first=region.first)
+            put = ctx.stash.put
+            put(inputs[0])
         random = replay.random_now(device, draws=region.random)
+        keep = Keep(put) if region.attention else None
         try:
-            outputs = call.on(inputs)
+            with nullcontext() if keep is None else keep.around():
+                outputs = call.on(inputs)
         finally:
             if ctx.stash is not None:
                 ctx.stash.settle()
+        if keep is not None:
+            ctx.entries = keep.entries
         if random:
             region.random = replay.drawn_since(random)
         ctx.random = random if region.random else []
@@ -285,7 +279,7 @@ class Recomputed(torch.autograd.Function):
                 f"{type(region.module).__name__} returns a {type(outputs).__name__}; what is recomputed must return a "
                 "tensor or a tuple"
             )
-        ctx.save_for_backward(*(inputs if ctx.stash is None else inputs[1:]))
+        ctx.save_for_backward(*(inputs if ctx.stash is None else inputs[1:]), *kept)
         return outputs
 
     @staticmethod
@@ -297,19 +291,24 @@ class Recomputed(torch.autograd.Function):
                 "backward()"
             )
         saved, stash = ctx.saved_tensors, ctx.stash
-        with nullcontext() if stash is None else stash.fetched() as first:
-            inputs = saved if stash is None else (first, *saved)
+        with nullcontext(saved) if stash is None else stash.fetched() as there:
             wanted = ctx.needs_input_grad[3:]
-            return None, None, None, *_gradients(ctx, inputs, wanted, gradients)
+            # Those of the stash are its first input and what was kept, else all of them are among the saved.
+            own = len(wanted) if stash is None else 1
+            inputs, kept = there[:own], there[own:]
+            if stash is not None:
+                inputs = (*inputs, *saved)
+            return None, None, None, *_gradients(ctx, inputs, kept, wanted, gradients)
 
 
 def _gradients(
     ctx: Any,
     inputs: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor],
     wanted: Sequence[bool],
     gradients: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor | None]:
-    """Of `inputs`; those of parameters are added to theirs."""
+    """Of `inputs`; those of parameters are added to theirs. `kept`: of attention."""
     region: Region = ctx.region
     leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
     with ExitStack() as replayed:
@@ -318,6 +317,8 @@ def _gradients(
         for context in replay.unlike_now(ctx.autocast):
             replayed.enter_context(context)
         replayed.enter_context(torch.enable_grad())
+        if region.attention:
+            replayed.enter_context(Give(ctx.entries, kept).around())
         # Autocast remembers what it made of a leaf, so that its gradients would be added up in 16 bits; not of a view.
         outputs = ctx.call.on(
             [leaf.view_as(leaf) if leaf.requires_grad else leaf for leaf in leaves]
