@@ -184,13 +184,14 @@ class Region:
     @contextmanager
     def recomputing(self) -> Iterator[list[tuple[Any, Any]] | None]:
         """What is computed within it is for backward alone. Gives a list for `decide`, where there is to decide."""
-        before = recomputing.ends_with, recomputing.noted
+        before = recomputing.inside, recomputing.ends_with, recomputing.noted
         noted: list[tuple[Any, Any]] | None = None if self._decided else []
-        recomputing.ends_with, recomputing.noted = self.ends_with, noted
+        now = True, self.ends_with, noted
+        recomputing.inside, recomputing.ends_with, recomputing.noted = now
         try:
             yield noted
         finally:
-            recomputing.ends_with, recomputing.noted = before
+            recomputing.inside, recomputing.ends_with, recomputing.noted = before
 
     def decide(self, outputs: Sequence[torch.Tensor], noted: list[tuple[Any, Any]]) -> None:
         """Once and for all, from the first whole recomputation in which our op ran."""

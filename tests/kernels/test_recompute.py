@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from fastlora_kernels import attach, attention, keep_layers, recompute_layers
+from fastlora_kernels.ops import glu
 from fastlora_kernels.recompute import Mode, Region, decoder_layers
 from fastlora_kernels.unneeded import recomputing
 from peft import LoraConfig, get_peft_model
@@ -283,6 +284,28 @@ class InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         return 2 * gradients[0]
+
+
+@pytest.mark.parametrize("hook", ["", "gate_proj", "up_proj"])
+def test_gate_and_up_are_written_over_where_nobody_else_has_them(
+    hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into: list[bool] = []
+    make = glu._input_gradients
+
+    def recorded(*args: Any) -> Any:
+        into.append(args[-1] is not None)
+        return make(*args)
+
+    monkeypatch.setattr(glu, "_input_gradients", recorded)
+    peft = model("Llama")
+    if hook:
+        for layer in layers_of(peft):
+            layer.mlp.get_submodule(hook).register_forward_hook(lambda *_: None)
+    results(peft, lengths=(5,))
+    recompute_layers(peft, ["layer", "attention", "keep", "layer"])
+    results(peft, lengths=(5,))
+    assert into == [False] * LAYERS + [not hook, False, not hook, not hook]
 
 
 def test_an_mlp_that_something_else_reads_is_made_in_full() -> None:
