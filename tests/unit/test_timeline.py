@@ -74,3 +74,11 @@ def test_arms_stand_side_by_side(timeline: ModuleType) -> None:
     assert "1,234.5" in text
     assert "products" in text
     assert "launches" not in text
+    assert "NOT recorded" not in text
+
+
+def test_an_arm_that_was_not_recorded_is_not_shown_as_one(timeline: ModuleType) -> None:
+    console = Console(width=120, record=True)
+    arm = {"arm": "peft+fastlora+record", "wall_ms": 10.0, "not_recorded": "it waits for the GPU"}
+    console.print(timeline.table([arm]))
+    assert "peft+fastlora+record (NOT recorded)" in console.export_text()
