@@ -31,7 +31,7 @@ KINDS = {
     "attention": "flash|fmha|attention|sdpa",
     "dequantize": "dequant",
     "products": "gemm|cutlass|cublas|nvjet|xmma|cudnn.*matmul|splitk",
-    "optimizer": "adam|optimizer|multi_tensor|foreach|lamb",
+    "optimizer": "adam|optimizer|multi_tensor|foreach|lamb(?!da)",
     "loss": "cross_entropy|softmax|nll|_chunk",
     "norms": "norm",
     "rotary": "rope|rotary",

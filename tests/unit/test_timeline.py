@@ -38,6 +38,10 @@ def timeline() -> ModuleType:
         ("_fg_kernel_swiglu", "activation"),
         ("kOptimizerStatic8bit2StateBlockwise", "optimizer"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>", "other"),
+        ("void at::native::unrolled_elementwise_kernel<copy_kernel(at::TensorIterator&)::{lambda(int)#3}>", "other"),
+        ("kernel<op(TensorIterator&)::{lambda()#1}::operator()() const::{lambda(float)#1}>", "other"),
+        ("multi_lamb_stage1", "optimizer"),
+        ("cuda_lamb_kernel<float>", "optimizer"),
     ],
 )  # fmt: skip
 def test_a_kernel_has_a_kind(timeline: ModuleType, kernel: str, kind: str) -> None:
