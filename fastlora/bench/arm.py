@@ -116,7 +116,7 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
 def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
     """Train on every step; seconds, tokens and losses of each, memory at its peak.
 
-    Raises EngineError: micro-batches were to be recorded and were not.
+    Raises EngineError: micro-batches were to be recorded and were not, or not to the end.
     """
     import torch
 
@@ -153,9 +153,12 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         tokens.append(digest.tokens - before)
         supervised.append(counts)
-    if loaded.graphs is not None and not loaded.graphs.replays:
-        raise EngineError(
-            f"+record: nothing was recorded: {loaded.graphs.why_not or 'no shape came often enough'}"
+    if reason := loaded.not_recorded:
+        raise EngineError(f"+record: not recorded: {reason}")
+    if loaded.graphs is not None:
+        loaded.notes.append(
+            f"+record: {loaded.graphs.replays} of {loaded.graphs.calls} micro-batches were replays of "
+            f"{loaded.graphs.recorded} graphs"
         )
     return {
         "losses": losses,

@@ -92,17 +92,13 @@ def setup_of(
         raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
     if problems := list(memory_problems(recipe, name, policy, streams=unsloth)):
         raise RecipeError("recipe", problems)
-    kernels = recipe.kernels.mode == "all" or (name == "peft" and recipe.kernels.mode != "off")
-    chunked = train.chunked_loss if train.chunked_loss is not None else kernels
+    kernels = _kernels(recipe, name)
+    chunked = _chunked(recipe, name)
     memory = recipe.memory
     streamed = min(memory.stream_layers or 0, shape.layers - 1)
     free = shape.layers - streamed
     kept = free if policy == "none" else min(memory.keep_layers or 0, free)
-    refused = policy == "unsloth" or streamed or lora.dropout
-    refused = refused or (
-        recipe.kernels.mode == "off" or recipe.data.packing if unsloth else not chunked
-    )
-    graphs = bool(memory.cuda_graphs) and not refused
+    graphs = records(recipe, name, policy)
     if memory.cuda_graphs and not graphs:
         notes.append(
             "memory.cuda_graphs: a run would go on without them, and say why (docs/memory.md)"
@@ -138,6 +134,28 @@ def setup_of(
         raise RecipeError("recipe", problems)
     notes += _not_measured(setup, shape)
     return replace(setup, notes=tuple(notes))
+
+
+def records(recipe: Recipe, engine: str, policy: str) -> bool:
+    """Whether a run records its micro-batches: they are to be (memory.cuda_graphs), and nothing that is known before
+    the model speaks against it (train/static.py). `policy`: what train.checkpointing stands for."""
+    memory = recipe.memory
+    if not memory.cuda_graphs or policy == "unsloth" or memory.stream_layers or recipe.lora.dropout:
+        return False
+    if engine == "unsloth":
+        return recipe.kernels.mode != "off" and not recipe.data.packing
+    return _chunked(recipe, engine)
+
+
+def _kernels(recipe: Recipe, engine: str) -> bool:
+    """fastlora's run the LoRA layers."""
+    mode = recipe.kernels.mode
+    return mode == "all" or (engine == "peft" and mode != "off")
+
+
+def _chunked(recipe: Recipe, engine: str) -> bool:
+    wanted = recipe.train.chunked_loss
+    return _kernels(recipe, engine) if wanted is None else wanted
 
 
 def policy_of(recipe: Recipe, engine: str) -> Policy:

