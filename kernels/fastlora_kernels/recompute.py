@@ -8,7 +8,8 @@ keep       nothing is computed again
 attention  the layer, but for attention and the products around it, whose outputs are kept (attention.py)
 layer      the whole layer, of which its input is kept
 
-With `offload` what the latter two keep is in host memory (offload.py).
+With `offload` what the latter two keep is in host memory (offload.py), but for the last such layer's input, which
+backward needs at once. So of that layer nothing else is kept.
 
 For any model of transformers whose decoder layers are GradientCheckpointingLayers, with PEFT or without; kernels go on
 before (`attach`), since an MLP that is recomputed is not one that can be fused. Loss and gradients are those of plain
@@ -46,8 +47,7 @@ BEFORE = "_fastlora_recompute"
 def recompute_layers(model: nn.Module, modes: Sequence[Mode], *, offload: bool = False) -> None:
     """Let the decoder layers of `model` recompute as `modes` says, one for each, while they are in training mode.
 
-    `offload`: what those that are not kept keep is in host memory until backward needs it, but for the last such one's,
-    which it needs at once.
+    `offload`: see above.
     Raises ValueError: the model has no such layers, or not so many; one has no attention whose outputs could be kept; a
     loss is taken from inside of its layers.
     """
@@ -77,7 +77,8 @@ def recompute_layers(model: nn.Module, modes: Sequence[Mode], *, offload: bool =
         function: Call = _plainly
         if mode != "keep":
             to = lanes if place != again[-1] else None
-            function = Region(layer, to, first=place == again[0], attention=mode == "attention")
+            attention = mode == "attention" and (to is not None or not offload)
+            function = Region(layer, to, first=place == again[0], attention=attention)
         if mode == "attention":
             part = layer.self_attn
             part.forward = Attention(part, vars(part).get("forward"))

@@ -251,7 +251,8 @@ def test_attention_is_computed_once(mode: Mode, times: int, offload: bool) -> No
     recompute_layers(peft, [mode] * LAYERS, offload=offload)
     with Operators() as counted:
         results(peft, lengths=(9,))
-    assert counted.count == times * LAYERS
+    # Of the last layer nothing is sent to the host.
+    assert counted.count == times * LAYERS + (mode == "attention" and offload)
 
 
 def test_attention_that_drops_is_computed_again() -> None:
