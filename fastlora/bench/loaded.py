@@ -14,6 +14,7 @@ from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
 from fastlora.engines.kept import keep_as_asked, transformers_own
+from fastlora.engines.packed import keep_rows_apart
 from fastlora.engines.unsloth import attach_own_loss, fused_layers
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
@@ -75,6 +76,7 @@ class Loaded:
         ours = ours or memory.cuda_graphs  # no other is recorded
         if ours or "+fastlora" in task.arm.options:
             keep_as_asked(self.model, self.engine, self.recipe, self.notes.append)
+            keep_rows_apart(self.model, self.engine, self.recipe, self.notes.append)
         elif task.arm.engine != "unsloth" and self.checkpointing == "full":
             # What one has without fastlora, which is what such an arm stands for.
             transformers_own(self.model)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Announce = Callable[[str], None]
 """Tells the user and the manifest about a choice or a fallback."""
+CUMULATIVE_LENGTHS = "cu_seq_lens_q"
+"""The model input, named as transformers names it, that says where packed rows end: int32, (rows + 1,), from 0 on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,8 @@ class Capabilities:
 class Engine(Protocol):
     name: str
     capabilities: Capabilities
+    cumulative_lengths: bool
+    """Whether packed rows come with CUMULATIVE_LENGTHS, which the model then takes (engines/packed.py)."""
 
     def prepare(self) -> None:
         """Import the framework. Before transformers, trl and peft, which it may patch."""
@@ -208,6 +213,13 @@ def not_loadable(name: str, error: Exception) -> str:
         f"model.name: {name} cannot be loaded ({reason}). Check the spelling of the Hub id or the path; a gated "
         "model needs `hf auth login`; without internet, download it first and give the folder's path."
     )
+
+
+def where_they_end(seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """CUMULATIVE_LENGTHS of packed rows."""
+    import torch
+
+    return {CUMULATIVE_LENGTHS: torch.tensor([0, *accumulate(seq_lengths)], dtype=torch.int32)}
 
 
 def new_position_ids(seq_lengths: Sequence[int]) -> torch.Tensor:

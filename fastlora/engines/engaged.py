@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from fastlora.engines.base import Announce, Engine, resolve_dtype
 from fastlora.engines.kept import keep_as_asked
 from fastlora.engines.memory import GIB, cap_memory
+from fastlora.engines.packed import keep_rows_apart
 from fastlora.engines.unsloth import fused_layers, group_qkv, why_not_fused, without_fused_lora
 from fastlora.errors import EngineError
 from fastlora.plan.setup import EngineName
@@ -81,6 +82,7 @@ def load_model(
     if recipe.kernels.require_fast and (problems := list(_slow(rows))):
         raise EngineError("\n".join(problems) + ", or set kernels.require_fast = false")
     keep_as_asked(model, engine, recipe, announce)
+    keep_rows_apart(model, engine, recipe, announce)
     return model, rows
 
 

@@ -16,6 +16,7 @@ from fastlora.engines.base import (
     not_loadable,
     prefer_expandable_segments,
     resolve_dtype,
+    where_they_end,
 )
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import ModelSection, Recipe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 class PeftEngine:
     name = "peft"
     capabilities = Capabilities(needs_cuda=False, checkpointing=("full", "offload", "none"))
+    cumulative_lengths = False
 
     def prepare(self) -> None:
         # Imported on a CPU with AVX512, bitsandbytes warns of an optional kernel that nobody has installed.
@@ -117,7 +119,8 @@ class PeftEngine:
 
     def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         # transformers reads the row boundaries off the positions when no attention mask is given.
-        return {"position_ids": new_position_ids(seq_lengths)}
+        ends = where_they_end(seq_lengths) if self.cumulative_lengths else {}
+        return {"position_ids": new_position_ids(seq_lengths), **ends}
 
     @contextmanager
     def generating(self, model: PeftModel) -> Iterator[None]:

@@ -143,7 +143,7 @@ def records(recipe: Recipe, engine: str, policy: str) -> bool:
     if not memory.cuda_graphs or policy == "unsloth" or memory.stream_layers or recipe.lora.dropout:
         return False
     if engine == "unsloth":
-        return recipe.kernels.mode != "off" and not recipe.data.packing
+        return recipe.kernels.mode != "off"
     return _chunked(recipe, engine)
 
 

@@ -15,6 +15,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from fastlora.data.mask import IGNORED
+from fastlora.engines.base import CUMULATIVE_LENGTHS
+from fastlora.engines.unsloth import PACKED_LENGTHS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +30,9 @@ there would be fewer lengths."""
 _DRAWN = 4096
 """Micro-batches that the choice is made for, at least."""
 _FITTING = 0.99
-"""Of the micro-batches of a length, so many have labels enough; the rest is not recorded. At 1B the output layer is a
-fifth of a step if all tokens have labels, and without this it would take as long where a third of them has."""
+"""Of the micro-batches of a length, so many have labels enough, and of all of them packed rows; others are not recorded.
+At 1B the output layer is a fifth of a step if all tokens have labels, and without this it would take as long where a
+third of them has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Shapes:
     """For each length, the most tokens with a label that a micro-batch of it may have."""
     padding: float = 0.0
     """The part of all tokens that is there only for these lengths' sake, in micro-batches of a random order."""
+    rows: int = 0
+    """Packed rows that a micro-batch may have, those of its padding among them; 0: rows are not packed."""
 
     def fit(self, tokens: int) -> tuple[int, int]:
         """(length, most labels) for so many tokens; none shorter than they are."""
@@ -91,7 +96,14 @@ def choose_shapes(rows: Dataset, micro_batch: int, most_tokens: int) -> Shapes:
         enough = int(np.quantile(here, _FITTING, method="higher")) if len(here) else 0
         bounds.append(min(_up(max(enough, 1), multiple), length * rows_high))
     padded = np.asarray(lengths)[of_length].sum()
-    return Shapes(tuple(lengths), tuple(bounds), round(1 - float(widths.sum() / padded), 4))
+    padding = round(1 - float(widths.sum() / padded), 4)
+    most_rows = 0
+    if packed:
+        column = rows.select_columns(["seq_lengths"]).with_format("arrow")[:].column("seq_lengths")
+        there = column.combine_chunks().value_lengths().to_numpy()[grid].sum(axis=1)
+        # Padding that is longer than a row can be is several rows.
+        most_rows = _up(int(np.quantile(there, _FITTING, method="higher")) + rows_each, 8)
+    return Shapes(tuple(lengths), tuple(bounds), padding, most_rows)
 
 
 def choose_lengths(
@@ -140,12 +152,28 @@ def row_sizes(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pad(
-    batch: Mapping[str, torch.Tensor], length: int, pad_token_id: int
+    batch: Mapping[str, torch.Tensor],
+    length: int,
+    pad_token_id: int,
+    *,
+    rows: int = 0,
+    longest: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """A micro-batch as Collator makes it, on any device, with so many tokens in each row or in all packed ones."""
+    """A micro-batch as Collator makes it, on any device, with so many tokens in each row or in all packed ones.
+
+    Where packed rows come with CUMULATIVE_LENGTHS, the padding is rows of at most `longest` tokens, and behind them are
+    as many of none as make it `rows`, if it is not more.
+    """
     import torch
 
     missing = length - batch["input_ids"].shape[1]
+    ends = batch.get(CUMULATIVE_LENGTHS)
+    if ends is not None:
+        more = max(rows + 1 - len(ends), -(-missing // longest))
+        steps = torch.arange(1, more + 1, device=ends.device, dtype=ends.dtype) * longest
+        ends = torch.cat([ends, (ends[-1:] + steps).clamp(max=length)])
+        lengths = {PACKED_LENGTHS: ends.diff()} if PACKED_LENGTHS in batch else {}
+        batch = {**batch, CUMULATIVE_LENGTHS: ends, **lengths}
     if not missing:
         return dict(batch)
     fills = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}

@@ -17,7 +17,7 @@ from fastlora_kernels.layers.head import is_attached
 from fastlora_kernels.recompute import BEFORE
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastlora.engines.base import Engine
+from fastlora.engines.base import CUMULATIVE_LENGTHS, Engine
 from fastlora.engines.unsloth import streamed_layers
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
@@ -43,7 +43,7 @@ def why_not(model: PeftModel, engine: Engine, *, own_loss: bool, packing: bool) 
             if unsloth
             else "TRL's loss reads entropy and accuracy of each micro-batch from the GPU"
         )
-    if unsloth and packing:
+    if unsloth and packing and not engine.cumulative_lengths:
         return "unsloth reads the lengths of packed rows from the GPU"
     if streamed_layers(model):
         return "memory.stream_layers waits for copies from host memory"
@@ -102,8 +102,9 @@ class StaticSteps(TrainerCallback):
             known = asdict(shapes)
             run.update(cuda_graphs=known)
         else:
-            shapes = Shapes(tuple(known["lengths"]), tuple(known["labels"]), known["padding"])
-        self.shapes = shapes
+            lengths, labels = tuple(known["lengths"]), tuple(known["labels"])
+            shapes = Shapes(lengths, labels, known["padding"], known.get("rows", 0))
+        self.shapes, self.longest = shapes, recipe.model.seq_len_tokens
         if "stopped" in known:
             self.graphs.stop(known["stopped"])
             notes(f"cuda_graphs: not used any more ({known['stopped']})")
@@ -139,7 +140,10 @@ class StaticSteps(TrainerCallback):
             with self.unmasked(self.model) if unpacked else nullcontext():
                 return step({**given, **absent, **more})
 
-        padded = pad(tensors, length, self.pad_token_id)
+        most_rows = self.shapes.rows
+        padded = pad(tensors, length, self.pad_token_id, rows=most_rows, longest=self.longest)
+        ends = padded.get(CUMULATIVE_LENGTHS)
+        provided = provided and (ends is None or len(ends) == most_rows + 1)
         if self.eager or not (full and provided and length in self.shapes.lengths):
             return padded_step(padded)
         loss = self.graphs(padded_step, padded, (rows, most, baked))

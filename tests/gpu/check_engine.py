@@ -5,6 +5,8 @@ python check_engine.py reload OUT                                 the same logit
 python check_engine.py overhead RECIPE ENGINE CHECKPOINT DATA OUT the trainer's steps against bare ones
 python check_engine.py packing  RECIPE ENGINE CHECKPOINT DATA OUT whether packed rows see each other
 
+Settings of the recipe may follow.
+
 A process per call: unsloth patches transformers for the whole process.
 """
 
@@ -22,12 +24,13 @@ def load(arguments: list[str]) -> Any:
     from fastlora.recipe.load import load_recipe
     from fastlora.train.session import Request
 
-    recipe, engine, checkpoint, data, out = arguments
+    recipe, engine, checkpoint, data, out, *more = arguments
     settings = [
         f"engine={engine}",
         f"model.name={checkpoint}",
         f'data.sources=["{data}"]',
         f"output.dir={out}/runs",
+        *more,
     ]
     return Request(load_recipe(library.find(recipe), settings), recipe, settings), Path(out)
 
@@ -192,6 +195,7 @@ def packing(arguments: list[str]) -> dict[str, Any]:
     from rich.console import Console
 
     from fastlora.engines import choose_engine
+    from fastlora.engines.packed import keep_rows_apart
     from fastlora.train.collate import Collator
 
     request, _ = load(arguments)
@@ -210,9 +214,12 @@ def packing(arguments: list[str]) -> dict[str, Any]:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             return float(model(**{name: value.cuda() for name, value in inputs.items()}).loss)
 
+    theirs = [loss(row + last, [200, 200]) for row in (first, other)]
+    keep_rows_apart(model, engine, request.recipe, say)
     apart = [loss(row + last, [200, 200]) for row in (first, other)]
     together = [loss(row + last, [400]) for row in (first, other)]
-    return {"apart": apart, "together": together}
+    flash = engine.cumulative_lengths
+    return {"theirs": theirs, "apart": apart, "together": together, "flash": flash}
 
 
 if __name__ == "__main__":

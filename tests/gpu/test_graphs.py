@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,9 @@ dir = "runs"
     [
         (),
         ("data.packing=true",),
+        ("data.packing=true", "train.checkpointing=offload", "memory.keep_attention_layers=12"),
+        ("data.packing=true", "train.checkpointing=offload", "engine=unsloth"),
+        ("data.packing=true", "train.checkpointing=none", "engine=unsloth"),
         ("train.checkpointing=none",),
         ("train.checkpointing=offload",),
         ("memory.keep_layers=4", "memory.keep_attention_layers=4"),
@@ -230,6 +234,9 @@ dir = "runs"
     ids=[
         "checkpointed",
         "packed",
+        "packed, attention",
+        "packed, unsloth, offload",
+        "packed, unsloth, not checkpointed",
         "not checkpointed",
         "offload",
         "in between",
@@ -243,6 +250,8 @@ def test_a_run_of_replays(
     from fastlora.bench.weights import random_checkpoint
     from fastlora.recipe.schema import ModelSection
 
+    if "engine=unsloth" in settings and find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
     section = ModelSection(name="x", quantization="nf4", dtype="bfloat16")
     model = random_checkpoint(SHAPE, section, tmp_path / "models")
     rows = [{"prompt": f"Count to {n}:", "completion": " 1 2 3" * (9 * n)} for n in range(1, 41)]
@@ -267,6 +276,9 @@ def test_a_run_of_replays(
     found = replayed["cuda_graphs"]
     assert "stopped" not in found, found
     assert found["replayed"] > found["of"] / 2
+    if "data.packing=true" in settings:
+        assert found["rows"] > 0
+        assert not any("keeps rows apart" in note for note in replayed["notes"])
     assert replayed["result"]["tokens"] == plain["result"]["tokens"]
     assert replayed["losses"] == pytest.approx(plain["losses"], rel=0.02)
     assert replayed["result"]["eval_losses"] == pytest.approx(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from flash import pretend_to_have_it
 from ooms import Ooms
 from place import Crash, Place, assert_same, last
 from reruns import Recorders, never_recorded
 
 from fastlora.errors import EngineError
+from fastlora.train.shapes import Shapes, choose_shapes
 
 # 65 rows: each epoch's last micro-batch, and step, has one.
 SETTINGS = (
@@ -163,6 +166,37 @@ def test_nothing_waits_in_a_replay(
         assert_same(place, place.run(*settings, GRAPHS), replayed)
     error = 1e-2 if replayed["dtype"] == "bfloat16" else 1e-4
     assert_close(place, replayed, place.run(*settings), error)
+
+
+def test_packed_rows_are_kept_apart_by_where_they_end(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded and with layers computed again, it is the run with a mask; nor does anything wait."""
+    packed = (
+        "data.packing=true", "train.micro_batch=2", "train.effective_batch=4", "train.steps=6",
+        'train.checkpointing="offload"',
+    )  # fmt: skip
+    monkeypatch.setattr("fastlora.train.shapes.MOST_LENGTHS", 1)
+    masked = place.run(*SETTINGS, *packed)
+    pretend_to_have_it(monkeypatch)
+    made = Recorders(monkeypatch)
+    replayed = place.run(*SETTINGS, *packed, GRAPHS)
+    found = replayed["cuda_graphs"]
+    assert "stopped" not in found
+    assert found["rows"] == 8
+    assert (made.last.records, found["replayed"], found["of"]) == (1, 10, 12)
+    assert_close(place, replayed, masked)
+    with never_recorded(monkeypatch):
+        assert_same(place, place.run(*SETTINGS, *packed, GRAPHS), replayed)
+    # A micro-batch with more rows than there is room for is computed as usual.
+
+    def fewer(*given: Any) -> Shapes:
+        return replace(choose_shapes(*given), rows=3)
+
+    monkeypatch.setattr("fastlora.train.static.choose_shapes", fewer)
+    some = place.run(*SETTINGS, *packed, GRAPHS)
+    assert some["cuda_graphs"]["replayed"] < found["replayed"]
+    assert_close(place, some, masked)
 
 
 def test_without_a_gpu_it_is_refused_before_anything_is_loaded(place: Place) -> None:

@@ -193,6 +193,7 @@ def test_a_gradient_that_is_made_while_it_is_recorded_is_none_of_ours() -> None:
         ("unsloth", ""),
         ("unsloth's loss", "unsloth's loss"),
         ("unsloth, packed", "unsloth reads the lengths"),
+        ("unsloth, packed, flash attention", ""),
         ("unsloth, checkpointed", "unsloth's checkpointing"),
         ("unsloth, streamed", "memory.stream_layers"),
         ("packed", ""),
@@ -214,7 +215,9 @@ def test_what_is_known_not_to_be_recordable(case: str, why: str) -> None:
         model.gradient_checkpointing_enable()
     if "streamed" in case:
         model._unsloth_block_swap = SimpleNamespace(indices=[1])
-    engine: Any = SimpleNamespace(name="unsloth" if "unsloth" in case else "peft")
+    engine: Any = SimpleNamespace(
+        name="unsloth" if "unsloth" in case else "peft", cumulative_lengths="flash" in case
+    )
     found = why_not(model, engine, own_loss="loss" not in case, packing="packed" in case)
     assert found.startswith(why)
     assert bool(found) is bool(why)

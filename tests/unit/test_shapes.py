@@ -84,6 +84,14 @@ def test_the_shapes_of_a_data_set(packed: bool) -> None:
     provided = [n <= most for (_, most), n in zip(fits, labels[grid].sum(1), strict=True)]
     assert sum(provided) > 0.9 * len(provided)
     added = 1 - width.sum() / sum(length for length, _ in fits)
+    if packed:
+        there = torch.tensor([len(row) for row in rows["seq_lengths"]])[torch.from_numpy(grid)]
+        # As many rows as nearly all have, and those of the padding; no more, since each costs a little.
+        assert (there.sum(1) + 3 <= shapes.rows).float().mean() > 0.9
+        assert shapes.rows < there.sum(1).max() + 3 + 8
+        assert shapes.rows % 8 == 0
+    else:
+        assert shapes.rows == 0
     assert added == pytest.approx(shapes.padding, abs=0.03)
     assert 0 < shapes.padding < 0.1
 
