@@ -37,8 +37,9 @@ class Capabilities:
 class Engine(Protocol):
     name: str
     capabilities: Capabilities
-    cumulative_lengths: bool
-    """Whether packed rows come with CUMULATIVE_LENGTHS, which the model then takes (engines/packed.py)."""
+    longest_packed: int
+    """Of packed rows that come with CUMULATIVE_LENGTHS, the most tokens that the model takes of one
+    (engines/packed.py); 0: they come without."""
 
     def prepare(self) -> None:
         """Import the framework. Before transformers, trl and peft, which it may patch."""
@@ -215,10 +216,13 @@ def not_loadable(name: str, error: Exception) -> str:
     )
 
 
-def where_they_end(seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
-    """CUMULATIVE_LENGTHS of packed rows."""
+def where_they_end(seq_lengths: Sequence[int], longest: int) -> dict[str, torch.Tensor]:
+    """CUMULATIVE_LENGTHS of packed rows, none of which may be longer than `longest`: what is longer would be left as
+    memory was, and nothing say so."""
     import torch
 
+    if max(seq_lengths) > longest:
+        raise ValueError(f"a packed row of {max(seq_lengths)} tokens where {longest} are the most")
     return {CUMULATIVE_LENGTHS: torch.tensor([0, *accumulate(seq_lengths)], dtype=torch.int32)}
 
 

@@ -37,13 +37,14 @@ def keep_rows_apart(model: PeftModel, engine: Engine, recipe: Recipe, announce: 
             how = "unsloth's own attention" if unsloth else "a mask"
             announce(f"data.packing: {how} keeps rows apart, flash attention cannot ({reason})")
         return
+    longest = recipe.model.seq_len_tokens
     if unsloth:
-        unsloth_serves_packed_rows(recipe.model.seq_len_tokens)
+        unsloth_serves_packed_rows(longest)
     else:
         from fastlora.engines.varlen import transformers_serves_packed_rows
 
-        transformers_serves_packed_rows(base, recipe.model.seq_len_tokens)
-    engine.cumulative_lengths = True
+        transformers_serves_packed_rows(base, longest)
+    engine.longest_packed = longest
 
 
 def why_not(config: Any, recipe: Recipe, engine: str) -> str:
@@ -68,9 +69,11 @@ def has_flash_attention(config: Any, dtype: torch.dtype) -> bool:
     import torch
     from torch.backends import cuda
 
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if not torch.cuda.is_available() or torch.version.hip is not None or size % 8:
+    if size % 8:
         return False
     query, key = (
         torch.empty(1, count, 128, size, dtype=dtype, device="cuda", requires_grad=True)

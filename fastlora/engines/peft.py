@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class PeftEngine:
     name = "peft"
     capabilities = Capabilities(needs_cuda=False, checkpointing=("full", "offload", "none"))
-    cumulative_lengths = False
+    longest_packed = 0
 
     def prepare(self) -> None:
         # Imported on a CPU with AVX512, bitsandbytes warns of an optional kernel that nobody has installed.
@@ -119,7 +119,8 @@ class PeftEngine:
 
     def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         # transformers reads the row boundaries off the positions when no attention mask is given.
-        ends = where_they_end(seq_lengths) if self.cumulative_lengths else {}
+        longest = self.longest_packed
+        ends = where_they_end(seq_lengths, longest) if longest else {}
         return {"position_ids": new_position_ids(seq_lengths), **ends}
 
     @contextmanager

@@ -42,7 +42,7 @@ class UnslothEngine:
         checkpointing=("unsloth", "offload", "full", "none"),
         streams_layers=True,
     )
-    cumulative_lengths = False
+    longest_packed = 0
 
     def prepare(self) -> None:
         """Raises EngineError when unsloth cannot be imported: a version that does not fit, mostly."""
@@ -128,10 +128,11 @@ class UnslothEngine:
     def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         import torch
 
+        longest = self.longest_packed
         return {
             "position_ids": new_position_ids(seq_lengths),
             PACKED_LENGTHS: torch.tensor(seq_lengths, dtype=torch.int32),
-            **(where_they_end(seq_lengths) if self.cumulative_lengths else {}),
+            **(where_they_end(seq_lengths, longest) if longest else {}),
         }
 
     @contextmanager

@@ -30,9 +30,9 @@ there would be fewer lengths."""
 _DRAWN = 4096
 """Micro-batches that the choice is made for, at least."""
 _FITTING = 0.99
-"""Of the micro-batches of a length, so many have labels enough, and of all of them packed rows; others are not recorded.
-At 1B the output layer is a fifth of a step if all tokens have labels, and without this it would take as long where a
-third of them has."""
+"""Of the micro-batches of a length, so many have labels enough, and of all, packed rows; others are not recorded. At 1B
+the output layer is a fifth of a step if all tokens have labels, and without this it would take as long where a third
+of them has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def why_not(model: PeftModel, engine: Engine, *, own_loss: bool, packing: bool) 
             if unsloth
             else "TRL's loss reads entropy and accuracy of each micro-batch from the GPU"
         )
-    if unsloth and packing and not engine.cumulative_lengths:
+    if unsloth and packing and not engine.longest_packed:
         return "unsloth reads the lengths of packed rows from the GPU"
     if streamed_layers(model):
         return "memory.stream_layers waits for copies from host memory"
@@ -104,7 +104,7 @@ class StaticSteps(TrainerCallback):
         else:
             lengths, labels = tuple(known["lengths"]), tuple(known["labels"])
             shapes = Shapes(lengths, labels, known["padding"], known.get("rows", 0))
-        self.shapes, self.longest = shapes, recipe.model.seq_len_tokens
+        self.shapes, self.longest_packed = shapes, engine.longest_packed
         if "stopped" in known:
             self.graphs.stop(known["stopped"])
             notes(f"cuda_graphs: not used any more ({known['stopped']})")
@@ -141,7 +141,9 @@ class StaticSteps(TrainerCallback):
                 return step({**given, **absent, **more})
 
         most_rows = self.shapes.rows
-        padded = pad(tensors, length, self.pad_token_id, rows=most_rows, longest=self.longest)
+        padded = pad(
+            tensors, length, self.pad_token_id, rows=most_rows, longest=self.longest_packed
+        )
         ends = padded.get(CUMULATIVE_LENGTHS)
         provided = provided and (ends is None or len(ends) == most_rows + 1)
         if self.eager or not (full and provided and length in self.shapes.lengths):

@@ -218,7 +218,7 @@ def packing(arguments: list[str]) -> dict[str, Any]:
     keep_rows_apart(model, engine, request.recipe, say)
     apart = [loss(row + last, [200, 200]) for row in (first, other)]
     together = [loss(row + last, [400]) for row in (first, other)]
-    flash = engine.cumulative_lengths
+    flash = bool(engine.longest_packed)
     return {"theirs": theirs, "apart": apart, "together": together, "flash": flash}
 
 

@@ -46,7 +46,7 @@ def draw(heads: tuple[int, int, int], seed: int) -> list[torch.Tensor]:
 def ends_of(lengths: tuple[int, ...]) -> torch.Tensor:
     """With the padding's row behind them, and 20 of no tokens."""
     rows = (*lengths, TOKENS - sum(lengths), *(0,) * 20)
-    return where_they_end(rows)[CUMULATIVE_LENGTHS].cuda()
+    return where_they_end(rows, LONGEST)[CUMULATIVE_LENGTHS].cuda()
 
 
 def _rows() -> list[int]:
@@ -115,7 +115,7 @@ def test_recorded_once_it_serves_other_rows() -> None:
     graphs = Graphs(CudaRecorder(), [leaf])
     for lengths in (LENGTHS, (500, 12, 512), (1, 511) * 2, (512, 512)):
         rows = (*lengths, TOKENS - sum(lengths), *(0,) * (9 - len(lengths)))
-        ends = where_they_end(rows)[CUMULATIVE_LENGTHS].cuda()
+        ends = where_they_end(rows, LONGEST)[CUMULATIVE_LENGTHS].cuda()
         if leaf.grad is not None:
             leaf.grad.zero_()
         out = graphs(step, {"ends": ends}).clone()
@@ -163,7 +163,7 @@ def test_losses_and_gradients_are_those_with_a_mask(kind: str, recomputed: bool)
     def results(*, cast: bool) -> list[torch.Tensor]:
         model.zero_grad()
         batch = {name: tensor.cuda() for name, tensor in Collator(0, engine)(rows).items()}
-        if engine.cumulative_lengths:
+        if engine.longest_packed:
             batch = pad(batch, TOKENS, 0, rows=16, longest=LONGEST)
         with torch.autocast("cuda", torch.bfloat16, enabled=cast):
             loss = model(**batch).loss
@@ -173,7 +173,7 @@ def test_losses_and_gradients_are_those_with_a_mask(kind: str, recomputed: bool)
     exact, masked = results(cast=False), results(cast=True)
     keep_rows_apart(model, engine, recipe, said.append)
     assert said == []
-    assert engine.cumulative_lengths
+    assert engine.longest_packed
     ours = results(cast=True)
     for mine, their, want in zip(ours, masked, exact, strict=True):
         mine_off, their_off = ((each.float() - want).norm() / want.norm() for each in (mine, their))

@@ -267,6 +267,8 @@ def test_recorded_micro_batches_have_memory_of_their_own() -> None:
     more = recorded.memory.allocated_gib - without.memory.allocated_gib
     assert more == pytest.approx(pool.bytes / 2**30)
     assert planned(True, engine="unsloth").setup.loss == "fastlora"
+    packed = planned(True, engine="unsloth", data={"sources": ["x"], "packing": True})
+    assert packed.setup.graphs
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,6 @@ def test_recorded_micro_batches_have_memory_of_their_own() -> None:
     [
         {"engine": "unsloth"},  # by unsloth's checkpointing
         {"engine": "unsloth", "train": {"checkpointing": "full"}, "memory": {"stream_layers": 2}},
-        {"engine": "unsloth", "train": {"checkpointing": "full"}, "data": {"sources": ["x"], "packing": True}},
         {"engine": "unsloth", "train": {"checkpointing": "full"}, "kernels": {"mode": "off"}},
         {"engine": "peft", "kernels": {"mode": "off"}},  # by TRL's loss
         {"engine": "peft", "lora": {"dropout": 0.1}},

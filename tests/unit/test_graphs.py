@@ -216,7 +216,7 @@ def test_what_is_known_not_to_be_recordable(case: str, why: str) -> None:
     if "streamed" in case:
         model._unsloth_block_swap = SimpleNamespace(indices=[1])
     engine: Any = SimpleNamespace(
-        name="unsloth" if "unsloth" in case else "peft", cumulative_lengths="flash" in case
+        name="unsloth" if "unsloth" in case else "peft", longest_packed=9 * ("flash" in case)
     )
     found = why_not(model, engine, own_loss="loss" not in case, packing="packed" in case)
     assert found.startswith(why)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from flash import pretend_to_have_it
 
 from fastlora.engines.kept import keep_as_asked, memory_problems, modes_of, recompute_all
 from fastlora.engines.peft import PeftEngine
@@ -128,7 +129,7 @@ def test_a_model_whose_layers_cannot_be_recomputed_falls_back_aloud() -> None:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """An unsloth that only notes what it is called with."""
-    calls: dict[str, Any] = {}
+    calls: dict[str, Any] = {"model_type": "llama"}
 
     def from_pretrained(name: str, **given: Any) -> Any:
         calls["load"] = given
@@ -136,7 +137,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise ValueError("Unsloth: offload_layers has nothing to swap to here.")
         text = SimpleNamespace(num_hidden_layers=8)
         return SimpleNamespace(
-            config=SimpleNamespace(model_type="llama", get_text_config=lambda: text)
+            config=SimpleNamespace(model_type=calls["model_type"], get_text_config=lambda: text)
         ), None
 
     def get_peft_model(base: Any, **given: Any) -> Any:
@@ -205,6 +206,20 @@ def test_unsloth_does_not_compile_what_is_recorded(
     UnslothEngine().load(Recipe.model_validate(asked), print)
     assert told["compile"] == there
     assert {name: os.environ[name] for name in names if name in os.environ} == users
+
+
+@pytest.mark.parametrize(("kind", "there"), [("llama", "0"), ("gemma3_text", None)])
+def test_packed_rows_are_recorded_where_flash_attention_serves_them(
+    kind: str, there: str | None, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("UNSLOTH_BLOCK_COMPILE", "UNSLOTH_BLOCK_COMPILE_LEGACY"):
+        monkeypatch.delenv(name, raising=False)
+    pretend_to_have_it(monkeypatch)
+    told["model_type"] = kind
+    asked = recipe("offload", cuda_graphs=True).model_dump(exclude_unset=True)
+    asked["data"]["packing"] = True
+    UnslothEngine().load(Recipe.model_validate(asked), print)
+    assert told["compile"] == there
 
 
 @pytest.mark.usefixtures("told")

@@ -39,7 +39,7 @@ def heads(count: int, tokens: int, seed: int, size: int = 8) -> torch.Tensor:
 def test_each_row_attends_to_itself(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "_flash", flash)
     q, k, v = (heads(count, sum(LENGTHS), seed) for seed, count in enumerate((4, 2, 2)))
-    ends = where_they_end((*LENGTHS, 0, 0))[CUMULATIVE_LENGTHS]
+    ends = where_they_end((*LENGTHS, 0, 0), LONGEST)[CUMULATIVE_LENGTHS]
     with Waits(error=True):
         found = varlen.attend(q, k, v, ends, LONGEST, scale)
     rows = [each.split(LENGTHS, dim=2) for each in (q, k, v)]
@@ -77,7 +77,7 @@ def test_it_runs_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(varlen, "_flash", spy)
     q, k, v = heads(2, 4, 0), heads(2, 4, 1), heads(2, 4, 2).bfloat16()
-    ends = where_they_end((4,))[CUMULATIVE_LENGTHS]
+    ends = where_they_end((4,), LONGEST)[CUMULATIVE_LENGTHS]
     with torch.autocast("cpu", torch.float16):
         assert varlen.attend(q, k, v, ends, 4).dtype == torch.float16
     assert varlen.attend(q, k, v, ends, 4).dtype == torch.float32
@@ -208,9 +208,16 @@ def test_without_a_gpu_a_mask_it_is_and_nothing_is_said() -> None:
     assert engine.packed_inputs([3, 4]).keys() == {"position_ids"}
 
 
+def test_a_row_that_would_not_all_be_computed_is_an_error() -> None:
+    engine = PeftEngine()
+    engine.longest_packed = LONGEST
+    with pytest.raises(ValueError, match="a packed row of 13 tokens where 12 are the most"):
+        engine.packed_inputs([3, LONGEST + 1])
+
+
 def test_padding_of_more_rows_than_there_is_room_for() -> None:
     engine = PeftEngine()
-    engine.cumulative_lengths = True
+    engine.longest_packed = LONGEST
     batch = Collator(0, engine)(rows())
     ends = [
         pad(batch, length, 0, rows=most, longest=LONGEST)[CUMULATIVE_LENGTHS].tolist()
@@ -237,7 +244,7 @@ def test_unsloths_attention_is_asked_unless_rows_say_where_they_end(
         unsloth.unsloth_serves_packed_rows(longest)
     engine = unsloth.UnslothEngine()
     assert engine.packed_inputs(LENGTHS).keys() == {"position_ids", "packed_seq_lengths"}
-    engine.cumulative_lengths = True
+    engine.longest_packed = LONGEST
     given = pad(Collator(0, engine)(rows()), 40, 0, rows=9, longest=LONGEST)
     assert given["packed_seq_lengths"].tolist() == [5, 1, 12, 7, 12, 3, 0, 0, 0]
     q, k, v = (heads(count, 40, seed) for seed, count in enumerate((4, 2, 2)))
