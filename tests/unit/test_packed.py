@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fastlora_kernels import recompute_layers
+from fastlora_kernels.attention import Attention, Give, Keep
 from flash import flash, pretend_to_have_it
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
@@ -66,6 +67,28 @@ def test_pytorch_takes_it_so_and_has_a_backward() -> None:
     assert (out.shape, out.dtype) == ((1, 32, 4, 8), torch.bfloat16)
     out.sum().backward()
     assert [each.grad.shape for each in (q, k, v)] == [each.shape for each in (q, k, v)]
+
+
+@pytest.mark.usefixtures("meta")
+def test_its_outputs_can_be_kept_for_backward() -> None:
+    """fastlora_kernels/attention.py knows the operator."""
+    q, k, v = (
+        torch.empty(1, count, 320, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        for count in (4, 2, 2)
+    )
+    ends = torch.empty(5, device="meta", dtype=torch.int32)
+    attention = Attention(torch.nn.Identity(), lambda: varlen.attend(q, k, v, ends, 160))
+    kept = list[torch.Tensor]()
+    keep = Keep(kept.append)
+    with torch.no_grad(), keep.around():
+        attention()
+    assert [each.shape for each in kept] == [(320, 4, 8), (4, 320)]  # and the log-sum-exp
+    give = Give(keep.entries, kept)
+    with give.around():
+        out = attention()
+    assert give.entries == []
+    out.sum().backward()
+    assert q.grad.shape == q.shape
 
 
 def test_it_runs_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +168,15 @@ def test_a_model_gives_what_it_gives_with_a_mask(
 
     masked = Collator(0, engine)(rows())
     unpacked = {"input_ids": masked["input_ids"], "attention_mask": torch.ones(1, sum(LENGTHS))}
-    want, plain = found(masked), model(**unpacked).logits
+
+    def written() -> torch.Tensor:
+        model.config.use_cache = True
+        one = {name: each[:, :6] for name, each in unpacked.items()}
+        ids: torch.Tensor = model.generate(**one, max_new_tokens=6, do_sample=False)
+        model.config.use_cache = False
+        return ids
+
+    want, plain, text = found(masked), model(**unpacked).logits, written()
     keep_rows_apart(model, engine, recipe(), said.append)
     assert said == []
     batch = Collator(0, engine)(rows())
@@ -163,6 +194,7 @@ def test_a_model_gives_what_it_gives_with_a_mask(
                 torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
     again = model(**unpacked).logits
     assert torch.equal(again, plain)
+    assert torch.equal(written(), text)
     assert model.config._attn_implementation == f"fastlora_packed_{LONGEST}"
 
 
