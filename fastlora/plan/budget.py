@@ -133,7 +133,8 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
 
 
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
-    """What fits with nothing kept, and with so many layers kept whole and as many more in part as there is room for."""
+    """What fits with so many layers kept whole and, of the others, none or as many as there is room for that keep their
+    attention; between these two the time goes from one to the other."""
     policy, free = start["train.checkpointing"], now.shape.layers - now.setup.stream_layers
     keys = ("memory.keep_layers", "memory.keep_attention_layers")
     open_keys = [key for key in keys if policy != "none" and _given(now.recipe, key) is None]
@@ -152,6 +153,8 @@ def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Foun
                 break
         else:
             return
+        if most and (found := tried(whole, 0)) and _fits(found):
+            yield found
 
 
 def _streamed(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
@@ -214,12 +217,14 @@ def _why(key: str, result: Prediction) -> str:
     if key == "train.checkpointing":
         return {
             "none": "there is room for all that is computed",
-            "full": "the inputs of layers stay on the GPU",
-            "offload": "the inputs of layers wait in host memory",
+            "full": "what layers keep stays on the GPU",
+            "offload": "what layers keep waits in host memory",
             "unsloth": "the inputs of layers wait in host memory",
         }[setup.policy]
     if key == "memory.keep_layers":
         return f"of {shape.layers} layers, nothing of them is computed again"
     if key == "memory.keep_attention_layers":
-        return "of these the MLP alone is computed again"
+        if setup.kernels:
+            return "of these q, k, v, o and attention are not computed again"
+        return "of these attention is not computed again"
     return f"of {shape.layers} layers; their frozen weights come from host memory"

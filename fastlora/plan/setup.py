@@ -198,21 +198,12 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         found.append(
             "unsloth's fused kernels do not cover all of these layers: counted as PEFT's, not measured"
         )
-    if setup.kernels:
-        found.append(
-            "fastlora's kernels: counted on a CPU, not measured on a GPU for a whole model yet"
-        )
     if setup.quantization == "int8" or setup.item == 4:
         found.append("only nf4 in 16-bit arithmetic has been measured")
-    if (
-        setup.keep_attention_layers
-        or setup.stream_layers
-        or setup.graphs
-        or setup.policy == "offload"
-    ):
-        found.append(
-            "offload, keep_attention_layers, stream_layers, cuda_graphs: counted, not measured"
-        )
+    if setup.keep_layers and setup.policy != "none":
+        found.append("keep_layers: counted, not measured")
+    if setup.keep_attention_layers or setup.stream_layers:
+        found.append("keep_attention_layers and stream_layers: counted, not measured")
     if setup.dora or setup.dropout:
         found.append("DoRA and dropout keep more activations: counted, not measured")
     return found

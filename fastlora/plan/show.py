@@ -52,7 +52,7 @@ def _headline(found: Prediction, console: Console) -> None:
 def _kept(setup: Setup) -> str:
     counts = {
         "kept whole": 0 if setup.policy == "none" else setup.keep_layers,
-        "kept in part": setup.keep_attention_layers,
+        "that keep their attention": setup.keep_attention_layers,
         "streamed": setup.stream_layers,
     }
     return "".join(f", {count} layers {how}" for how, count in counts.items() if count)

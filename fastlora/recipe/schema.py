@@ -174,8 +174,8 @@ class TrainSection(Section):
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations in a row without a lower loss."""
     checkpointing: Literal["auto", "unsloth", "offload", "full", "none"] = "auto"
-    """What layers compute again in backward instead of keeping it. full: all but each layer's input; offload: these
-    inputs are in host memory meanwhile; unsloth: as offload, by unsloth's own code; none: nothing. auto is unsloth's
+    """What layers compute again in backward instead of keeping it. full: all but each layer's input; offload: what is
+    kept for it is in host memory meanwhile; unsloth: the same by unsloth's own code; none: nothing. auto is unsloth's
     on its engine, full on other GPUs, none on a CPU. memory.keep_layers and keep_attention_layers lie in between."""
     chunked_loss: bool | None = None
     """peft engine: take the loss in chunks of the labelled tokens, without ever holding the logits. Measured on an H100
@@ -220,7 +220,8 @@ class MemorySection(Section):
     keep_layers: int | None = Field(default=None, ge=0)
     """So many of the last layers keep all that their backward needs, and compute nothing again."""
     keep_attention_layers: int | None = Field(default=None, ge=0)
-    """So many layers before those compute their MLP again and nothing else."""
+    """So many layers before those keep attention's output and those of its projections, so that of their products gate
+    and up alone are computed again; where fastlora's kernels do not run the projections, attention's output alone."""
     stream_layers: int | None = Field(default=None, ge=0)
     """So many layers' frozen weights are in host memory, and come to the GPU when their turn comes."""
     cuda_graphs: bool | None = None
