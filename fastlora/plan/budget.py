@@ -30,6 +30,8 @@ _MOST_TOKENS = 16_384
 """Of a micro-batch; a GPU does not become faster beyond, and the loss of one row too many costs more time."""
 _ALIKE = 0.01
 """Speeds that differ by less are taken for the same."""
+_NEAR = 0.05
+"""Memory that differs by less: then fewer keys are better, such as nothing computed again instead of one layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,13 @@ class Choice:
     def lines(self) -> Iterator[str]:
         """What was chosen and why, as for the console."""
         took, plain = figures_said(self.result), figures_said(self.plainest)
-        yield f"memory.vram = {self.result.card.vram_gib:.2f} GiB: {took}; with nothing kept or streamed {plain}"
+        asked = self.result.recipe.memory.vram is not None
+        within = "memory.vram = {:.2f} GiB" if asked else "memory: of {:.2f} GiB that it may take"
+        said = within.format(self.result.card.vram_gib)
+        yield f"{said}: {took}; with nothing kept or streamed {plain}"
         for one in self.filled:
-            yield f"  {one.key} = {one.value}: {one.why}"
+            value = str(one.value).lower() if isinstance(one.value, bool) else one.value
+            yield f"  {one.key} = {value}: {one.why}"
 
 
 NONE_FITS = "with what the recipe leaves open nothing fits into"
@@ -84,9 +90,13 @@ def choose(now: Prediction, again: Again) -> Choice | None:
         found = [one for start in starts for one in _streamed(now, start, again)]
     if not found:
         return None
+    if recipe.memory.cuda_graphs:  # policies that can be recorded, if there is one
+        found = [one for one in found if one[1].setup.graphs] or found
     # The host's speed is a guess, so among those that it holds back alike the GPU's own decides.
     alike = _within(_within(found, _time), _gpu_time)
-    settings, result = min(alike, key=lambda one: (one[1].memory.comfortable_gib, len(one[0])))
+    least = min(one[1].memory.comfortable_gib for one in alike)
+    near = [one for one in alike if one[1].memory.comfortable_gib <= least * (1 + _NEAR)]
+    settings, result = min(near, key=lambda one: (len(one[0]), one[1].memory.comfortable_gib))
     filled = tuple(
         Filled(key, value, _why(key, result))
         for key, value in settings.items()

@@ -47,6 +47,8 @@ class Setup:
     """As in [memory]; no layer twice, and one at least is not streamed."""
     graphs: bool = False
     """Micro-batches are recorded: asked for, and not refused (train/static.py)."""
+    not_recorded: str = ""
+    """Why not, where it was asked for."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -98,15 +100,10 @@ def setup_of(
     streamed = min(memory.stream_layers or 0, shape.layers - 1)
     free = shape.layers - streamed
     kept = free if policy == "none" else min(memory.keep_layers or 0, free)
-    refused = policy == "unsloth" or streamed or lora.dropout
-    refused = refused or (
-        recipe.kernels.mode == "off" or recipe.data.packing if unsloth else not chunked
-    )
+    refused = shape.not_recorded or _why_not_recorded(recipe, name, policy, streamed, chunked)
     graphs = bool(memory.cuda_graphs) and not refused
-    if memory.cuda_graphs and not graphs:
-        notes.append(
-            "memory.cuda_graphs: a run would go on without them, and say why (docs/memory.md)"
-        )
+    if memory.cuda_graphs and refused:
+        notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
@@ -131,6 +128,7 @@ def setup_of(
         keep_attention_layers=min(memory.keep_attention_layers or 0, free - kept),
         stream_layers=streamed,
         graphs=graphs,
+        not_recorded=refused if memory.cuda_graphs else "",
     )  # fmt: skip
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
@@ -138,6 +136,26 @@ def setup_of(
         raise RecipeError("recipe", problems)
     notes += _not_measured(setup, shape)
     return replace(setup, notes=tuple(notes))
+
+
+def _why_not_recorded(
+    recipe: Recipe, engine: EngineName, policy: Policy, streamed: int, chunked: bool
+) -> str:
+    """What a run finds in its model and refuses (train/static.py), as far as its recipe shows it."""
+    if recipe.lora.dropout:
+        return "lora.dropout draws random numbers"
+    if streamed:
+        return "memory.stream_layers waits for copies from host memory"
+    if recipe.model.quantization == "int8":
+        return "int8 products ask the GPU for outliers"
+    if policy == "unsloth":
+        return "unsloth's checkpointing waits for its copies"
+    if engine == "unsloth":
+        if recipe.data.packing:
+            return "unsloth reads the lengths of packed rows from the GPU"
+        off = recipe.kernels.mode == "off"
+        return "unsloth's loss waits for the GPU, and kernels.mode is off" if off else ""
+    return "" if chunked else "TRL's loss waits for the GPU"
 
 
 def policy_of(recipe: Recipe, engine: str) -> Policy:

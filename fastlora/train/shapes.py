@@ -61,16 +61,8 @@ def choose_shapes(rows: Dataset, micro_batch: int, most_tokens: int) -> Shapes:
     import numpy as np
 
     packed = "seq_lengths" in rows.column_names
-    tokens, labels = row_sizes(rows)
-    rows_each = min(micro_batch, len(tokens))
-    complete = len(tokens) // rows_each
-    draw = np.random.default_rng(0)
-    orders = [draw.permutation(len(tokens)) for _ in range(math.ceil(_DRAWN / complete))]
-    drawn = np.concatenate([order[: complete * rows_each] for order in orders])
-    grid = drawn.reshape(-1, rows_each)
-    widths = tokens[grid].sum(axis=1) if packed else tokens[grid].max(axis=1)
-    counts = labels[grid].sum(axis=1)
-
+    rows_each = min(micro_batch, len(rows))
+    widths, counts, longest = _drawn(rows, rows_each)
     most_tokens *= rows_each if packed else 1
     histogram = Counter(
         {
@@ -78,7 +70,7 @@ def choose_shapes(rows: Dataset, micro_batch: int, most_tokens: int) -> Shapes:
             for width, n in zip(*np.unique(widths, return_counts=True), strict=True)
         }
     )
-    histogram[int(widths.max() if packed else tokens.max())] += 0  # to be held, though never drawn
+    histogram[longest] += 0  # to be held, though never drawn
     multiple = MULTIPLE
     while multiple > 8 and max(histogram) < MOST_LENGTHS * multiple:
         multiple //= 2
@@ -92,6 +84,29 @@ def choose_shapes(rows: Dataset, micro_batch: int, most_tokens: int) -> Shapes:
         bounds.append(min(_up(max(enough, 1), multiple), length * rows_high))
     padded = np.asarray(lengths)[of_length].sum()
     return Shapes(tuple(lengths), tuple(bounds), round(1 - float(widths.sum() / padded), 4))
+
+
+def mean_tokens(rows: Dataset, micro_batch: int) -> int:
+    """Of the longest row of a micro-batch, in the order that choose_shapes takes; of a packed row, where they are."""
+    rows_each = min(micro_batch, len(rows))
+    mean = float(_drawn(rows, rows_each)[0].mean())
+    return round(mean / rows_each if "seq_lengths" in rows.column_names else mean)
+
+
+def _drawn(rows: Dataset, rows_each: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(tokens, labels, the most tokens there can be) of micro-batches in a random order. Tokens: of the longest row, or
+    of all where they are packed."""
+    import numpy as np
+
+    packed = "seq_lengths" in rows.column_names
+    tokens, labels = row_sizes(rows)
+    complete = len(tokens) // rows_each
+    draw = np.random.default_rng(0)
+    orders = [draw.permutation(len(tokens)) for _ in range(math.ceil(_DRAWN / complete))]
+    drawn = np.concatenate([order[: complete * rows_each] for order in orders])
+    grid = drawn.reshape(-1, rows_each)
+    widths = tokens[grid].sum(axis=1) if packed else tokens[grid].max(axis=1)
+    return widths, labels[grid].sum(axis=1), int(widths.max() if packed else tokens.max())
 
 
 def choose_lengths(

@@ -290,7 +290,7 @@ def test_graphs_that_a_run_refuses_are_not_planned_with(sections: dict[str, Any]
 
 
 def test_a_choice_says_what_and_why() -> None:
-    choice = chosen(12, engine="unsloth")
+    choice = chosen(12, engine="unsloth", memory={"vram": "12GiB"})
     assert choice
     lines = list(choice.lines())
     assert lines[0].startswith("memory.vram = 12.00 GiB: ")
