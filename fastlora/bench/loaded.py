@@ -66,19 +66,23 @@ class Loaded:
         self._check_targets()
         self.dtype = resolve_dtype(self.recipe.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Begins with a scale with which the gradients of the parity step do not overflow.
         self.scaler: Any = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype == torch.float16
+            self.device.type, init_scale=1024.0, enabled=self.dtype == torch.float16
         )
         self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
         self.checkpointing = resolve_checkpointing(self.recipe, self.engine)
         self._engage(task.arm)
         memory = self.recipe.memory
         ours = self.checkpointing == "offload" or memory.keep_layers or memory.keep_attention_layers
+        ours = ours or memory.cuda_graphs  # no other is recorded
         if ours or "+fastlora" in task.arm.options:
             keep_as_asked(self.model, self.engine, self.recipe, self.notes.append)
         elif task.arm.engine != "unsloth" and self.checkpointing == "full":
             # What one has without fastlora, which is what such an arm stands for.
             transformers_own(self.model)
+        if memory.cuda_graphs:
+            self._record(task.arm)
         for _, parameter in self.adapter():
             parameter.data = parameter.data.float()  # as the trainer keeps them
         self.model.train()
@@ -118,12 +122,11 @@ class Loaded:
             from fastlora_kernels import attach_head
 
             self.notes.append(loss_line(attach_head(self.model)))
-        if self.recipe.memory.cuda_graphs:
-            self._record(arm)
 
     def _record(self, arm: Arm) -> None:
         """Raises EngineError: micro-batches cannot be recorded."""
         from fastlora.train.graphs import CudaRecorder, Graphs, can_record
+        from fastlora.train.static import why_not
 
         if arm.engine == "unsloth" and (reason := attach_own_loss(self.model)):
             raise EngineError(
@@ -131,6 +134,9 @@ class Loaded:
             )
         if not can_record():
             raise EngineError("+record: CUDA graphs need a CUDA GPU")
+        packing = self.recipe.data.packing
+        if reason := why_not(self.model, self.engine, own_loss=True, packing=packing):
+            raise EngineError(f"+record: {reason}")
         self.graphs = Graphs(CudaRecorder(), [parameter for _, parameter in self.adapter()])
 
     def adapter(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -183,6 +189,15 @@ class Loaded:
 
         given = {**inputs, "counted": counted}
         return step(given) if self.graphs is None else self.graphs(step, given, most_labels)
+
+    @property
+    def not_recorded(self) -> str:
+        """Why micro-batches that were to be recorded were not, or no more from some step on; empty if they were, and
+        where none was to be."""
+        graphs = self.graphs
+        if graphs is None or (graphs.replays and not graphs.why_not):
+            return ""
+        return graphs.why_not or "no shape came often enough"
 
     def unmasked(self) -> AbstractContextManager[None]:
         """As in a run with memory.cuda_graphs."""

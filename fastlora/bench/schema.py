@@ -89,6 +89,14 @@ class Arm(BaseModel):
             raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
         if engine == "peft" and "+record" in options and "+fastlora" not in options:
             raise UsageError(f"--arms {text}: +record needs fastlora's loss; add +fastlora")
+        if engine == "unsloth" and "+record" in options:
+            if "+graphs" in options:
+                raise UsageError(f"--arms {text}: +graphs and +record exclude each other")
+            if not options.keys() & {*_CHECKPOINTS, "+budget"}:  # a budget may choose another
+                raise UsageError(
+                    f"--arms {text}: unsloth's own checkpointing cannot be recorded; add +offload (fastlora's), "
+                    "-offload (fastlora's, on the GPU) or -checkpointing"
+                )
         # One name for one arm, in whatever order it was typed.
         ordered = [options[name] for name in OPTIONS if name in options]
         return cls(name="".join([engine, *ordered]), engine=engine, options=frozenset(ordered))

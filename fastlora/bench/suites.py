@@ -138,6 +138,8 @@ def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:
         checkpoints = {"-checkpointing", "-offload", "+offload"}
         if option in checkpoints and (not gpu or checkpoints & arm.options):
             continue  # a CPU keeps everything
+        if option == "+graphs" and "+record" in arm.options:
+            continue  # they exclude each other
         other = Arm.parse(arm.name + option)
         if option in in_recipe and other.recipe(recipe).train == arm.recipe(recipe).train:
             continue

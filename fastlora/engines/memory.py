@@ -49,7 +49,7 @@ def free_memory() -> None:
 
 
 def forget_peak() -> None:
-    """What `peak_gib` gives is counted from now on."""
+    """What `peak_gib` and `peak_allocated_gib` give is counted from now on."""
     import torch
 
     if torch.cuda.is_available():
@@ -61,6 +61,13 @@ def peak_gib() -> float:
     import torch
 
     return torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
+
+
+def peak_allocated_gib() -> float:
+    """The most of it that tensors had, without what the allocator keeps beside them; 0 without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
 
 
 def cap_memory(cap_gib: float | None, most_context_gib: float = inf) -> None:

@@ -21,6 +21,7 @@ from fastlora.engines.base import (
     resolve_dtype,
 )
 from fastlora.errors import EngineError
+from fastlora.plan.setup import records
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -100,19 +101,20 @@ class UnslothEngine:
             announce(
                 f"memory.keep_layers: {kept}, all that the model has ({memory.keep_layers} asked for)"
             )
-        return FastLanguageModel.get_peft_model(
-            base,
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            bias=lora.bias,
-            use_rslora=lora.rslora,
-            use_dora=lora.dora,
-            use_gradient_checkpointing=checkpointing,
-            checkpoint_skip_layers=kept,
-            random_state=recipe.train.seed,
-        )
+        with _layers_compiled(not records(recipe, self.name, wanted)):
+            return FastLanguageModel.get_peft_model(
+                base,
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                bias=lora.bias,
+                use_rslora=lora.rslora,
+                use_dora=lora.dora,
+                use_gradient_checkpointing=checkpointing,
+                checkpoint_skip_layers=kept,
+                random_state=recipe.train.seed,
+            )
 
     def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         import torch
@@ -148,6 +150,29 @@ class UnslothEngine:
 
             torch.cuda.synchronize()  # copies to and from them may still be under way
             checkpointing.reset_unsloth_gradient_checkpointing_buffers()
+
+
+_COMPILE = "UNSLOTH_BLOCK_COMPILE_LEGACY"
+"""Read when an adapter is put on. "0": layers of FastLanguageModel's own architectures are not compiled, and run its
+Triton kernels as they are; other models' norms and rotary embeddings would be PyTorch's, so they are compiled still."""
+
+
+@contextmanager
+def _layers_compiled(wanted: bool) -> Iterator[None]:
+    """Layers that get their adapter within it are compiled as unsloth likes, or not.
+
+    A record needs no fast Python, which is most of what compiling gives, for 40 to 60 s; and behind a compiled layer
+    down_proj's product is made again for nobody (fastlora_kernels/unneeded.py). What the environment says about it
+    is the user's word and stays.
+    """
+    if wanted or _COMPILE in os.environ or "UNSLOTH_BLOCK_COMPILE" in os.environ:
+        yield
+        return
+    os.environ[_COMPILE] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_COMPILE]
 
 
 _SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"

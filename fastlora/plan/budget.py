@@ -15,6 +15,7 @@ from typing import Any
 
 from fastlora.plan.advise import Again, batches, possible, with_settings
 from fastlora.plan.predict import Prediction
+from fastlora.plan.working import keeps_projections
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
 
@@ -234,7 +235,7 @@ def _why(key: str, result: Prediction) -> str:
     if key == "memory.keep_layers":
         return f"of {shape.layers} layers, nothing of them is computed again"
     if key == "memory.keep_attention_layers":
-        if setup.kernels:
+        if keeps_projections(setup):
             return "of these q, k, v, o and attention are not computed again"
         return "of these attention is not computed again"
     return f"of {shape.layers} layers; their frozen weights come from host memory"

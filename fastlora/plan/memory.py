@@ -154,7 +154,7 @@ def _kept(
     """What is kept of all layers once the forward is done; or while so many of them still keep all or their
     attention."""
     whole = setup.keep_layers if whole is None else whole
-    attention = setup.keep_attention_layers if attention is None else attention
+    attention = working.attention_layers(setup) if attention is None else attention
     terms = []
     if whole:
         saves = working.layer_saves(shape, setup)
@@ -177,7 +177,7 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
     """
     between = setup.policy == "unsloth"
     stages = [_kept(shape, setup)]
-    if setup.keep_attention_layers:
+    if working.attention_layers(setup):
         saves = working.attention_again_bytes(shape, setup)
         again = Term("a layer computed again", saves, "what it saves, but for its attention")
         stages.append([*_kept(shape, setup, whole=0), again])

@@ -94,16 +94,16 @@ def setup_of(
         raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
     if problems := list(memory_problems(recipe, name, policy, streams=unsloth)):
         raise RecipeError("recipe", problems)
-    kernels = recipe.kernels.mode == "all" or (name == "peft" and recipe.kernels.mode != "off")
-    chunked = train.chunked_loss if train.chunked_loss is not None else kernels
+    kernels = _kernels(recipe, name)
+    chunked = _chunked(recipe, name)
     memory = recipe.memory
     streamed = min(memory.stream_layers or 0, shape.layers - 1)
     free = shape.layers - streamed
     kept = free if policy == "none" else min(memory.keep_layers or 0, free)
-    refused = shape.not_recorded or _why_not_recorded(recipe, name, policy, streamed, chunked)
-    graphs = bool(memory.cuda_graphs) and not refused
-    if memory.cuda_graphs and refused:
+    refused = memory.cuda_graphs and (shape.not_recorded or why_not_recorded(recipe, name, policy))
+    if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
+    graphs = bool(memory.cuda_graphs) and not refused
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
@@ -128,7 +128,7 @@ def setup_of(
         keep_attention_layers=min(memory.keep_attention_layers or 0, free - kept),
         stream_layers=streamed,
         graphs=graphs,
-        not_recorded=refused if memory.cuda_graphs else "",
+        not_recorded=refused or "",
     )  # fmt: skip
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
@@ -138,13 +138,17 @@ def setup_of(
     return replace(setup, notes=tuple(notes))
 
 
-def _why_not_recorded(
-    recipe: Recipe, engine: EngineName, policy: Policy, streamed: int, chunked: bool
-) -> str:
-    """What a run finds in its model and refuses (train/static.py), as far as its recipe shows it."""
+def records(recipe: Recipe, engine: str, policy: str) -> bool:
+    """Whether a run records its micro-batches, as far as its recipe tells: they are to be (memory.cuda_graphs), and
+    nothing speaks against it. `policy`: what train.checkpointing stands for."""
+    return bool(recipe.memory.cuda_graphs) and not why_not_recorded(recipe, engine, policy)
+
+
+def why_not_recorded(recipe: Recipe, engine: str, policy: str) -> str:
+    """What a run finds in its model and refuses (train/static.py), as far as its recipe tells; "": nothing."""
     if recipe.lora.dropout:
         return "lora.dropout draws random numbers"
-    if streamed:
+    if recipe.memory.stream_layers:
         return "memory.stream_layers waits for copies from host memory"
     if recipe.model.quantization == "int8":
         return "int8 products ask the GPU for outliers"
@@ -155,7 +159,18 @@ def _why_not_recorded(
             return "unsloth reads the lengths of packed rows from the GPU"
         off = recipe.kernels.mode == "off"
         return "unsloth's loss waits for the GPU, and kernels.mode is off" if off else ""
-    return "" if chunked else "TRL's loss waits for the GPU"
+    return "" if _chunked(recipe, engine) else "TRL's loss waits for the GPU"
+
+
+def _kernels(recipe: Recipe, engine: str) -> bool:
+    """fastlora's run the LoRA layers."""
+    mode = recipe.kernels.mode
+    return mode == "all" or (engine == "peft" and mode != "off")
+
+
+def _chunked(recipe: Recipe, engine: str) -> bool:
+    wanted = recipe.train.chunked_loss
+    return _kernels(recipe, engine) if wanted is None else wanted
 
 
 def policy_of(recipe: Recipe, engine: str) -> Policy:

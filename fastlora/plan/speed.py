@@ -15,7 +15,13 @@ from fastlora.plan.gpus import Gpu
 from fastlora.plan.setup import Setup
 from fastlora.plan.shape import Shape
 from fastlora.plan.stored import streamed_bytes
-from fastlora.plan.working import MLP, again_layers, copied
+from fastlora.plan.working import (
+    MLP,
+    again_layers,
+    attention_layers,
+    copied,
+    keeps_projections,
+)
 
 _EFFICIENCY = {"peft": 0.61, "liger": 0.64, "unsloth": 0.77}
 _WITH_KERNELS = 0.86
@@ -57,7 +63,7 @@ def flops(shape: Shape, setup: Setup) -> tuple[float, float]:
     whole, attention = _again_flops(shape, setup)
     forward = shape.layers * _layer_flops(shape, setup) + 2.0 * setup.tokens * shape.head.weights
     backward = forward + shape.layers * _attention_flops(shape, setup)
-    backward += again_layers(shape, setup) * whole + setup.keep_attention_layers * attention
+    backward += again_layers(shape, setup) * whole + attention_layers(setup) * attention
     return forward, backward
 
 
@@ -75,13 +81,15 @@ def _again_flops(shape: Shape, setup: Setup) -> tuple[float, float]:
     """What the backward of a layer computes again: of one whose input alone is kept, and of one that keeps its
     attention, which is gate and up where fastlora's kernels run the projections, else all products. fastlora's
     checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs it again, but for a
-    norm behind it."""
+    norm behind it. Where unsloth compiled the layer, it is made; it does not where micro-batches are recorded."""
     sizes = {one.name: one.weights for one in shape.linears}
-    attention = 2.0 * setup.tokens * sum(sizes[name] for name in sizes if name in MLP)
     whole = _layer_flops(shape, setup)
-    if not setup.kernels:
-        return whole, whole - _attention_flops(shape, setup)
-    if setup.policy in ("full", "offload") and shape.layer_norms == 2:
+    attention = whole - _attention_flops(shape, setup)
+    if keeps_projections(setup):
+        attention = 2.0 * setup.tokens * sum(sizes[name] for name in sizes if name in MLP)
+    compiled = setup.engine == "unsloth" and not setup.graphs
+    ours = setup.kernels and setup.policy in ("full", "offload")
+    if ours and shape.layer_norms == 2 and not compiled:
         unused = 2.0 * setup.tokens * sizes["down_proj"]
         whole, attention = whole - unused, attention - unused
     return whole, attention
@@ -92,7 +100,7 @@ def speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed:
     share = _WITH_KERNELS if setup.kernels else _EFFICIENCY[setup.engine]
     rate = gpu.tflops * 1e12 * share
     pass_s = setup.tokens * shape.hidden * _READ_BYTES[setup.engine] / (gpu.gb_s * 1e9)
-    passes = 2 * shape.layers + again_layers(shape, setup) + setup.keep_attention_layers
+    passes = 2 * shape.layers + again_layers(shape, setup) + attention_layers(setup)
     forward_s = forward / rate + shape.layers * pass_s
     backward_s = backward / rate + passes * pass_s
     # Weights come once for the forward and once for the backward; what is kept goes out, and comes back. Both
@@ -119,6 +127,6 @@ def _host_s(shape: Shape, setup: Setup) -> float:
     own = setup.engine == "unsloth" and setup.kernels
     layer_ms = _HOST_MS_UNSLOTH_WITH_KERNELS if own else _HOST_MS[setup.engine]
     again = again_layers(shape, setup) / shape.layers
-    attention = setup.keep_attention_layers / shape.layers
+    attention = attention_layers(setup) / shape.layers
     share = again + (1 - again) * _WITHOUT_RECOMPUTING + attention * (1 - _WITHOUT_RECOMPUTING) / 2
     return shape.layers * layer_ms * share / 1e3

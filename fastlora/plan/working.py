@@ -134,9 +134,15 @@ def dequantized_bytes(shape: Shape, setup: Setup) -> int:
     return setup.item * max(one.weights for one in shape.linears)
 
 
+def attention_layers(setup: Setup) -> int:
+    """Layers that keep their attention. Offloaded, fastlora leaves the last one's input on the GPU, where backward
+    needs it at once, and keeps nothing else of it."""
+    return max(0, setup.keep_attention_layers - (setup.policy == "offload"))
+
+
 def again_layers(shape: Shape, setup: Setup) -> int:
     """Layers of which nothing but the input is kept."""
-    return shape.layers - setup.keep_layers - setup.keep_attention_layers
+    return shape.layers - setup.keep_layers - attention_layers(setup)
 
 
 def input_bytes(shape: Shape, setup: Setup) -> int:
@@ -144,11 +150,17 @@ def input_bytes(shape: Shape, setup: Setup) -> int:
     return setup.tokens * shape.hidden * setup.item
 
 
+def keeps_projections(setup: Setup) -> bool:
+    """Of layers that keep their attention."""
+    return setup.kernels and not setup.dora
+
+
 def attention_bytes(shape: Shape, setup: Setup) -> int:
     """What is kept of one of keep_attention_layers: its input (h), attention's output (q) and log-sum-exp (float32, one
-    per head); where fastlora's kernels run the projections also what q, k, v and o give (q, 2 k and h)."""
+    per head); where fastlora's kernels run the projections, without DoRA, also what q, k, v and o give (q, 2 k, h).
+    """
     elements = shape.hidden + shape.query
-    if setup.kernels:
+    if keeps_projections(setup):
         elements += shape.hidden + shape.query + 2 * shape.key_value
     return setup.tokens * (setup.item * elements + 4 * shape.heads)
 
@@ -156,7 +168,7 @@ def attention_bytes(shape: Shape, setup: Setup) -> int:
 def attention_again_bytes(shape: Shape, setup: Setup) -> int:
     """What the backward of such a layer makes again of `layer_saves`: all but attention's output, its log-sum-exp, and
     v. What is kept of q and k is from before the rotary embedding, and saved is what comes of it."""
-    kept = shape.query + (shape.key_value if setup.kernels else 0)
+    kept = shape.query + (shape.key_value if keeps_projections(setup) else 0)
     return layer_saves(shape, setup) - setup.tokens * (setup.item * kept + 4 * shape.heads)
 
 
@@ -166,30 +178,28 @@ class Copied:
 
     layers: int
     bytes: int
-    staged: int
-    """Such amounts on the GPU all the time."""
 
 
 def copied(shape: Shape, setup: Setup) -> tuple[Copied, Copied]:
-    """Of layers that are computed again, and of those that keep their attention. They come back through two buffers;
-    fastlora leaves the last one's of each mode on the GPU, where backward needs it at once."""
-
-    def of(layers: int, size: int, ours: bool) -> Copied:
-        if not layers:
-            return Copied(0, size, 0)
-        return Copied(layers - 1, size, min(2, layers - 1) + 1) if ours else Copied(layers, size, 2)
-
-    again = again_layers(shape, setup) if setup.inputs_on_host else 0
-    ours = setup.policy == "offload"
-    attention = setup.keep_attention_layers if ours else 0
-    return of(again, input_bytes(shape, setup), ours), of(
-        attention, attention_bytes(shape, setup), ours
+    """Of layers that are computed again, and of those that keep their attention. fastlora copies not the last one's."""
+    whole, attention = again_layers(shape, setup), attention_layers(setup)
+    if not setup.inputs_on_host:
+        whole = attention = 0
+    elif whole and setup.policy == "offload":
+        whole -= 1
+    return (
+        Copied(whole, input_bytes(shape, setup)),
+        Copied(attention, attention_bytes(shape, setup)),
     )
 
 
 def staging_bytes(shape: Shape, setup: Setup) -> int:
-    """On the GPU, of what is copied."""
-    return sum(one.staged * one.bytes for one in copied(shape, setup))
+    """On the GPU, of what is copied: two buffers through which it comes back, each as large as what comes, and the
+    last one's input."""
+    whole, attention = copied(shape, setup)
+    buffers = [attention.bytes] * attention.layers + [whole.bytes] * whole.layers
+    stays = setup.policy == "offload" and again_layers(shape, setup) > 0
+    return sum(buffers[:2]) + stays * whole.bytes
 
 
 def host_kept_bytes(shape: Shape, setup: Setup) -> int:

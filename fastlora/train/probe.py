@@ -7,11 +7,10 @@ is, to the last bit, the run without a probe; on a GPU as far as kernels that ar
 they see do not round otherwise for another.
 
 What is counted: the most that PyTorch reserves from the probe on, after what nobody held was given back, without the
-CUDA context. The counters go on from there, so that the peak that a run reports is that of its worst micro-batch,
-whether or not it came to it. With CUDA graphs the same padded rows are tried without graphs, whose memory is not
-counted.
-
-Written without a GPU at hand: tests/gpu/test_probe.py has yet to run on one.
+CUDA context. Steps reserve some more: micro-batches of other lengths leave holes in the allocator's memory, which it
+gives back where it would run out. The counters go on from there, so that the peak that a run reports is that of its
+worst micro-batch, whether or not it came to it. With CUDA graphs the same padded rows are tried without graphs, whose
+memory is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +26,14 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastlora.engines.memory import GIB, forget_peak, free_memory, memory_now, peak_gib
+from fastlora.engines.memory import (
+    GIB,
+    forget_peak,
+    free_memory,
+    memory_now,
+    peak_allocated_gib,
+    peak_gib,
+)
 from fastlora.plan.predict import Prediction
 from fastlora.plan.stored import states_bytes
 from fastlora.train.callbacks import Metrics, TokenCounter
@@ -52,7 +58,7 @@ def worth_it() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the longest micro-batch took. GiB as PyTorch reserves them."""
+    """What the longest micro-batch took."""
 
     step: int
     """The one that came next."""
@@ -63,7 +69,9 @@ class Figures:
     optimizer_gib: float
     """State that the optimizer did not have yet."""
     peak_gib: float
-    """With that state, so that steps are to need as much."""
+    """Reserved by PyTorch, with that state, so that steps are to need as much."""
+    peak_allocated_gib: float
+    """Of it, held by tensors."""
     as_planned: bool
     """As many rows in a forward, and as much kept, as the recipe has it and the prediction was for."""
     seconds: float
@@ -134,7 +142,8 @@ class Probe(TrainerCallback):
                 forget_peak()
                 held = self._hold_what_steps_do(args, state, control)
                 trainer.training_step(trainer.model_wrapped, batch, items)
-                peak = max(peak_gib(), self._optimizer_peak_gib())
+                optimizer = self._optimizer_peak_gib()
+                peak, allocated = (max(one(), optimizer) for one in (peak_gib, peak_allocated_gib))
                 missing = sum(len(state) for state in held) / GIB
                 held.clear()
             # The peak of one that ran out of memory is all that there was: once more, as steps will be.
@@ -148,6 +157,7 @@ class Probe(TrainerCallback):
             tokens=sum(lengths) if recipe.data.packing else max(lengths),
             optimizer_gib=round(missing, 3),
             peak_gib=round(peak, 3),
+            peak_allocated_gib=round(allocated, 3),
             as_planned=len(rows) == recipe.train.micro_batch and not continuation.shrunk,
             seconds=round(time.perf_counter() - began, 2),
         )

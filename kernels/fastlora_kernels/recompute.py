@@ -5,8 +5,11 @@
     keep_layers(model)          # undone
 
 keep       nothing is computed again
-attention  the MLP, of which its input is kept
-layer      the whole layer, of which its input is kept; with `offload` in host memory (offload.py)
+attention  the layer, but for attention and the products around it, whose outputs are kept (attention.py)
+layer      the whole layer, of which its input is kept
+
+With `offload` what the latter two keep is in host memory (offload.py), but for the last such layer's input, which
+backward needs at once. So of that layer nothing else is kept.
 
 For any model of transformers whose decoder layers are GradientCheckpointingLayers, with PEFT or without; kernels go on
 before (`attach`), since an MLP that is recomputed is not one that can be fused. Loss and gradients are those of plain
@@ -31,7 +34,8 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastlora_kernels import replay
-from fastlora_kernels.layers.mlp import FusedMlp
+from fastlora_kernels.attention import Attention, Give, Keep
+from fastlora_kernels.layers.linear import DETACHED
 from fastlora_kernels.offload import Lanes
 from fastlora_kernels.unneeded import mlp_at_the_end, recomputing
 
@@ -44,10 +48,9 @@ BEFORE = "_fastlora_recompute"
 def recompute_layers(model: nn.Module, modes: Sequence[Mode], *, offload: bool = False) -> None:
     """Let the decoder layers of `model` recompute as `modes` says, one for each, while they are in training mode.
 
-    `offload`: the inputs of those with mode "layer" are in host memory until backward needs them, but for the last
-    one's, which it needs at once.
-    Raises ValueError: the model has no such layers, or not so many; one has no MLP to recompute alone; a loss is taken
-    from inside of its layers.
+    `offload`: see above.
+    Raises ValueError: the model has no such layers, or not so many; one has no attention whose outputs could be kept; a
+    loss is taken from inside of its layers.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -63,20 +66,23 @@ def recompute_layers(model: nn.Module, modes: Sequence[Mode], *, offload: bool =
     if without := [
         place
         for place, (layer, mode) in enumerate(zip(layers, modes, strict=True))
-        if mode == "attention" and not isinstance(layer._modules.get("mlp"), nn.Module)
+        if mode == "attention" and not isinstance(layer._modules.get("self_attn"), nn.Module)
     ]:
-        raise ValueError(f"layer {without[0]} has no mlp that could be recomputed alone")
+        raise ValueError(f"layer {without[0]} has no self_attn whose outputs could be kept")
     keep_layers(model)
     lanes = Lanes() if offload else None
-    whole = [place for place, mode in enumerate(modes) if mode == "layer"]
+    again = [place for place, mode in enumerate(modes) if mode != "keep"]
     for place, (layer, mode) in enumerate(zip(layers, modes, strict=True)):
         vars(layer)[BEFORE] = _Before(layer.gradient_checkpointing, vars(layer).get(_FUNCTION))
         # Layers that keep all have a function as well: who sets the flag of every layer then changes nothing.
         function: Call = _plainly
-        if mode == "layer":
-            function = Region(layer, lanes if place != whole[-1] else None, first=place == whole[0])
-        elif mode == "attention":
-            layer.mlp.forward = RecomputedMlp(layer.mlp, vars(layer.mlp).get("forward"))
+        if mode != "keep":
+            to = lanes if place != again[-1] else None
+            attention = mode == "attention" and (to is not None or not offload)
+            function = Region(layer, to, first=place == again[0], attention=attention)
+        if mode == "attention":
+            part = layer.self_attn
+            part.forward = Attention(part, vars(part).get("forward"))
         setattr(layer, _FUNCTION, function)
         layer.gradient_checkpointing = True
 
@@ -85,12 +91,33 @@ def keep_layers(model: nn.Module) -> None:
     """Undo recompute_layers, if it was called."""
     module: Any
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), RecomputedMlp):
+        if isinstance(vars(module).get("forward"), Attention):
             _set(module, "forward", module.forward.own)
         before = vars(module).pop(BEFORE, None)
         if before is not None:
             module.gradient_checkpointing = before.flag
             _set(module, _FUNCTION, before.function)
+
+
+class Spared(NamedTuple):
+    """What the recomputation of a layer leaves out."""
+
+    linear: list[nn.Module]
+    attention: bool
+
+
+def spared(layer: Any) -> Spared | None:
+    """What is not computed again of `layer`; None if nothing of it is computed again by us. Which product comes last is
+    known after the first backward."""
+    region = vars(layer).get(_FUNCTION)
+    if not isinstance(region, Region):
+        return None
+    linear = []
+    if region.attention:
+        linear = [part for part in layer.self_attn.modules() if type(part) in DETACHED]
+    if region.ends_with is not None:
+        linear.append(region.ends_with.down_proj)
+    return Spared(linear, region.attention)
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
@@ -129,38 +156,22 @@ def _plainly(function: Call, *args: Any) -> Any:
     return function(*args)
 
 
-class RecomputedMlp:
-    """An MLP's forward, inside of its hooks."""
-
-    def __init__(self, mlp: nn.Module, forward: Any) -> None:
-        self.mlp, self.region = mlp, Region(mlp)
-        self.own = forward
-        """The instance's own, such as unsloth's; None: its class's, whichever that is by then."""
-
-    @property
-    def func(self) -> Any:
-        """Named as a partial names it."""
-        cls: Any = type(self.mlp)
-        return self.own or cls.forward.__get__(self.mlp)
-
-    @torch.compiler.disable  # a compiled layer ends and begins again around it
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.mlp.training:
-            return self.func(*args, **kwargs)
-        return self.region(functools.partial(self.func, **kwargs), *args)
-
-
 class Region:
-    """A part of a model that backward computes again."""
+    """A part of a model that backward computes again. `attention`: but for the outputs of an Attention in it."""
 
     def __init__(
-        self, module: nn.Module, lanes: Lanes | None = None, *, first: bool = False
+        self,
+        module: nn.Module,
+        lanes: Lanes | None = None,
+        *,
+        first: bool = False,
+        attention: bool = False,
     ) -> None:
-        self.module, self.lanes, self.first = module, lanes, first
+        self.module, self.lanes, self.first, self.attention = module, lanes, first, attention
         self.random = False
         """Its last forward drew random numbers."""
-        self._decided = isinstance(module, FusedMlp)
-        self._ends_with: Any = module if self._decided else None
+        self._decided = False
+        self._ends_with: Any = None
         """The MLP whose output is the region's alone, once known."""
 
     @torch.compiler.disable
@@ -189,22 +200,21 @@ class Region:
     def ends_with(self) -> Any:
         """The MLP whose output need not be made again. A hook behind it would see what is there instead."""
         mlp = self._ends_with
-        if mlp is None or (
-            mlp is not self.module and (mlp._forward_hooks or self.module._forward_hooks)
-        ):
+        if mlp is None or mlp._forward_hooks or self.module._forward_hooks:
             return None
         return mlp
 
     @contextmanager
     def recomputing(self) -> Iterator[list[tuple[Any, Any]] | None]:
         """What is computed within it is for backward alone. Gives a list for `decide`, where there is to decide."""
-        before = recomputing.ends_with, recomputing.noted
+        before = recomputing.inside, recomputing.ends_with, recomputing.noted
         noted: list[tuple[Any, Any]] | None = None if self._decided else []
-        recomputing.ends_with, recomputing.noted = self.ends_with, noted
+        now = True, self.ends_with, noted
+        recomputing.inside, recomputing.ends_with, recomputing.noted = now
         try:
             yield noted
         finally:
-            recomputing.ends_with, recomputing.noted = before
+            recomputing.inside, recomputing.ends_with, recomputing.noted = before
 
     def decide(self, outputs: Sequence[torch.Tensor], noted: list[tuple[Any, Any]]) -> None:
         """Once and for all, from the first whole recomputation in which our op ran."""
@@ -262,18 +272,26 @@ class Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, region: Region, call: _Call, anchor: torch.Tensor | None, *inputs: torch.Tensor
     ) -> Any:
-        ctx.region, ctx.call, ctx.stash = region, call, None
+        ctx.region, ctx.call, ctx.stash, ctx.entries = region, call, None, []
         ctx.set_materialize_grads(False)
         device = inputs[0].device if inputs else torch.device("cpu")
         ctx.autocast = replay.autocast_now(device)
-        if region.lanes is not None and inputs and inputs[0].is_contiguous():
-            ctx.stash = region.lanes.put(inputs[0], first=region.first)
+        kept: list[torch.Tensor] = []
+        put = kept.append
+        if region.lanes is not None and inputs:
+            ctx.stash = region.lanes.stash(device, first=region.first)
+            put = ctx.stash.put
+            put(inputs[0])
         random = replay.random_now(device, draws=region.random)
+        keep = Keep(put) if region.attention else None
         try:
-            outputs = call.on(inputs)
+            with nullcontext() if keep is None else keep.around():
+                outputs = call.on(inputs)
         finally:
             if ctx.stash is not None:
                 ctx.stash.settle()
+        if keep is not None:
+            ctx.entries = keep.entries
         if random:
             region.random = replay.drawn_since(random)
         ctx.random = random if region.random else []
@@ -285,7 +303,7 @@ class Recomputed(torch.autograd.Function):
                 f"{type(region.module).__name__} returns a {type(outputs).__name__}; what is recomputed must return a "
                 "tensor or a tuple"
             )
-        ctx.save_for_backward(*(inputs if ctx.stash is None else inputs[1:]))
+        ctx.save_for_backward(*(inputs if ctx.stash is None else inputs[1:]), *kept)
         return outputs
 
     @staticmethod
@@ -297,19 +315,24 @@ class Recomputed(torch.autograd.Function):
                 "backward()"
             )
         saved, stash = ctx.saved_tensors, ctx.stash
-        with nullcontext() if stash is None else stash.fetched() as first:
-            inputs = saved if stash is None else (first, *saved)
+        with nullcontext(saved) if stash is None else stash.fetched() as there:
             wanted = ctx.needs_input_grad[3:]
-            return None, None, None, *_gradients(ctx, inputs, wanted, gradients)
+            # Those of the stash are its first input and what was kept, else all of them are among the saved.
+            own = len(wanted) if stash is None else 1
+            inputs, kept = there[:own], there[own:]
+            if stash is not None:
+                inputs = (*inputs, *saved)
+            return None, None, None, *_gradients(ctx, inputs, kept, wanted, gradients)
 
 
 def _gradients(
     ctx: Any,
     inputs: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor],
     wanted: Sequence[bool],
     gradients: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor | None]:
-    """Of `inputs`; those of parameters are added to theirs."""
+    """Of `inputs`; those of parameters are added to theirs. `kept`: of attention."""
     region: Region = ctx.region
     leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
     with ExitStack() as replayed:
@@ -318,6 +341,8 @@ def _gradients(
         for context in replay.unlike_now(ctx.autocast):
             replayed.enter_context(context)
         replayed.enter_context(torch.enable_grad())
+        if region.attention:
+            replayed.enter_context(Give(ctx.entries, kept).around())
         # Autocast remembers what it made of a leaf, so that its gradients would be added up in 16 bits; not of a view.
         outputs = ctx.call.on(
             [leaf.view_as(leaf) if leaf.requires_grad else leaf for leaf in leaves]

@@ -190,13 +190,15 @@ def glu_backward(
     dup: torch.Tensor,
     activation: str,
 ) -> None:
-    """Writes dgate and dup, and h over dh."""
+    """Writes dgate and dup, which may be gate and up, and h over dh."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     gate_, up_, dh_ = gate.to(wide), up.to(wide), dh.to(wide)
     value, slope = _activation(gate_, activation), _slope(gate_, activation)
-    dgate.copy_(dh_ * up_ * slope)
-    dup.copy_(dh_ * value)
-    dh.copy_(value * up_)  # last: dh_ may be dh
+    # Each of dh_, gate_ and up_ may be what is written to.
+    h, dgate_, dup_ = value * up_, dh_ * up_ * slope, dh_ * value
+    dgate.copy_(dgate_)
+    dup.copy_(dup_)
+    dh.copy_(h)
 
 
 def _activation(gate: torch.Tensor, activation: str) -> torch.Tensor:

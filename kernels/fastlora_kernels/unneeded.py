@@ -30,6 +30,8 @@ VALUE_FREE = frozenset(
 class Recomputing(threading.local):
     """What the recomputation that runs in this thread says to the MLPs in it, and they to it."""
 
+    inside: bool = False
+    """There is one: what is made is for one backward alone, which may write over it."""
     ends_with: Any = None
     """The MLP whose output nobody will read."""
     noted: list[tuple[Any, Node]] | None = None

@@ -1,7 +1,6 @@
 """Real captures: losses and gradients of replays are those of the calls, and how much faster they are.
 
-Not run so far: written where there was no GPU. What captures stand on is tested on a CPU (tests/unit/test_graphs.py,
-tests/integration/test_graphs.py).
+What captures stand on is tested on a CPU (tests/unit/test_graphs.py, tests/integration/test_graphs.py).
 """
 
 from __future__ import annotations
@@ -58,7 +57,8 @@ def model_of(checkpointing: str, kernels: bool) -> Any:
         assert attach_head(model) is None
     if checkpointing != "none":
         layers = SHAPE["num_hidden_layers"]
-        recompute_layers(model, ["layer"] * layers, offload=checkpointing == "offload")
+        mode = "attention" if checkpointing.startswith("attention") else "layer"
+        recompute_layers(model, [mode] * layers, offload=checkpointing.endswith("offload"))
         model.enable_input_require_grads()
     return model
 
@@ -99,7 +99,9 @@ def seconds(step: Callable[[int], Any], times: int = 20) -> float:
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("checkpointing", ["none", "full", "offload"])
+@pytest.mark.parametrize(
+    "checkpointing", ["none", "full", "offload", "attention", "attention offload"]
+)
 def test_losses_and_gradients_of_replays(
     checkpointing: str, kernels: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,9 +261,18 @@ def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_pat
         ("train.checkpointing=none",),
         ("train.checkpointing=offload",),
         ("memory.keep_layers=4", "memory.keep_attention_layers=4"),
+        ("train.checkpointing=offload", "memory.keep_attention_layers=12"),
         ("model.dtype=float16",),
     ],
-    ids=["checkpointed", "packed", "not checkpointed", "offload", "in between", "float16"],
+    ids=[
+        "checkpointed",
+        "packed",
+        "not checkpointed",
+        "offload",
+        "in between",
+        "attention",
+        "float16",
+    ],
 )
 def test_a_run_of_replays(
     settings: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]

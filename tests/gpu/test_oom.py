@@ -50,6 +50,8 @@ cuda_graphs = false
 dir = "runs"
 """
 UNCAPPED = 1000.0
+SEGMENT_GIB = 20 / 1024
+"""A limit may be passed by so much: PyTorch asks whether the bytes are left, and then maps whole segments of 20 MiB."""
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +123,9 @@ def test_a_capped_run_ends_as_one_with_room(
     steps = [entry for entry in capped["oom"] if entry["where"] == "step"]
     assert steps[0]["before"] == 16
     assert 1 <= steps[-1]["rows"] <= 8
-    assert steps[0]["memory"]["reserved_gib"] <= cap_gib
+    assert steps[0]["memory"]["reserved_gib"] <= cap_gib + SEGMENT_GIB
     assert "out of memory with 16 rows of up to " in said
-    assert capped["result"]["peak_reserved_gib"] <= cap_gib
+    assert capped["result"]["peak_reserved_gib"] <= cap_gib + SEGMENT_GIB
     assert capped["result"]["tokens"] == many["result"]["tokens"]
     # Products of other shapes round otherwise, in 16 bits.
     assert capped["losses"] == pytest.approx(many["losses"], rel=0.02)

@@ -1,7 +1,6 @@
 """What the probe says that the worst step takes is what the worst step takes.
 
-Not run so far: written where there was no GPU. That the run is the one without a probe is tested to the last bit on a
-CPU (tests/integration/test_probe.py).
+That the run is the one without a probe is tested to the last bit on a CPU (tests/integration/test_probe.py).
 """
 
 from __future__ import annotations
@@ -109,11 +108,14 @@ def trained(
 def test_no_step_takes_more(folder: Path, engine: str, settings: tuple[str, ...]) -> None:
     """Each epoch comes to the longest row, and with it to the widest micro-batch."""
     manifest, losses = trained(folder, "steps", engine, *settings)
-    expected = manifest["plan"]["probe"]["peak_gib"]
-    steps = manifest["result"]["peak_reserved_gib"]
-    assert steps <= 1.02 * expected
-    assert steps >= 0.85 * expected  # the allocator's holes are luck
-    assert manifest["plan"]["probe"]["optimizer_gib"] > 0
+    probe, steps = manifest["plan"]["probe"], manifest["result"]
+    assert steps["peak_allocated_gib"] <= 1.02 * probe["peak_allocated_gib"]
+    assert steps["peak_allocated_gib"] >= 0.85 * probe["peak_allocated_gib"]
+    # And what the allocator keeps: its blocks, and holes between micro-batches of other lengths. They are luck, and no
+    # reason to run out of memory, since it gives them back.
+    assert steps["peak_reserved_gib"] <= 1.1 * probe["peak_gib"] + 64 / 1024
+    assert steps["peak_reserved_gib"] >= 0.85 * probe["peak_gib"]
+    assert probe["optimizer_gib"] > 0
     _, without = trained(folder, "none", engine, *settings)
     assert losses == pytest.approx(without, rel=1e-3)
 

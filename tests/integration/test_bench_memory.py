@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from reruns import Recorders
+from reruns import Recorders, Reruns
 
 from fastlora.bench import work
 from fastlora.bench.arm import empty, timed_steps
-from fastlora.bench.loaded import ArmTask
+from fastlora.bench.loaded import ArmTask, Loaded
 from fastlora.bench.schema import Arm
 from fastlora.bench.suites import plan_for, renamed
 from fastlora.bench.weights import random_checkpoint
 from fastlora.errors import EngineError
+from fastlora.train import static
+from fastlora.train.graphs import Graphs
 
 STEPS = 3
 
@@ -72,6 +74,7 @@ def test_a_recorded_arm_trains_alike(trained: Any, monkeypatch: pytest.MonkeyPat
     assert recorders.last.records == 1
     assert recorders.last.forgotten == 1  # given back before gradients are compared
     assert found["graphs"].replays > 0
+    assert any("micro-batches were replays of 1 graphs" in note for note in found["notes"])
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     for tensor, gradient in plain["gradients"].items():
         torch.testing.assert_close(found["gradients"][tensor], gradient, rtol=1e-3, atol=1e-6)
@@ -81,7 +84,21 @@ def test_an_arm_that_cannot_be_recorded_says_so(
     trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Recorders(monkeypatch, fail={0: ValueError("it asks the host")})
-    with pytest.raises(
-        EngineError, match=r"\+record: nothing was recorded: ValueError: it asks the host"
-    ):
+    with pytest.raises(EngineError, match=r"\+record: not recorded: ValueError: it asks the host"):
         trained("peft+fastlora+record")
+    monkeypatch.setattr(static, "why_not", lambda *given, **named: "this model draws")
+    with pytest.raises(EngineError, match=r"^\+record: this model draws$"):
+        trained("peft+fastlora+record")
+
+
+@pytest.mark.parametrize(
+    ("replays", "why_not", "said"),
+    [(3, "", ""), (0, "", "no shape came often enough"), (3, "it waits", "it waits")],
+)
+def test_what_stops_in_the_middle_is_not_recorded(replays: int, why_not: str, said: str) -> None:
+    loaded = Loaded.__new__(Loaded)
+    loaded.graphs = None
+    assert loaded.not_recorded == ""
+    loaded.graphs = Graphs(Reruns(), [])
+    loaded.graphs.replays, loaded.graphs.why_not = replays, why_not
+    assert loaded.not_recorded == said

@@ -219,6 +219,7 @@ def test_it_is_compared_with_the_plan_and_teaches_where_the_run_is_cut_short(
         place.run(*SETTINGS)
     kept = newest(place)["plan"]
     assert kept["probe"]["peak_gib"] == pytest.approx(needed, abs=1e-3)
+    assert kept["probe"]["peak_allocated_gib"] == pytest.approx(needed / 2, abs=1e-3)
     assert kept["probe"]["error"] == pytest.approx(-0.2, abs=1e-4)
     assert kept["peak"]["reserved_gib"] == pytest.approx(found.memory.reserved_gib, abs=1e-3)
     said = f"{found.memory.reserved_gib:.2f} were predicted (-20.0%), more than 5% off"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
-from fastlora_kernels.ops.glu import Activation, glu, glu_lora_linear
+from fastlora_kernels.ops.glu import Activation, Recomputed, glu, glu_lora_linear
 from fastlora_kernels.ops.lora_linear import Projection
 
 CUDA = torch.cuda.is_available()
@@ -109,7 +109,7 @@ def test_an_output_that_nobody_needs_is_not_made(
         torch.manual_seed(5)
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            y = glu_lora_linear(*given, "silu", projection, torch.float32, unneeded)
+            y = glu_lora_linear(*given, "silu", projection, torch.float32, Recomputed(unneeded))
         drawn = int(torch.randint(2**31, (1,), device=DEVICE))
         return y.detach(), [*kept, *with_gradients(y, inputs)[1:]], drawn
 
@@ -119,6 +119,28 @@ def test_an_output_that_nobody_needs_is_not_made(
     assert not whole.isnan().any()
     assert CUDA or empty.isnan().all()  # as memory is before it is written to
     assert len(found) == len(wanted)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_the_place_of_what_is_spent(
+    joint: bool, dtype: torch.dtype, backend: str
+) -> None:
+    a = torch.randn(8, 128, device=DEVICE, requires_grad=True)
+    b = torch.randn(128, 8, device=DEVICE, requires_grad=True)
+    weight = torch.randn(128, 128, device=DEVICE) / 11
+    projection = Projection(weight, None, a, b, 0.5)
+
+    def gradients(spent: bool) -> tuple[list[int], list[torch.Tensor]]:
+        given = gate_and_up((3, 128), joint, dtype)
+        y = glu_lora_linear(*given, "silu", projection, dtype, Recomputed(spent=spent))
+        there = [t for t in given if t is not None]
+        return [t.data_ptr() for t in there], list(torch.autograd.grad(y.sum(), [*there, a, b]))
+
+    _, wanted = gradients(False)
+    places, found = gradients(True)
+    assert [one.data_ptr() for one in found[: len(places)]] == places
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fastlora_kernels import attach, keep_layers, recompute_layers
+from fastlora_kernels import attach, attention, keep_layers, recompute_layers
+from fastlora_kernels.ops import glu
 from fastlora_kernels.recompute import Mode, Region, decoder_layers
 from fastlora_kernels.unneeded import recomputing
 from peft import LoraConfig, get_peft_model
@@ -93,9 +94,15 @@ def layers_of(peft: Any) -> Any:
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2", "Phi3", "Granite"])
-def test_no_bit_changes(name: str, kernels: bool) -> None:
-    peft = model(name, kernels, lora_dropout=0.3)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("Llama", "eager"), ("Llama", "sdpa"), ("Qwen2", "sdpa"), ("Qwen3", "sdpa"), ("Gemma2", "eager"),
+        ("Phi3", "sdpa"), ("Granite", "eager"),
+    ],
+)  # fmt: skip
+def test_no_bit_changes(name: str, how: str, kernels: bool) -> None:
+    peft = model(name, kernels, {"attn_implementation": how}, lora_dropout=0.3)
     plain = results(peft)
     assert float(plain["loss"].sum()) > 0
     for modes, offload in itertools.product(MODES.values(), (False, True)):
@@ -191,44 +198,115 @@ def products(peft: Any, tokens: int) -> int:
 
 
 DOWN = HIDDEN * (WIDE + RANK)  # of a token: W h and B S
+QUERIES, KEYS = 32, 16
+QKVO = (HIDDEN + RANK) * (QUERIES + 2 * KEYS) + (QUERIES + RANK) * HIDDEN
 
 
 @pytest.mark.parametrize(
     ("name", "kernels", "skipped"),
     [
-        ("Llama", True, {"layer", "attention"}),
-        ("Phi3", True, {"layer", "attention"}),
-        ("Granite", True, {"layer", "attention"}),
-        ("Gemma2", True, {"attention"}),  # a norm reads the MLP's output
-        ("Llama", False, set()),
+        ("Llama", True, True),
+        ("Phi3", True, True),
+        ("Granite", True, True),
+        ("Gemma2", True, False),  # a norm reads the MLP's output
+        ("Llama", False, False),
     ],
 )
-def test_the_last_product_is_not_made_again(name: str, kernels: bool, skipped: set[str]) -> None:
+@pytest.mark.parametrize("mode", ["layer", "attention"])
+def test_which_products_are_not_made_again(
+    name: str, kernels: bool, skipped: bool, mode: Mode
+) -> None:
     peft, tokens = model(name, kernels), 16
     kept = products(peft, tokens)
-
-    class Forward(Products):
-        """Of one layer, or its MLP."""
-
-    def of(part: Any, *args: Any, **kwargs: Any) -> int:
-        with torch.no_grad(), Forward() as counted:
-            part(*args, **kwargs)
-        return counted.count
-
     layer = layers_of(peft)[0]
     x = torch.randn(2, tokens // 2, HIDDEN)
     positions = torch.arange(tokens // 2)[None]
     rotary = peft.base_model.model.model.rotary_emb(x, positions)
-    again = {
-        "layer": of(layer, x, position_embeddings=rotary, attention_mask=None),
-        "attention": of(layer.mlp, x),
-    }
-    for mode, forward in again.items():
-        recompute_layers(peft, MODES[mode])
-        first, then = products(peft, tokens), products(peft, tokens)
-        assert then - kept == LAYERS * (forward - DOWN * tokens * (mode in skipped))
-        # A whole layer is computed once in full, to see what is read.
-        assert first - then == LAYERS * DOWN * tokens * (mode == "layer" and mode in skipped)
+    with torch.no_grad(), Products() as forward:
+        layer(x, position_embeddings=rotary, attention_mask=None)
+    recompute_layers(peft, [mode] * LAYERS)
+    first, then = products(peft, tokens), products(peft, tokens)
+    less = tokens * (DOWN * skipped + QKVO * (mode == "attention" and kernels))
+    assert then - kept == LAYERS * (forward.count - less)
+    # A layer is computed once as far as its end, to see what is read.
+    assert first - then == LAYERS * DOWN * tokens * skipped
+
+
+class Operators(TorchDispatchMode):
+    """How often attention is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name in attention.OPERATORS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "times"), [("keep", 1), ("layer", 2), ("attention", 1)])
+@pytest.mark.parametrize("offload", [False, True])
+def test_attention_is_computed_once(mode: Mode, times: int, offload: bool) -> None:
+    peft = model("Llama", own={"attn_implementation": "sdpa"})
+    recompute_layers(peft, [mode] * LAYERS, offload=offload)
+    with Operators() as counted:
+        results(peft, lengths=(9,))
+    # Of the last layer nothing is sent to the host.
+    assert counted.count == times * LAYERS + (mode == "attention" and offload)
+
+
+def test_attention_that_drops_is_computed_again() -> None:
+    """Its random numbers are drawn again, as they come before those of what follows."""
+    own = {"attn_implementation": "sdpa", "attention_dropout": 0.2}
+    peft = model("Llama", own=own, lora_dropout=0.1)
+    plain = results(peft)
+    recompute_layers(peft, MODES["attention"])
+    assert_same(results(peft), plain)
+
+
+def test_what_is_written_to_after_it_was_kept_is_as_it_was() -> None:
+    """Rotary embeddings made in place, as unsloth makes them."""
+    peft = model("Llama", own={"attn_implementation": "sdpa"})
+    for layer in layers_of(peft):
+        layer.self_attn.q_proj.register_forward_hook(lambda _, __, y: InPlace.apply(y))
+    plain = results(peft)
+    for offload in (False, True):
+        recompute_layers(peft, MODES["attention"], offload=offload)
+        for _ in range(2):
+            assert_same(results(peft), plain)
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return 2 * gradients[0]
+
+
+@pytest.mark.parametrize("hook", ["", "gate_proj", "up_proj"])
+def test_gate_and_up_are_written_over_where_nobody_else_has_them(
+    hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into: list[bool] = []
+    make = glu._input_gradients
+
+    def recorded(*args: Any) -> Any:
+        into.append(args[-1] is not None)
+        return make(*args)
+
+    monkeypatch.setattr(glu, "_input_gradients", recorded)
+    peft = model("Llama")
+    if hook:
+        for layer in layers_of(peft):
+            layer.mlp.get_submodule(hook).register_forward_hook(lambda *_: None)
+    results(peft, lengths=(5,))
+    recompute_layers(peft, ["layer", "attention", "keep", "layer"])
+    results(peft, lengths=(5,))
+    assert into == [False] * LAYERS + [not hook, False, not hook, not hook]
 
 
 def test_an_mlp_that_something_else_reads_is_made_in_full() -> None:
@@ -274,7 +352,8 @@ def test_hooks_see_what_the_layer_makes(where: str) -> None:
 
 def saved_bytes(layers: int, mode: Mode, offload: bool = False) -> int:
     """What a forward saves, each storage once, without parameters and what they are made into."""
-    peft = model("Llama", own={"num_hidden_layers": layers})
+    own = {"num_hidden_layers": layers, "attn_implementation": "sdpa"}
+    peft = model("Llama", own=own)
     recompute_layers(peft, [mode] * layers, offload=offload)
     own = {p.untyped_storage().data_ptr() for p in peft.parameters()}
     sizes: dict[int, int] = {}
@@ -302,7 +381,11 @@ def test_what_is_kept_of_a_layer() -> None:
     kept = of_a_layer("keep")
     assert of_a_layer("layer") == HIDDEN
     assert of_a_layer("layer", offload=True) == 0
-    assert kept - of_a_layer("attention") == 2 * WIDE + 3 * RANK
+    # Its input, q, k, v, attention's output and what each head's backward reads, and o's output.
+    part = of_a_layer("attention")
+    assert part == 2 * HIDDEN + 2 * QUERIES + 2 * KEYS + 4
+    assert of_a_layer("attention", offload=True) == 0
+    assert kept - part > 2 * WIDE
 
 
 # -- inputs in host memory -------------------------------------------------------------------
@@ -505,9 +588,9 @@ def test_what_cannot_be_recomputed() -> None:
     with pytest.raises(ValueError, match="2 modes for 4 layers"):
         recompute_layers(peft, ["layer"] * 2)
     for layer in layers_of(peft):
-        layer.feed_forward = layer.mlp
-        del layer.mlp
-    with pytest.raises(ValueError, match="layer 1 has no mlp"):
+        layer.attention = layer.self_attn
+        del layer.self_attn
+    with pytest.raises(ValueError, match="layer 1 has no self_attn"):
         recompute_layers(peft, ["keep", "attention", "layer", "attention"])
     assert not any(layer.gradient_checkpointing for layer in layers_of(peft))
     peft.config.output_router_logits = True
@@ -576,17 +659,22 @@ def test_whoever_sets_the_flag_of_every_layer_changes_nothing() -> None:
     assert "CheckpointFunction" not in found
 
 
-def test_an_mlp_with_a_forward_of_its_own() -> None:
+def test_attention_with_a_forward_of_its_own() -> None:
     peft = model("Llama", kernels=False)
     for layer in layers_of(peft):
-        layer.mlp.forward = lambda x, mlp=layer.mlp: type(mlp).forward(mlp, x) * 2
-    owns = [layer.mlp.forward for layer in layers_of(peft)]
+
+        def forward(*args: Any, part: Any = layer.self_attn, **kwargs: Any) -> Any:
+            y, weights = type(part).forward(part, *args, **kwargs)
+            return y * 2, weights
+
+        layer.self_attn.forward = forward
+    owns = [layer.self_attn.forward for layer in layers_of(peft)]
     plain = results(peft)
     recompute_layers(peft, MODES["attention"])
     assert_same(results(peft), plain)
-    assert [layer.mlp.forward.func for layer in layers_of(peft)] == owns
+    assert [layer.self_attn.forward.func for layer in layers_of(peft)] == owns
     keep_layers(peft)
-    assert [layer.mlp.forward for layer in layers_of(peft)] == owns
+    assert [layer.self_attn.forward for layer in layers_of(peft)] == owns
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own

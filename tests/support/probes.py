@@ -12,7 +12,7 @@ from fastlora.train.oom import Continuation
 
 
 class Probes:
-    """Each run within it probes. `peak_gib`: what PyTorch would have reserved."""
+    """Each run within it probes. `peak_gib`: what PyTorch would have reserved, half of it for tensors."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, peak_gib: float = 4.0) -> None:
         self.tried: list[list[int]] = []
@@ -21,6 +21,7 @@ class Probes:
         """The bytes that each held in the place of the optimizer's state."""
         monkeypatch.setattr(probe, "worth_it", lambda: True)
         monkeypatch.setattr(probe, "peak_gib", lambda: peak_gib)
+        monkeypatch.setattr(probe, "peak_allocated_gib", lambda: peak_gib / 2)
         train, hold = Continuation.train, probe.Probe._hold_what_steps_do
 
         def seen(continuation: Continuation, forward: Any, batch: Any, **named: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def get_peft_model(base: Any, **given: Any) -> Any:
         calls["adapt"] = given
+        calls["compile"] = os.environ.get("UNSLOTH_BLOCK_COMPILE_LEGACY")
         return SimpleNamespace(_unsloth_gradient_checkpointing=given["use_gradient_checkpointing"])
 
     fast = SimpleNamespace(from_pretrained=from_pretrained, get_peft_model=get_peft_model)
@@ -171,6 +173,38 @@ def test_what_unsloth_is_asked_for(
     assert len(said) == clipped
     UnslothEngine().layers_are_recomputed(model)
     assert model._unsloth_gradient_checkpointing is True  # what for_training sets every flag to
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "sections", "users", "there"),
+    [
+        ("offload", {}, {}, "0"),
+        ("none", {"kernels": {"mode": "all"}}, {}, "0"),
+        ("offload", {}, {"UNSLOTH_BLOCK_COMPILE": "1"}, None),  # the user's word
+        ("offload", {}, {"UNSLOTH_BLOCK_COMPILE_LEGACY": "1"}, "1"),
+        # Nothing will be recorded: then Python is what compiling spares.
+        ("offload", {"memory": {"cuda_graphs": False}}, {}, None),
+        ("unsloth", {}, {}, None),
+        ("offload", {"kernels": {"mode": "off"}}, {}, None),
+        ("offload", {"data": {"sources": ["rows.jsonl"], "packing": True}}, {}, None),
+        ("offload", {"lora": {"dropout": 0.1}}, {}, None),
+        ("offload", {"memory": {"cuda_graphs": True, "stream_layers": 2}}, {}, None),
+    ],
+)
+def test_unsloth_does_not_compile_what_is_recorded(
+    checkpointing: str, sections: dict[str, Any], users: dict[str, str], there: str | None,
+    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    names = ("UNSLOTH_BLOCK_COMPILE", "UNSLOTH_BLOCK_COMPILE_LEGACY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
+    asked = recipe(checkpointing).model_dump(exclude_unset=True)
+    asked |= {"memory": {"cuda_graphs": True}} | sections
+    UnslothEngine().load(Recipe.model_validate(asked), print)
+    assert told["compile"] == there
+    assert {name: os.environ[name] for name in names if name in os.environ} == users
 
 
 @pytest.mark.usefixtures("told")

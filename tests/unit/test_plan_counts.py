@@ -276,6 +276,21 @@ def saved_by_a_layer(model: Any, tokens: int) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
+def saved_by_all(model: Any, tokens: int) -> int:
+    """Bytes that a model saves of a row."""
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.randint(0, 256, (1, tokens))
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with saving, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids)
+    return sum(storage.nbytes() for storage in found.values())
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("family", "quantization", "kernels", "lora"),
@@ -289,7 +304,7 @@ def saved_by_a_layer(model: Any, tokens: int) -> int:
 def test_a_layer_saves_what_is_counted(
     family: str, quantization: str, kernels: str, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole layer of every family."""
+    """A layer of every family: all of it, and its attention alone."""
     from fastlora_kernels import attach, recompute_layers
 
     ask = torch.is_autocast_enabled
@@ -313,6 +328,12 @@ def test_a_layer_saves_what_is_counted(
     recompute_layers(model, ["layer", "keep"])
     more = saved_by_a_layer(model, 256) - saved_by_a_layer(model, 128)
     assert more / 128 == working.layer_saves(shape, planned) / planned.tokens
+    found = []
+    for modes in (["layer", "layer"], ["layer", "attention"]):
+        recompute_layers(model, modes)  # type: ignore[arg-type]
+        found.append(saved_by_all(model, 256) - saved_by_all(model, 128))
+    beside_input = working.attention_bytes(shape, planned) - working.input_bytes(shape, planned)
+    assert (found[1] - found[0]) / 128 == beside_input / planned.tokens
 
 
 def test_unsloths_chunks_are_those_of_its_rule() -> None:

@@ -38,6 +38,10 @@ def timeline() -> ModuleType:
         ("_fg_kernel_swiglu", "activation"),
         ("kOptimizerStatic8bit2StateBlockwise", "optimizer"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>", "other"),
+        ("void at::native::unrolled_elementwise_kernel<copy_kernel(at::TensorIterator&)::{lambda(int)#3}>", "other"),
+        ("kernel<op(TensorIterator&)::{lambda()#1}::operator()() const::{lambda(float)#1}>", "other"),
+        ("multi_lamb_stage1", "optimizer"),
+        ("cuda_lamb_kernel<float>", "optimizer"),
     ],
 )  # fmt: skip
 def test_a_kernel_has_a_kind(timeline: ModuleType, kernel: str, kind: str) -> None:
@@ -74,3 +78,11 @@ def test_arms_stand_side_by_side(timeline: ModuleType) -> None:
     assert "1,234.5" in text
     assert "products" in text
     assert "launches" not in text
+    assert "NOT recorded" not in text
+
+
+def test_an_arm_that_was_not_recorded_is_not_shown_as_one(timeline: ModuleType) -> None:
+    console = Console(width=120, record=True)
+    arm = {"arm": "peft+fastlora+record", "wall_ms": 10.0, "not_recorded": "it waits for the GPU"}
+    console.print(timeline.table([arm]))
+    assert "peft+fastlora+record (NOT recorded)" in console.export_text()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora_kernels.layers.common import function_in
+from fastlora_kernels.layers.common import function_in, hooked
 from fastlora_kernels.layers.group import outputs_of
 from fastlora_kernels.layers.linear import (
     DETACHED,
@@ -23,7 +23,7 @@ from fastlora_kernels.layers.linear import (
     parts_of,
 )
 from fastlora_kernels.ops import registered
-from fastlora_kernels.ops.glu import Activation, glu, glu_lora_linear
+from fastlora_kernels.ops.glu import Activation, Recomputed, glu, glu_lora_linear
 from fastlora_kernels.unneeded import recomputing
 
 GATED = """
@@ -173,11 +173,17 @@ def _down(mlp: Any, act: Any, gate: torch.Tensor, up: torch.Tensor | None) -> to
                 if compiling:
                     y = registered.glu_lora_linear(gate, up, activation, projection, dtype)
                 else:
-                    unneeded = recomputing.ends_with is mlp
-                    y = glu_lora_linear(gate, up, activation, projection, dtype, unneeded)
+                    how = Recomputed(recomputing.ends_with is mlp, _spent(mlp))
+                    y = glu_lora_linear(gate, up, activation, projection, dtype, how)
                     recomputing.note(mlp, y)
                 return y.to(gate.dtype) if type(down) is AttachedLinear4bit else y
     return down((registered.glu if compiling else glu)(gate, up, activation))  # type: ignore[no-any-return]
+
+
+def _spent(mlp: Any) -> bool:
+    """Whether down_proj's backward is the last that reads gate and up. No layer saves its own output."""
+    made_by = [mlp._modules.get(name) for name in ("gate_proj", "up_proj", "gate_up_proj")]
+    return recomputing.inside and not any(one is not None and hooked(one) for one in made_by)
 
 
 def _ours(gate: torch.Tensor, up: torch.Tensor | None) -> bool:

@@ -10,7 +10,7 @@ makes dgate and dup, so that of the MLP's width gate and up alone are saved. Sha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -31,6 +31,19 @@ from fastlora_kernels.ops.lora_linear import (
 from fastlora_kernels.triton_or_not import jit, tl
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+class Recomputed(NamedTuple):
+    """What a call that is made for its backward alone need not do."""
+
+    unneeded: bool = False
+    """Nobody reads what comes back. It is memory as it was found then."""
+    spent: bool = False
+    """Nobody reads gate and up after backward, which writes their gradients over them."""
+
+
+FIRST = Recomputed()
+"""A call that is no repetition."""
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 BLOCK_F = 1024
 
@@ -158,12 +171,11 @@ def glu_lora_linear(
     activation: Activation,
     projection: Projection,
     dtype: torch.dtype,
-    unneeded: bool = False,
+    recomputed: Recomputed = FIRST,
 ) -> torch.Tensor:
     """lora_linear(glu(gate, up), *projection), computed and returned in `dtype`, without h kept for backward.
 
-    `unneeded`: nobody reads what comes back, which is made for its gradients alone. It is memory as it was found then;
-    what is kept for backward is the same to the last bit.
+    `recomputed` changes no bit of a gradient.
     Raises ValueError: see glu and lora_linear.
     """
     both_fit("glu_lora_linear", gate, up)
@@ -174,7 +186,7 @@ def glu_lora_linear(
     )
     fixed = ((ready, bias, scaling, p),)
     y: torch.Tensor = GluLoraLinear.apply(
-        gate, up, (activation, dtype, fixed, unneeded), a, b, beta
+        gate, up, (activation, dtype, fixed, recomputed), a, b, beta
     )
     return y
 
@@ -200,8 +212,9 @@ class GluLoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, how: Any, *adapters: Any
     ) -> torch.Tensor:
-        ctx.activation, ctx.dtype, fixed, unneeded = how
-        made_of = unmade_output if unneeded else lora_output
+        ctx.activation, ctx.dtype, fixed, recomputed = how
+        ctx.spent = recomputed.spent
+        made_of = unmade_output if recomputed.unneeded else lora_output
         y, *made = made_of(ctx, gate, up, fixed, adapters)
         ctx.save_for_backward(gate, up, *made, *adapters)
         ctx.set_materialize_grads(False)
@@ -276,17 +289,25 @@ def lora_gradients(
     h_TF = gradients.of_x() if wants_h else None
     dgate = dup = None
     if h_TF is not None:
-        dgate, dup = _input_gradients(h_TF, gate, up, ctx.activation)
+        into = (gate, up) if ctx.spent else None
+        dgate, dup = _input_gradients(h_TF, gate, up, ctx.activation, into)
     else:
         h_TF = _forward(*_halves(gate, up), ctx.activation, ctx.dtype)
     return dgate, dup, *gradients.of_adapters(h_TF)
 
 
 def _input_gradients(
-    dh_TF: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation
+    dh_TF: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: Activation,
+    into: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dgate and dup in the shapes of gate and up; dh_TF holds h afterwards."""
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    """dgate and dup in the shapes of gate and up, `into` tensors that may be those; dh_TF holds h afterwards."""
+    if into is None or not all(one is None or one.is_contiguous() for one in into):
+        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        dup = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    else:
+        dgate, dup = into
     _backward(dh_TF, *_halves(gate, up), *_halves(dgate, dup), activation)
     return dgate, dup

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastlora_kernels import attention
 from fastlora_kernels.ops.dequantize import Fold, dequantize
 from fastlora_kernels.ops.dropout import draw_seeds, dropout
 from fastlora_kernels.ops.eight_bit import EightBit
@@ -147,7 +148,12 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, fixed: Any, *adapters: Any) -> tuple[torch.Tensor, ...]:
         x_TK = x.reshape(-1, x.shape[-1])
-        ys, *made = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters)
+        given = attention.given(LoraLinears)
+        if given is None:
+            ys, *made = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters)
+            attention.taken(LoraLinears, ys)
+        else:
+            ys, made = list(given), without_outputs(ctx, x_TK, fixed, adapters)
         ctx.save_for_backward(x, *made, *adapters)
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -184,6 +190,17 @@ def outputs(
         fold = (a_RK, b_NR, scaling) if ctx.fold else None
         ys.append(output(lead, x_TK, weight, bias_N, beta_N, low[i], fold))
     return ys, down_TR, seeds
+
+
+def without_outputs(
+    ctx: Any, x_TK: torch.Tensor, fixed: Any, adapters: Sequence[Any]
+) -> list[torch.Tensor | None]:
+    """What `outputs` leaves for backward beside the y_i. With a fold nothing is computed."""
+    remember(ctx, x_TK.shape[0], fixed, adapters)
+    if ctx.fold:
+        return [None, None]
+    down_TR, seeds, _ = low_rank(ctx, x_TK, adapters)
+    return [down_TR, seeds]
 
 
 def remember(ctx: Any, tokens: int, fixed: Any, adapters: Sequence[Any]) -> None:

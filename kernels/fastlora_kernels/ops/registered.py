@@ -395,7 +395,7 @@ def _glu_lora_backward(g, gate, up, activation, dtype, frozen, layout, a, b, bet
     adapters = (a, b, beta)
     weights = [put_together(frozen, layout)]
     ctx = _remembered(math.prod(gate.shape[:-1]), weights, adapters, [scaling])
-    ctx.activation, ctx.dtype = activation, dtype
+    ctx.activation, ctx.dtype, ctx.spent = activation, dtype, False
     made_and_adapters = (None, None, *adapters)
     found = gated.lora_gradients(ctx, made_and_adapters, gate, up, (g,), wants[0], wants[2:])
     return _wanted(found, wants)
