@@ -39,29 +39,40 @@ def parity_rows(rows: Sequence[works.Row], count: int) -> list[works.Row]:
 
 def parity_step(loaded: Loaded, rows: Sequence[works.Row]) -> dict[str, torch.Tensor]:
     """Gradients by name, and "loss", float32 on the CPU, of one micro-batch with B away from zero and
-    without dropout, whose masks no two engines draw alike."""
+    without dropout, whose masks no two engines draw alike.
+
+    Raises EngineError: micro-batches were to be recorded and were not."""
     import torch
 
     dropouts = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Dropout)]
     for module in dropouts:
         module.eval()
     loaded.set_adapter(PARITY_B_DEVIATION)
-    inputs = loaded.collate(rows)
-    counted = torch.tensor(counted_tokens([inputs]), device=loaded.device)
-    # A constant scale keeps float16 gradients from vanishing; it divides out.
-    scale = 1024.0 if loaded.dtype == torch.float16 else 1.0
-    loss = loaded.loss(loaded.on_device(inputs), counted)
-    (loss * scale).backward()
+    collated = loaded.collate(rows)
+    labels = counted_tokens([collated])
+    inputs, counted = loaded.on_device(collated), torch.tensor(labels, device=loaded.device)
+    graphs = loaded.graphs
+    # Where micro-batches are recorded, a replay's gradients are those to be judged.
+    for _ in range(1 if graphs is None else graphs.warm_ups + 1):
+        loaded.zero_gradients()
+        loss = loaded.train(inputs, counted, labels)
+    # The scale that keeps float16 gradients from vanishing divides out.
+    scale = loaded.scaler.get_scale()
     gradients = {
         name: parameter.grad.float().cpu() / scale
         for name, parameter in loaded.adapter()
         if parameter.grad is not None
     }
+    if graphs is not None:
+        if graphs.why_not:
+            raise EngineError(f"+record: not recorded: {graphs.why_not}")
+        graphs.drop()
+        graphs.calls = graphs.replays = 0
     for _, parameter in loaded.adapter():
         parameter.grad = None
     for module in dropouts:
         module.train()
-    return {**gradients, "loss": loss.detach().float().cpu()}
+    return {**gradients, "loss": loss.float().cpu()}
 
 
 def run_arm(task: ArmTask) -> dict[str, Any]:

@@ -60,13 +60,16 @@ class Loaded:
         self.graphs: Graphs | None = None
         self.engine: Engine = choose_engine(task.arm.engine, self.notes.append)
         self.engine.prepare()
-        # Batches are not chosen: the work of every arm is the same.
-        self.recipe, _ = fit_memory(recipe, self.engine.name, None, self.notes.append)
+        self.recipe = recipe
+        if recipe.memory.vram is not None:
+            # Batches are not chosen: the work of every arm is the same.
+            self.recipe, _ = fit_memory(recipe, self.engine.name, None, self.notes.append)
         self._check_targets()
         self.dtype = resolve_dtype(self.recipe.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Begins with a scale with which the gradients of the parity step do not overflow.
         self.scaler: Any = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype == torch.float16
+            self.device.type, init_scale=1024.0, enabled=self.dtype == torch.float16
         )
         self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
         self.checkpointing = resolve_checkpointing(self.recipe, self.engine)

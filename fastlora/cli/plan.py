@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import click
@@ -39,10 +40,11 @@ def command(
     loaded = load_recipe(library.find(recipe), settings)
 
     from fastlora.plan.advise import advise, with_settings
-    from fastlora.plan.budget import NONE_FITS, choose
+    from fastlora.plan.budget import NONE_FITS
     from fastlora.plan.gpus import gpu_named, installed, known
     from fastlora.plan.measured import ceilings
     from fastlora.plan.predict import Card, Prediction, predict
+    from fastlora.plan.settle import FREE_SHARE, full_rows, settle, without_budget
     from fastlora.plan.shape import read_config, shape_of
     from fastlora.recipe.schema import Recipe
 
@@ -65,10 +67,18 @@ def command(
         return predict(other, shape, card)
 
     now = again(loaded)
-    choice = choose(now, again) if now.speed and size else None
+    choice = settle(now, again, full_rows) if now.speed and size else None
     asked = loaded.memory.vram is not None
     if choice and asked:  # as a run would
         now = choice.result
+    default = None
+    if not asked and now.speed and size:
+        free = replace(card, vram_gib=FREE_SHARE * size)
+
+        def with_free(other: Recipe) -> Prediction:
+            return predict(other, shape, free)
+
+        default = settle(with_free(without_budget(loaded)), with_free, full_rows)
     refused = asked and choice is None and now.verdict != "unknown" and now.speed is not None
     best, singles = advise(now, again) if now.verdict in ("no", "tight") else (None, [])
     if as_json:
@@ -78,6 +88,7 @@ def command(
             "changes": [one.document() for one in singles],
             "cheapest": best and best.document(),
             "budget": choice and choice.document(),
+            "default": default and default.document(),
         }
         click.echo(json.dumps(document))
     else:
@@ -85,7 +96,7 @@ def command(
 
         from fastlora.plan.show import show
 
-        show(now, best, singles, choice, Console())
+        show(now, best, singles, choice, default, Console())
     if refused:
         click.echo(
             f"memory.vram: {NONE_FITS} {size:.2f} GiB; a run would refuse",

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastlora.plan.advise import Again, batches, possible, with_settings
 from fastlora.plan.predict import Prediction
+from fastlora.plan.working import keeps_projections
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
 
@@ -30,6 +31,8 @@ _MOST_TOKENS = 16_384
 """Of a micro-batch; a GPU does not become faster beyond, and the loss of one row too many costs more time."""
 _ALIKE = 0.01
 """Speeds that differ by less are taken for the same."""
+_NEAR = 0.05
+"""Memory that differs by less: then fewer keys are better, such as nothing computed again instead of one layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,13 @@ class Choice:
     def lines(self) -> Iterator[str]:
         """What was chosen and why, as for the console."""
         took, plain = figures_said(self.result), figures_said(self.plainest)
-        yield f"memory.vram = {self.result.card.vram_gib:.2f} GiB: {took}; with nothing kept or streamed {plain}"
+        asked = self.result.recipe.memory.vram is not None
+        within = "memory.vram = {:.2f} GiB" if asked else "memory: of {:.2f} GiB that it may take"
+        said = within.format(self.result.card.vram_gib)
+        yield f"{said}: {took}; with nothing kept or streamed {plain}"
         for one in self.filled:
-            yield f"  {one.key} = {one.value}: {one.why}"
+            value = str(one.value).lower() if isinstance(one.value, bool) else one.value
+            yield f"  {one.key} = {value}: {one.why}"
 
 
 NONE_FITS = "with what the recipe leaves open nothing fits into"
@@ -84,9 +91,13 @@ def choose(now: Prediction, again: Again) -> Choice | None:
         found = [one for start in starts for one in _streamed(now, start, again)]
     if not found:
         return None
+    if recipe.memory.cuda_graphs:  # policies that can be recorded, if there is one
+        found = [one for one in found if one[1].setup.graphs] or found
     # The host's speed is a guess, so among those that it holds back alike the GPU's own decides.
     alike = _within(_within(found, _time), _gpu_time)
-    settings, result = min(alike, key=lambda one: (one[1].memory.comfortable_gib, len(one[0])))
+    least = min(one[1].memory.comfortable_gib for one in alike)
+    near = [one for one in alike if one[1].memory.comfortable_gib <= least * (1 + _NEAR)]
+    settings, result = min(near, key=lambda one: (len(one[0]), one[1].memory.comfortable_gib))
     filled = tuple(
         Filled(key, value, _why(key, result))
         for key, value in settings.items()
@@ -133,7 +144,8 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
 
 
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
-    """What fits with nothing kept, and with so many layers kept whole and as many more in part as there is room for."""
+    """What fits with so many layers kept whole and, of the others, none or as many as there is room for that keep their
+    attention; between these two the time goes from one to the other."""
     policy, free = start["train.checkpointing"], now.shape.layers - now.setup.stream_layers
     keys = ("memory.keep_layers", "memory.keep_attention_layers")
     open_keys = [key for key in keys if policy != "none" and _given(now.recipe, key) is None]
@@ -152,6 +164,8 @@ def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Foun
                 break
         else:
             return
+        if most and (found := tried(whole, 0)) and _fits(found):
+            yield found
 
 
 def _streamed(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
@@ -214,12 +228,14 @@ def _why(key: str, result: Prediction) -> str:
     if key == "train.checkpointing":
         return {
             "none": "there is room for all that is computed",
-            "full": "the inputs of layers stay on the GPU",
-            "offload": "the inputs of layers wait in host memory",
+            "full": "what layers keep stays on the GPU",
+            "offload": "what layers keep waits in host memory",
             "unsloth": "the inputs of layers wait in host memory",
         }[setup.policy]
     if key == "memory.keep_layers":
         return f"of {shape.layers} layers, nothing of them is computed again"
     if key == "memory.keep_attention_layers":
-        return "of these the MLP alone is computed again"
+        if keeps_projections(setup):
+            return "of these q, k, v, o and attention are not computed again"
+        return "of these attention is not computed again"
     return f"of {shape.layers} layers; their frozen weights come from host memory"

@@ -93,7 +93,7 @@ def memory(
     always = _always(shape, setup)
     buffers = [Term("cuBLAS workspaces", working.cublas_bytes(hopper), "one a thread")]
     if staging := working.staging_bytes(shape, setup):
-        buffers.append(Term("copy buffers", staging, "inputs that come back"))
+        buffers.append(Term("copy buffers", staging, "what comes back from the host"))
     if mask := working.mask_bytes(setup):
         buffers.append(Term("attention mask", mask, "tokens x row"))
     dequantized = Term(
@@ -154,16 +154,18 @@ def _kept(
     """What is kept of all layers once the forward is done; or while so many of them still keep all or their
     attention."""
     whole = setup.keep_layers if whole is None else whole
-    attention = setup.keep_attention_layers if attention is None else attention
-    saves = working.layer_saves(shape, setup)
+    attention = working.attention_layers(setup) if attention is None else attention
     terms = []
     if whole:
+        saves = working.layer_saves(shape, setup)
         terms.append(Term("activations", whole * saves, f"of {whole} whole layers"))
+    if setup.inputs_on_host:
+        return terms  # what is left of the others is among the copy buffers
     if attention:
-        each = saves - working.mlp_saves(shape, setup)
+        each = working.attention_bytes(shape, setup)
         terms.append(Term("attention's activations", attention * each, f"of {attention} layers"))
-    inputs = 0 if setup.inputs_on_host else working.checkpoint_bytes(shape, setup)
-    if inputs:
+    if again := working.again_layers(shape, setup):
+        inputs = again * working.input_bytes(shape, setup)
         terms.append(Term("checkpoints", inputs, "inputs of the layers computed again"))
     return terms
 
@@ -175,8 +177,9 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
     """
     between = setup.policy == "unsloth"
     stages = [_kept(shape, setup)]
-    if setup.keep_attention_layers:
-        again = Term("an MLP computed again", working.mlp_saves(shape, setup), "what it saves")
+    if working.attention_layers(setup):
+        saves = working.attention_again_bytes(shape, setup)
+        again = Term("a layer computed again", saves, "what it saves, but for its attention")
         stages.append([*_kept(shape, setup, whole=0), again])
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
@@ -210,8 +213,8 @@ def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
         Term("process", _PROCESS, "estimate: Python, PyTorch, CUDA"),
         Term("loading", min(_SHARD, file), "one file of the checkpoint"),
     ]
-    if pinned := working.host_inputs_bytes(shape, setup):
-        terms.append(Term("pinned checkpoints", pinned, "inputs of the layers computed again"))
+    if pinned := working.host_kept_bytes(shape, setup):
+        terms.append(Term("pinned checkpoints", pinned, "what layers keep for their backward"))
     if streamed := stored.streamed_bytes(shape, setup):
         terms.append(Term("pinned weights", streamed, f"of {setup.stream_layers} layers"))
     if paged := stored.optimizer_bytes(shape, setup, paged=True):

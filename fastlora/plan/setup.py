@@ -47,6 +47,8 @@ class Setup:
     """As in [memory]; no layer twice, and one at least is not streamed."""
     graphs: bool = False
     """Micro-batches are recorded: asked for, and not refused (train/static.py)."""
+    not_recorded: str = ""
+    """Why not, where it was asked for."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -98,11 +100,14 @@ def setup_of(
     streamed = min(memory.stream_layers or 0, shape.layers - 1)
     free = shape.layers - streamed
     kept = free if policy == "none" else min(memory.keep_layers or 0, free)
-    graphs = records(recipe, name, policy)
-    if memory.cuda_graphs and not graphs:
-        notes.append(
-            "memory.cuda_graphs: a run would go on without them, and say why (docs/memory.md)"
-        )
+    refused = memory.cuda_graphs and (
+        shape.not_recorded
+        or why_not_recorded(recipe, name, policy)
+        or (unsloth and recipe.data.packing and _why_not_packed(recipe, shape, bfloat16))
+    )
+    if refused:
+        notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
+    graphs = bool(memory.cuda_graphs) and not refused
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
@@ -127,6 +132,7 @@ def setup_of(
         keep_attention_layers=min(memory.keep_attention_layers or 0, free - kept),
         stream_layers=streamed,
         graphs=graphs,
+        not_recorded=refused or "",
     )  # fmt: skip
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
@@ -137,14 +143,36 @@ def setup_of(
 
 
 def records(recipe: Recipe, engine: str, policy: str) -> bool:
-    """Whether a run records its micro-batches: they are to be (memory.cuda_graphs), and nothing that is known before
-    the model speaks against it (train/static.py). `policy`: what train.checkpointing stands for."""
-    memory = recipe.memory
-    if not memory.cuda_graphs or policy == "unsloth" or memory.stream_layers or recipe.lora.dropout:
-        return False
+    """Whether a run records its micro-batches, as far as its recipe tells: they are to be (memory.cuda_graphs), and
+    nothing speaks against it. `policy`: what train.checkpointing stands for."""
+    return bool(recipe.memory.cuda_graphs) and not why_not_recorded(recipe, engine, policy)
+
+
+def why_not_recorded(recipe: Recipe, engine: str, policy: str) -> str:
+    """What a run finds in its model and refuses (train/static.py), as far as its recipe tells; "": nothing."""
+    if recipe.lora.dropout:
+        return "lora.dropout draws random numbers"
+    if recipe.memory.stream_layers:
+        return "memory.stream_layers waits for copies from host memory"
+    if recipe.model.quantization == "int8":
+        return "int8 products ask the GPU for outliers"
+    if policy == "unsloth":
+        return "unsloth's checkpointing waits for its copies"
     if engine == "unsloth":
-        return recipe.kernels.mode != "off"
-    return _chunked(recipe, engine)
+        off = recipe.kernels.mode == "off"
+        return "unsloth's loss waits for the GPU, and kernels.mode is off" if off else ""
+    return "" if _chunked(recipe, engine) else "TRL's loss waits for the GPU"
+
+
+def _why_not_packed(recipe: Recipe, shape: Shape, bfloat16: bool) -> str:
+    """Why packed rows are not recorded on the unsloth engine, as engines/packed.py finds it in the model."""
+    in_window = 0 < shape.window < recipe.model.seq_len_tokens
+    half = (
+        recipe.model.dtype != "float32" and bfloat16
+    )  # flash attention began with the GPUs that have it
+    if shape.model_type in FUSED - {"gemma2"} and half and not in_window:
+        return ""
+    return "unsloth reads the lengths of packed rows from the GPU"
 
 
 def _kernels(recipe: Recipe, engine: str) -> bool:
@@ -216,21 +244,12 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         found.append(
             "unsloth's fused kernels do not cover all of these layers: counted as PEFT's, not measured"
         )
-    if setup.kernels:
-        found.append(
-            "fastlora's kernels: counted on a CPU, not measured on a GPU for a whole model yet"
-        )
     if setup.quantization == "int8" or setup.item == 4:
         found.append("only nf4 in 16-bit arithmetic has been measured")
-    if (
-        setup.keep_attention_layers
-        or setup.stream_layers
-        or setup.graphs
-        or setup.policy == "offload"
-    ):
-        found.append(
-            "offload, keep_attention_layers, stream_layers, cuda_graphs: counted, not measured"
-        )
+    if setup.keep_layers and setup.policy != "none":
+        found.append("keep_layers: counted, not measured")
+    if setup.keep_attention_layers or setup.stream_layers:
+        found.append("keep_attention_layers and stream_layers: counted, not measured")
     if setup.dora or setup.dropout:
         found.append("DoRA and dropout keep more activations: counted, not measured")
     return found

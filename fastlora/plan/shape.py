@@ -63,6 +63,10 @@ class Shape:
     quantized: str | None
     """How the checkpoint itself is quantized, e.g. "bitsandbytes"."""
     max_tokens: int | None
+    window: int
+    """Tokens that attention looks back, in some layers at least; 0: all."""
+    not_recorded: str
+    """What of it keeps micro-batches from being recorded (memory.cuda_graphs); "": nothing."""
     notes: tuple[str, ...]
     """What was assumed."""
 
@@ -175,6 +179,8 @@ def shape_of(config: Mapping[str, Any], name: str = "config.json") -> Shape:
         softcapped=bool(config.get("final_logit_softcapping", kind == "gemma2")),
         quantized=(whole.get("quantization_config") or {}).get("quant_method"),
         max_tokens=config.get("max_position_embeddings"),
+        window=(config.get("use_sliding_window", True) and config.get("sliding_window")) or 0,
+        not_recorded=_not_recorded(config),
         notes=tuple(notes),
     )  # fmt: skip
 
@@ -185,6 +191,18 @@ _SIZES: tuple[tuple[str, tuple[str, ...], int | None], ...] = (
     ("num_hidden_layers", ("n_layer", "num_layers"), None),
     ("num_attention_heads", ("n_head",), None),
 )
+
+
+def _not_recorded(config: Mapping[str, Any]) -> str:
+    for name in ("attention_dropout", "attn_pdrop"):
+        if config.get(name):
+            return f"{name} draws random numbers"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind = one.get("rope_type", one.get("type"))
+        if kind in ("dynamic", "longrope"):
+            return f"{kind} rotary embeddings ask the GPU for the largest position"
+    return ""
 
 
 def _first(config: Mapping[str, Any], whole: Mapping[str, Any], key: str, default: Any) -> Any:

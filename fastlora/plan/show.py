@@ -21,8 +21,10 @@ def show(
     best: Advice | None,
     singles: list[Advice],
     choice: Choice | None,
+    default: Choice | None,
     console: Console,
 ) -> None:
+    """`choice`: within a budget of the whole card; `default`: of a run without one, where all of it is free."""
     _headline(found, console)
     console.print(_memory_table(found))
     _totals(found, console)
@@ -30,8 +32,11 @@ def show(
     for note in found.setup.notes:
         console.print(f"[dim]{note}[/]", soft_wrap=True)
     _verdict(found, console)
-    if choice:
+    if choice and not (default and default.settings == choice.settings):
         _budget(found, choice, console)
+    if default and default.filled:
+        of_run = f"with so much free and full rows, a run chooses {_chosen(default)}"
+        console.print(of_run, highlight=False, soft_wrap=True, markup=False)
     if singles and found.verdict in ("no", "tight"):
         console.print(_changes_table(singles))
     if found.verdict == "no":
@@ -52,7 +57,7 @@ def _headline(found: Prediction, console: Console) -> None:
 def _kept(setup: Setup) -> str:
     counts = {
         "kept whole": 0 if setup.policy == "none" else setup.keep_layers,
-        "kept in part": setup.keep_attention_layers,
+        "that keep their attention": setup.keep_attention_layers,
         "streamed": setup.stream_layers,
     }
     return "".join(f", {count} layers {how}" for how, count in counts.items() if count)
@@ -137,12 +142,16 @@ def _budget(found: Prediction, choice: Choice, console: Console) -> None:
         for line in choice.lines():
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     elif choice.filled:
-        chosen = ", ".join(f"{one.key} = {_toml(one.value)}" for one in choice.filled)
         console.print(
-            f'memory.vram = "{found.card.vram_gib:.1f}GiB" would choose {chosen}: {figures_said(choice.result)}',
+            f'memory.vram = "{found.card.vram_gib:.1f}GiB" would choose {_chosen(choice)}',
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _chosen(choice: Choice) -> str:
+    settings = ", ".join(f"{one.key} = {_toml(one.value)}" for one in choice.filled)
+    return f"{settings}: {figures_said(choice.result)}"
 
 
 def _changes_table(singles: list[Advice]) -> Table:

@@ -1,9 +1,10 @@
 """Tokens per second, from the GPU's ceilings.
 
-A micro-batch takes the longest of three times: the GPU's, its FLOPs at a share of the measured matrix-product ceiling;
-the host's, which hands over the kernels of one layer after the other; and that of the copies between their memories,
-of which those of the forward have to be hidden behind the forward, and those of the backward behind the backward. The
-first two's constants come from the committed reports, and a test holds them to those.
+A micro-batch takes the longer of two times: the GPU's, for its products at a share of the measured matrix-product
+ceiling, for what only reads and writes its activations, and waiting for copies between host and GPU memory; and the
+host's, which hands over the kernels of one layer after the other, unless it is recorded. Copies of a layer's forward
+have to be hidden behind that forward, and those of its backward behind the backward of a layer. The constants come from
+the committed reports, a test holding them to those, and from measurements on an H200 (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -14,15 +15,29 @@ from fastlora.plan.gpus import Gpu
 from fastlora.plan.setup import Setup
 from fastlora.plan.shape import Shape
 from fastlora.plan.stored import streamed_bytes
-from fastlora.plan.working import MLP, again_layers, host_inputs_bytes
+from fastlora.plan.working import (
+    MLP,
+    again_layers,
+    attention_layers,
+    copied,
+    keeps_projections,
+)
 
-EFFICIENCY = {"peft": 0.46, "liger": 0.5, "unsloth": 0.594}
-"""Share of the ceiling with what is recomputed: unsloth's at 8B; liger's at Qwen2.5 7B. peft has never been bound by
-the GPU where it was measured (0.40 at most), so its is a guess under liger's."""
+_EFFICIENCY = {"peft": 0.61, "liger": 0.64, "unsloth": 0.77}
+_WITH_KERNELS = 0.86
+"""Share of the ceiling that products reach: unsloth's at 8B (H100), liger's at Qwen2.5 7B. With fastlora's kernels
+unsloth's GPU time was 0.92 (1B) and 0.91 (8B) of that with its own. PEFT alone has never been bound by the GPU where it
+was measured, so its is a guess under liger's."""
 
-HOST_MS = {"peft": 19.6, "liger": 18.8, "unsloth": 12.6}
-"""Of a layer, forward, computed again and backward (H100 machines): means of 1B, 7B and 8B. Hosts differ much: the
-H200's took 8.7 for unsloth."""
+_READ_BYTES = {"peft": 250, "liger": 130, "unsloth": 130}
+"""Norms, rotary embeddings, activations and residuals: what they read and write for one number of the hidden states in
+one pass over a layer, of which backward takes two. By what 1B (with h = 2048) takes longer than its products at 8B's
+share of the ceiling; peft's are transformers' own, without fusion."""
+
+_HOST_MS = {"peft": 19.6, "liger": 18.8, "unsloth": 12.6}
+_HOST_MS_UNSLOTH_WITH_KERNELS = 18.2
+"""Of a layer, forward, computed again and backward: means of 1B, 7B and 8B (H100 machines), and of 6 layers of 8B
+(H200). Hosts differ much: another H200's took 8.7 for unsloth."""
 _WITHOUT_RECOMPUTING = 0.83
 """Of that: 1B with unsloth, 35,672 against 29,461 tokens/s."""
 
@@ -44,38 +59,74 @@ class Speed:
 def flops(shape: Shape, setup: Setup) -> tuple[float, float]:
     """Of a micro-batch's forward, and of its backward to the inputs with what it computes again: 2 per frozen weight
     and token each and again, head included; attention over the causal half of the square, 2 row² width forward, twice
-    back. fastlora's checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs
-    it again, but for a norm behind it.
-    """
-    layer = sum(one.weights for one in shape.linears)
-    again = layer
-    mlp = sum(one.weights for one in shape.linears if one.name in MLP)
-    if setup.kernels and setup.policy in ("full", "offload"):
-        unused = sum(one.weights for one in shape.linears if one.name == "down_proj")
-        mlp -= unused
-        again -= unused if shape.layer_norms == 2 else 0
-    layers = again_layers(shape, setup)
-    recomputed = layers * again + setup.keep_attention_layers * mlp
-    once = 2.0 * setup.tokens
-    forward = once * (shape.layers * layer + shape.head.weights)
-    attention = 2.0 * shape.query * setup.row_tokens * setup.tokens
-    backward = forward + once * recomputed + attention * (2 * shape.layers + layers)
-    return forward + attention * shape.layers, backward
+    back."""
+    whole, attention = _again_flops(shape, setup)
+    forward = shape.layers * _layer_flops(shape, setup) + 2.0 * setup.tokens * shape.head.weights
+    backward = forward + shape.layers * _attention_flops(shape, setup)
+    backward += again_layers(shape, setup) * whole + attention_layers(setup) * attention
+    return forward, backward
+
+
+def _attention_flops(shape: Shape, setup: Setup) -> float:
+    return 2.0 * shape.query * setup.row_tokens * setup.tokens
+
+
+def _layer_flops(shape: Shape, setup: Setup) -> float:
+    """Of one layer's forward."""
+    products = 2.0 * setup.tokens * sum(one.weights for one in shape.linears)
+    return products + _attention_flops(shape, setup)
+
+
+def _again_flops(shape: Shape, setup: Setup) -> tuple[float, float]:
+    """What the backward of a layer computes again: of one whose input alone is kept, and of one that keeps its
+    attention, which is gate and up where fastlora's kernels run the projections, else all products. fastlora's
+    checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs it again, but for a
+    norm behind it. Where unsloth compiled the layer, it is made; it does not where micro-batches are recorded."""
+    sizes = {one.name: one.weights for one in shape.linears}
+    whole = _layer_flops(shape, setup)
+    attention = whole - _attention_flops(shape, setup)
+    if keeps_projections(setup):
+        attention = 2.0 * setup.tokens * sum(sizes[name] for name in sizes if name in MLP)
+    compiled = setup.engine == "unsloth" and not setup.graphs
+    ours = setup.kernels and setup.policy in ("full", "offload")
+    if ours and shape.layer_norms == 2 and not compiled:
+        unused = 2.0 * setup.tokens * sizes["down_proj"]
+        whole, attention = whole - unused, attention - unused
+    return whole, attention
 
 
 def speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed:
     forward, backward = flops(shape, setup)
-    rate = gpu.tflops * 1e12 * EFFICIENCY[setup.engine]
-    gpu_s = (forward + backward) / rate
-    again = again_layers(shape, setup) / shape.layers
-    attention = setup.keep_attention_layers / shape.layers
-    share = again + (1 - again) * _WITHOUT_RECOMPUTING + attention * (1 - _WITHOUT_RECOMPUTING) / 2
-    host_s = 0.0 if setup.graphs else shape.layers * HOST_MS[setup.engine] * share / 1e3
-    # Weights come once for the forward and once for the backward; an input goes out, and comes back.
+    share = _WITH_KERNELS if setup.kernels else _EFFICIENCY[setup.engine]
+    rate = gpu.tflops * 1e12 * share
+    pass_s = setup.tokens * shape.hidden * _READ_BYTES[setup.engine] / (gpu.gb_s * 1e9)
+    passes = 2 * shape.layers + again_layers(shape, setup) + attention_layers(setup)
+    forward_s = forward / rate + shape.layers * pass_s
+    backward_s = backward / rate + passes * pass_s
+    # Weights come once for the forward and once for the backward; what is kept goes out, and comes back. Both
+    # directions go at once.
     weights_s = streamed_bytes(shape, setup) / (gpu.host_gb_s * 1e9)
-    inputs_s = host_inputs_bytes(shape, setup) / (gpu.host_gb_s * 1e9)
-    # Both directions go at once.
-    waits_s = max(0.0, weights_s - forward / rate, inputs_s - forward / rate)
-    waits_s += max(0.0, weights_s + inputs_s - backward / rate)
+    layer_s = _layer_flops(shape, setup) / rate + pass_s
+    back_s = waits_out_s = waits_back_s = 0.0
+    for one, again in zip(copied(shape, setup), _again_flops(shape, setup), strict=True):
+        copy_s = one.bytes / (gpu.host_gb_s * 1e9)
+        back_s += one.layers * copy_s
+        waits_out_s += one.layers * max(0.0, copy_s - layer_s)
+        behind_s = (2 * _layer_flops(shape, setup) + again) / rate + 3 * pass_s
+        waits_back_s += one.layers * max(0.0, copy_s - behind_s)
+    waits_s = max(weights_s - forward_s, waits_out_s)
+    waits_s += max(weights_s + back_s - backward_s, waits_back_s)
+    gpu_s, host_s = forward_s + backward_s, _host_s(shape, setup)
     bound = "host" if host_s > gpu_s + waits_s else "copies" if waits_s else "GPU"
     return Speed(setup.tokens / max(gpu_s + waits_s, host_s), bound, gpu_s, waits_s, host_s)
+
+
+def _host_s(shape: Shape, setup: Setup) -> float:
+    if setup.graphs:
+        return 0.0
+    own = setup.engine == "unsloth" and setup.kernels
+    layer_ms = _HOST_MS_UNSLOTH_WITH_KERNELS if own else _HOST_MS[setup.engine]
+    again = again_layers(shape, setup) / shape.layers
+    attention = attention_layers(setup) / shape.layers
+    share = again + (1 - again) * _WITHOUT_RECOMPUTING + attention * (1 - _WITHOUT_RECOMPUTING) / 2
+    return shape.layers * layer_ms * share / 1e3

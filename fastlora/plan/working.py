@@ -7,6 +7,7 @@ T tokens of a micro-batch, h hidden, i intermediate, q and k widths of the query
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 from fastlora.plan.setup import FUSED, Setup
@@ -69,14 +70,14 @@ def layer_saves(shape: Shape, setup: Setup) -> int:
         roots += (q + k) // shape.head_norms
     statistics = 4 * (shape.heads + roots)  # attention's log-sum-exp and the norms' roots, float32
     per_token = setup.item * elements + statistics + _adapters_save(attention, setup)
-    return setup.tokens * per_token + mlp_saves(shape, setup)
+    return setup.tokens * per_token + _mlp_saves(shape, setup)
 
 
 MLP = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj"})
 
 
-def mlp_saves(shape: Shape, setup: Setup) -> int:
-    """The part of `layer_saves` that keep_attention_layers do without: all but the MLP's input."""
+def _mlp_saves(shape: Shape, setup: Setup) -> int:
+    """Of `layer_saves`, all but the MLP's input."""
     i = shape.intermediate
     if fused_by_unsloth(shape, setup) or (setup.kernels and not setup.dora):
         elements = 2 * i
@@ -133,31 +134,77 @@ def dequantized_bytes(shape: Shape, setup: Setup) -> int:
     return setup.item * max(one.weights for one in shape.linears)
 
 
+def attention_layers(setup: Setup) -> int:
+    """Layers that keep their attention. Offloaded, fastlora leaves the last one's input on the GPU, where backward
+    needs it at once, and keeps nothing else of it."""
+    return max(0, setup.keep_attention_layers - (setup.policy == "offload"))
+
+
 def again_layers(shape: Shape, setup: Setup) -> int:
     """Layers of which nothing but the input is kept."""
-    return shape.layers - setup.keep_layers - setup.keep_attention_layers
+    return shape.layers - setup.keep_layers - attention_layers(setup)
 
 
-def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
-    """The inputs of the layers that are computed again."""
-    return again_layers(shape, setup) * setup.tokens * shape.hidden * setup.item
+def input_bytes(shape: Shape, setup: Setup) -> int:
+    """Of one layer: all that is kept of those that are computed again."""
+    return setup.tokens * shape.hidden * setup.item
+
+
+def keeps_projections(setup: Setup) -> bool:
+    """Of layers that keep their attention."""
+    return setup.kernels and not setup.dora
+
+
+def attention_bytes(shape: Shape, setup: Setup) -> int:
+    """What is kept of one of keep_attention_layers: its input (h), attention's output (q) and log-sum-exp (float32, one
+    per head); where fastlora's kernels run the projections, without DoRA, also what q, k, v and o give (q, 2 k, h).
+    """
+    elements = shape.hidden + shape.query
+    if keeps_projections(setup):
+        elements += shape.hidden + shape.query + 2 * shape.key_value
+    return setup.tokens * (setup.item * elements + 4 * shape.heads)
+
+
+def attention_again_bytes(shape: Shape, setup: Setup) -> int:
+    """What the backward of such a layer makes again of `layer_saves`: all but attention's output, its log-sum-exp, and
+    v. What is kept of q and k is from before the rotary embedding, and saved is what comes of it."""
+    kept = shape.query + (shape.key_value if keeps_projections(setup) else 0)
+    return layer_saves(shape, setup) - setup.tokens * (setup.item * kept + 4 * shape.heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Layers of one mode, of each of which so much goes to host memory and comes back."""
+
+    layers: int
+    bytes: int
+
+
+def copied(shape: Shape, setup: Setup) -> tuple[Copied, Copied]:
+    """Of layers that are computed again, and of those that keep their attention. fastlora copies not the last one's."""
+    whole, attention = again_layers(shape, setup), attention_layers(setup)
+    if not setup.inputs_on_host:
+        whole = attention = 0
+    elif whole and setup.policy == "offload":
+        whole -= 1
+    return (
+        Copied(whole, input_bytes(shape, setup)),
+        Copied(attention, attention_bytes(shape, setup)),
+    )
 
 
 def staging_bytes(shape: Shape, setup: Setup) -> int:
-    """The two buffers through which checkpoints come back from the host; fastlora keeps the last one on the GPU too."""
-    again, ours = again_layers(shape, setup), setup.policy == "offload"
-    if not again or not setup.inputs_on_host:
-        return 0
-    buffers = min(2, again - 1) + 1 if ours else 2
-    return buffers * setup.tokens * shape.hidden * setup.item
+    """On the GPU, of what is copied: two buffers through which it comes back, each as large as what comes, and the
+    last one's input."""
+    whole, attention = copied(shape, setup)
+    buffers = [attention.bytes] * attention.layers + [whole.bytes] * whole.layers
+    stays = setup.policy == "offload" and again_layers(shape, setup) > 0
+    return sum(buffers[:2]) + stays * whole.bytes
 
 
-def host_inputs_bytes(shape: Shape, setup: Setup) -> int:
-    """Checkpoints in host memory."""
-    if not setup.inputs_on_host:
-        return 0
-    layers = again_layers(shape, setup) - (setup.policy == "offload")
-    return max(0, layers) * setup.tokens * shape.hidden * setup.item
+def host_kept_bytes(shape: Shape, setup: Setup) -> int:
+    """In host memory."""
+    return sum(one.layers * one.bytes for one in copied(shape, setup))
 
 
 def mask_bytes(setup: Setup) -> int:

@@ -174,9 +174,10 @@ class TrainSection(Section):
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations in a row without a lower loss."""
     checkpointing: Literal["auto", "unsloth", "offload", "full", "none"] = "auto"
-    """What layers compute again in backward instead of keeping it. full: all but each layer's input; offload: these
-    inputs are in host memory meanwhile; unsloth: as offload, by unsloth's own code; none: nothing. auto is unsloth's
-    on its engine, full on other GPUs, none on a CPU. memory.keep_layers and keep_attention_layers lie in between."""
+    """What layers compute again in backward instead of keeping it. full: all but each layer's input; offload: what is
+    kept for it is in host memory meanwhile; unsloth: the same by unsloth's own code; none: nothing. auto is the
+    fastest that fits by plan's figures (memory.vram), and where nothing surely does unsloth's on its engine and full on
+    the other; on a CPU it is none. memory.keep_layers and keep_attention_layers lie in between."""
     chunked_loss: bool | None = None
     """peft engine: take the loss in chunks of the labelled tokens, without ever holding the logits. Measured on an H100
     with 4,096 tokens of 128,256 logits: 13.8 ms and 0.3 GiB instead of 20.9 ms and 6.9. Unset: where fastlora's kernels
@@ -216,16 +217,19 @@ class MemorySection(Section):
     vram: str | None = None
     """The most that the run may take of the GPU, context and all, such as "12GiB"; "auto" is what is free. What the
     recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next three
-    keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits."""
+    keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits. Unset, no limit is set, micro-batches
+    and streaming stay, and the others are chosen for 0.9 of what is free where train.checkpointing is auto."""
     keep_layers: int | None = Field(default=None, ge=0)
     """So many of the last layers keep all that their backward needs, and compute nothing again."""
     keep_attention_layers: int | None = Field(default=None, ge=0)
-    """So many layers before those compute their MLP again and nothing else."""
+    """So many layers before those keep attention's output and those of its projections, so that of their products gate
+    and up alone are computed again; where fastlora's kernels do not run the projections, attention's output alone."""
     stream_layers: int | None = Field(default=None, ge=0)
     """So many layers' frozen weights are in host memory, and come to the GPU when their turn comes."""
     cuda_graphs: bool | None = None
     """Record a micro-batch's forward and backward once for each shape, and replay them, so that the GPU never waits
-    for Python. Rows are then padded to few lengths."""
+    for Python. Rows are then padded to few lengths. Unset, a run on a GPU does so where it is predicted to save more
+    time than the padding costs."""
 
     @model_validator(mode="after")
     def _check(self) -> MemorySection:
@@ -263,7 +267,8 @@ class KernelsSection(Section):
     mode: Literal["auto", "off", "all"] = "auto"
     """Where fastlora's kernels run. auto: on a GPU, every LoRA layer that unsloth does not fuse, and on the peft
     engine every one they can serve; on a CPU, where they are for tests alone, none unless FASTLORA_KERNELS
-    is set. off: none. all: as auto, with unsloth's fused LoRA kernels taken out first, and on a CPU too."""
+    is set. off: none. all: as auto, with unsloth's fused LoRA kernels taken out first, and on a CPU too, as auto
+    does itself where micro-batches are recorded (memory.cuda_graphs)."""
     require_fast: bool = False
     """Refuse to train where PEFT's plain layer would run any LoRA layer."""
 

@@ -53,15 +53,18 @@ def fill_open_keys(
     return apply(recipe, rest), data, filled
 
 
-def filled_from(manifest: dict[str, Any]) -> list[Filled]:
-    """What --auto filled when the run of a manifest began, and the batches that memory.vram chose: resumed, it takes
-    the same, whatever the rules are now. What else memory.vram chose may be chosen anew, for another GPU."""
-    batches = [
-        one
-        for one in manifest.get("memory", {}).get("filled", [])
-        if one["key"] in ("train.micro_batch", "train.effective_batch", "train.accumulation")
-    ]
-    return [Filled(**one) for one in [*manifest.get("auto", []), *batches]]
+def filled_from(manifest: dict[str, Any], recipe: Recipe) -> list[Filled]:
+    """What --auto filled when the run of a manifest began, and of what was chosen for its GPU the batches, and what
+    rounds otherwise (padding, kernels): resumed, it takes the same, whatever the rules are now. What else was chosen
+    may be chosen anew, for another GPU. `recipe`: as it is now; what it says of graphs and kernels stays."""
+    chosen = [Filled(**one) for one in manifest.get("memory", {}).get("filled", [])]
+    open_keys = {"train.micro_batch", "train.effective_batch", "train.accumulation"}
+    if recipe.memory.cuda_graphs is None:
+        open_keys.add("memory.cuda_graphs")
+    if recipe.kernels.mode == "auto":
+        open_keys.add("kernels.mode")
+    filled = [Filled(**one) for one in manifest.get("auto", [])]
+    return filled + [one for one in chosen if one.key in open_keys]
 
 
 def advise_before(

@@ -66,7 +66,7 @@ def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
         from fastlora.train.graphs import can_record
 
         if not can_record():
-            yield "memory.cuda_graphs: there is no CUDA GPU here; leave it out, or train on one"
+            yield "memory.cuda_graphs: there is no CUDA GPU here; set it to false, or train on one"
     yield from tracker_problems(recipe)
     for metric in recipe.eval.metrics:
         if metric in PACKAGES and find_spec(PACKAGES[metric][0]) is None:

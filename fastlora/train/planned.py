@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from psutil import virtual_memory
 
 from fastlora.engines.memory import memory_now
-from fastlora.errors import EngineError, FastloraError
-from fastlora.plan.budget import NONE_FITS, OPEN, choose
+from fastlora.errors import EngineError, FastloraError, RecipeError
+from fastlora.plan.budget import NONE_FITS, OPEN
 from fastlora.plan.gpus import gpu_named, like_a_3090
 from fastlora.plan.measured import Peak, ceilings, kind, remember
 from fastlora.plan.predict import Card, Prediction, predict
+from fastlora.plan.settle import FREE_SHARE, MicroBatches, settle, without_budget
 from fastlora.plan.setup import EngineName
 from fastlora.plan.shape import Shape, read_config, shape_of
 from fastlora.plan.show import time_said
 from fastlora.plan.working import CONTEXT
 from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
+from fastlora.train.shapes import choose_shapes, mean_tokens
 from fastlora.train.steps import count_steps
 
 if TYPE_CHECKING:
@@ -28,33 +31,31 @@ if TYPE_CHECKING:
 
 
 def fit_memory(
-    recipe: Recipe, engine: str, row_tokens: int | None, announce: Announce
+    recipe: Recipe,
+    engine: str,
+    row_tokens: int | None,
+    announce: Announce,
+    micro_batches: Callable[[Recipe], MicroBatches] | None = None,
 ) -> tuple[Recipe, dict[str, Any] | None]:
-    """What memory.vram asks for: the recipe with its open keys chosen so that it fits, and the choice, for the
-    manifest. row_tokens: of the longest row; None: model.seq_len_tokens.
+    """The recipe with what it leaves open chosen so that it fits into memory.vram, or without one into what is free
+    (plan/settle.py), and the choice, for the manifest. None: there is no GPU, or without memory.vram nothing fits.
 
-    Raises EngineError: nothing fits, or the model's shape is not known.
+    row_tokens: of the longest row; None: model.seq_len_tokens. micro_batches: what graphs cost; None: not chosen.
+    Raises EngineError: memory.vram is given, and nothing fits, or the model's shape is not known.
     """
     import torch
 
-    if recipe.memory.vram is None:
-        return recipe, None
+    asked = recipe.memory.vram is not None
     if not torch.cuda.is_available():
-        announce("memory.vram: no GPU here, so nothing is chosen")
+        if asked:
+            announce("memory.vram: no GPU here, so nothing is chosen")
         return recipe, None
-    name, whole = _this_gpu()
-    free = _free_gib(engine)
-    asked = recipe.memory.vram_gib or free
-    if (budget := min(asked, free)) < asked:
-        announce(
-            f"memory.vram: {asked:.2f} GiB are not free on this GPU; chosen is for {budget:.2f}"
-        )
-    gpu = gpu_named(name, ceilings(name)) or like_a_3090(name, budget)
-    host = virtual_memory().available / 2**30
-    card = Card(gpu=gpu, vram_gib=budget, host_gib=host, whole_gib=whole)
+    card = _card(recipe, engine, announce)
     try:
         shape = _shape(recipe)
     except EngineError as error:
+        if not asked:
+            return recipe, None  # it is not predicted either, which is said then
         raise EngineError(
             f"memory.vram: what a step takes cannot be counted ({error}); leave it out, and set [memory] by hand"
         ) from error
@@ -62,18 +63,54 @@ def fit_memory(
     def again(other: Recipe) -> Prediction:
         return predict(other, shape, card, engine=cast(EngineName, engine), row_tokens=row_tokens)
 
-    now = again(recipe)
-    choice = choose(now, again)
+    try:
+        now = again(recipe if asked else without_budget(recipe))
+    except RecipeError:
+        if asked:
+            raise
+        return recipe, None
+    choice = settle(now, again, micro_batches)
     if choice is None:
+        if not asked:
+            return recipe, None  # the prediction says whether it fits tightly, or not at all
         raise EngineError(
-            f"memory.vram: {NONE_FITS} {budget:.2f} GiB, and {host:.1f} of the host; as "
+            f"memory.vram: {NONE_FITS} {card.vram_gib:.2f} GiB, and {card.host_gib:.1f} of the host; as "
             f"it stands it needs {now.memory.comfortable_gib:.2f} and "
             f"{now.memory.host_gib:.1f}. Leave more keys open ({', '.join(OPEN)}), or see what to change: "
-            f"fastlora plan RECIPE --vram {budget:.1f}GiB"
+            f"fastlora plan RECIPE --vram {card.vram_gib:.1f}GiB"
         )
-    for line in choice.lines():
+    for line in choice.lines() if asked or choice.filled else ():
         announce(line)
     return apply(recipe, choice.filled), choice.document()
+
+
+def _card(recipe: Recipe, engine: str, announce: Announce) -> Card:
+    """This machine's, with as much memory as the run may plan for."""
+    name, whole = _this_gpu()
+    share = FREE_SHARE if recipe.memory.vram is None else 1.0
+    free, host = _free_gib(engine), share * virtual_memory().available / 2**30
+    asked = recipe.memory.vram_gib or share * free
+    if (budget := min(asked, free)) < asked:
+        announce(
+            f"memory.vram: {asked:.2f} GiB are not free on this GPU; chosen is for {budget:.2f}"
+        )
+    gpu = gpu_named(name, ceilings(name)) or like_a_3090(name, budget)
+    return Card(gpu=gpu, vram_gib=budget, host_gib=host, whole_gib=whole)
+
+
+def micro_batches_of(data: Prepared, recipe: Recipe) -> MicroBatches:
+    """What recording those of `recipe` would be worth."""
+    from fastlora.train.graphs import WARM_UPS
+
+    size, longest = recipe.train.micro_batch, recipe.model.seq_len_tokens
+    shapes = choose_shapes(data.train, size, longest)
+    steps, _ = count_steps(recipe, data)
+    return MicroBatches(
+        tokens=mean_tokens(data.train, size),
+        padding=shapes.padding,
+        count=steps * recipe.train.accumulation_steps,
+        as_usual=WARM_UPS * len(shapes.lengths),
+    )
 
 
 def _this_gpu() -> tuple[str, float]:

@@ -27,7 +27,7 @@ def open_for_resume(recipe: Recipe, *, auto: bool = False) -> RunDir:
     def unlike(manifest: dict[str, Any]) -> list[str]:
         if "recipe" in manifest and ("auto" in manifest) is not auto:
             return ["it was begun without --auto" if auto else "it was begun with --auto"]
-        filled = filled_from(manifest)
+        filled = filled_from(manifest, recipe)
         now = apply(recipe, filled)
         given = recipe.train.micro_batch if "micro_batch" in recipe.train.model_fields_set else None
         for one in filled:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from fastlora.data.prepare import prepare_data
 from fastlora.data.prepared import Prepared
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import load_tokenizer, resolve_dtype
-from fastlora.engines.engaged import load_model
+from fastlora.engines.engaged import load_model, plan_kernels
 from fastlora.engines.memory import explained_loading, in_words, is_out_of_memory, memory_now
 from fastlora.errors import EngineError, RunDirError
 from fastlora.export.gated import save_held_out
@@ -32,7 +33,7 @@ from fastlora.train.advising import advise_before, fill_open_keys, filled_from
 from fastlora.train.checks import check_model
 from fastlora.train.job import Job
 from fastlora.train.notes import Notes
-from fastlora.train.planned import fit_memory, longest_row
+from fastlora.train.planned import fit_memory, longest_row, micro_batches_of
 from fastlora.train.resume import changed_keys, open_for_resume
 from fastlora.train.steps import count_steps, effective_batch
 from fastlora.train.stop import Interrupted, StopSignals
@@ -110,7 +111,7 @@ class _Start:
     """All that there is before the run's folder and the model."""
 
     recipe: Recipe
-    """With what --auto filled and memory.vram chose."""
+    """With what --auto filled and what was chosen for the GPU."""
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
@@ -119,11 +120,11 @@ class _Start:
     filled: list[Filled]
     """By --auto."""
     memory: dict[str, Any] | None
-    """What memory.vram chose."""
+    """What was chosen for the GPU."""
 
 
-def _prepare(recipe: Recipe, notes: Notes, *, auto: bool) -> _Start:
-    """`auto` fills open keys."""
+def _prepare(recipe: Recipe, notes: Notes, *, auto: bool, resumed: bool = False) -> _Start:
+    """`auto` fills open keys. A run that is `resumed` has its micro-batches recorded, or not, as when it began."""
     engine = choose_engine(recipe.engine, notes)
     engine.prepare()
     tokenizer = load_tokenizer(recipe.model)
@@ -135,8 +136,15 @@ def _prepare(recipe: Recipe, notes: Notes, *, auto: bool) -> _Start:
     else:
         found = check_before_run(recipe, tokenizer, notes)
         data = prepare_data(recipe, tokenizer, notes)
-    recipe, memory = fit_memory(recipe, engine.name, longest_row(recipe, data), notes)
+    weighed = None if resumed or not _records(recipe) else partial(micro_batches_of, data)
+    recipe, memory = fit_memory(recipe, engine.name, longest_row(recipe, data), notes, weighed)
     return _Start(recipe, engine, tokenizer, data, found, filled, memory)
+
+
+def _records(recipe: Recipe) -> bool:
+    from fastlora.train.graphs import can_record
+
+    return can_record() and plan_kernels(recipe).ours
 
 
 def _chosen(start: _Start, request: Request) -> dict[str, Any]:
@@ -165,11 +173,11 @@ def train_run(
             run = opened.enter_context(
                 contextlib.closing(open_for_resume(recipe, auto=request.auto))
             )
-            recipe = apply(recipe, filled_from(run.manifest))
+            recipe = apply(recipe, filled_from(run.manifest, recipe))
         else:
             check_place(Path(recipe.output.dir))
         begins_auto = request.auto and run is None
-        start = _prepare(recipe, notes, auto=begins_auto)
+        start = _prepare(recipe, notes, auto=begins_auto, resumed=run is not None)
         data, recipe = start.data, start.recipe
         request = replace(request, recipe=recipe)
         if run is None:

@@ -35,6 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastlora_kernels import replay
 from fastlora_kernels.attention import Attention, Give, Keep
+from fastlora_kernels.layers.linear import DETACHED
 from fastlora_kernels.offload import Lanes
 from fastlora_kernels.unneeded import mlp_at_the_end, recomputing
 
@@ -96,6 +97,27 @@ def keep_layers(model: nn.Module) -> None:
         if before is not None:
             module.gradient_checkpointing = before.flag
             _set(module, _FUNCTION, before.function)
+
+
+class Spared(NamedTuple):
+    """What the recomputation of a layer leaves out."""
+
+    linear: list[nn.Module]
+    attention: bool
+
+
+def spared(layer: Any) -> Spared | None:
+    """What is not computed again of `layer`; None if nothing of it is computed again by us. Which product comes last is
+    known after the first backward."""
+    region = vars(layer).get(_FUNCTION)
+    if not isinstance(region, Region):
+        return None
+    linear = []
+    if region.attention:
+        linear = [part for part in layer.self_attn.modules() if type(part) in DETACHED]
+    if region.ends_with is not None:
+        linear.append(region.ends_with.down_proj)
+    return Spared(linear, region.attention)
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:

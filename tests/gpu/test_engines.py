@@ -73,6 +73,7 @@ def make_checkpoint(parent: Path, size: str) -> Path:
         recipe = recipe.replace("16bit", "none")
     (folder / "recipe.toml").write_text(recipe)
     overhead = RECIPE.replace("16bit", "none").replace("steps = 20\nmicro", "steps = 12\nmicro")
+    overhead += "[memory]\ncuda_graphs = false\n"  # as the bare loop
     (folder / "overhead.toml").write_text(overhead)
     return folder
 

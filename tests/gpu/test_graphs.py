@@ -210,11 +210,48 @@ effective_batch = 4
 optimizer = "adamw"
 lr = 1e-4
 eval_every_steps = 20
+checkpointing = "full"
 [eval]
 rows = 0
 [output]
 dir = "runs"
 """
+
+
+def trained(folder: Path, *settings: str) -> dict[str, Any]:
+    """The manifest of a run, with the losses of its steps."""
+    from fastlora.bench.weights import random_checkpoint
+    from fastlora.recipe.schema import ModelSection
+
+    section = ModelSection(name="x", quantization="nf4", dtype="bfloat16")
+    model = random_checkpoint(SHAPE, section, folder / "models")
+    rows = [{"prompt": f"Count to {n}:", "completion": " 1 2 3" * (9 * n)} for n in range(1, 41)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(model=model))
+    given = [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", "run", str(recipe), "--json", *given],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    newest = max((folder / "runs").glob("*"), key=lambda run: int(run.name))
+    manifest: dict[str, Any] = json.loads((newest / "manifest.json").read_text())
+    lines = (newest / "metrics.jsonl").read_text().splitlines()
+    manifest["losses"] = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    return manifest
+
+
+def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_path: Path) -> None:
+    """Which waits for the host otherwise."""
+    plain = trained(tmp_path, "memory.cuda_graphs=false")
+    default = trained(tmp_path, "train.checkpointing=auto")
+    chosen = {one["key"]: one["value"] for one in default["memory"]["filled"]}
+    assert chosen["memory.cuda_graphs"] is True
+    assert chosen["train.checkpointing"] == "none"
+    assert "stopped" not in default["cuda_graphs"]
+    assert default["cuda_graphs"]["replayed"] > default["cuda_graphs"]["of"] / 2
+    assert default["losses"] == pytest.approx(plain["losses"], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -247,32 +284,11 @@ dir = "runs"
 def test_a_run_of_replays(
     settings: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastlora.bench.weights import random_checkpoint
-    from fastlora.recipe.schema import ModelSection
-
     if "engine=unsloth" in settings and find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed")
-    section = ModelSection(name="x", quantization="nf4", dtype="bfloat16")
-    model = random_checkpoint(SHAPE, section, tmp_path / "models")
-    rows = [{"prompt": f"Count to {n}:", "completion": " 1 2 3" * (9 * n)} for n in range(1, 41)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(model=model))
-
-    def run(*more: str) -> dict[str, Any]:
-        given = [word for setting in (*settings, *more) for word in ("--set", setting)]
-        done = subprocess.run(
-            [sys.executable, "-m", "fastlora", "run", str(recipe), "--json", *given],
-            cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-6000:]
-        newest = max((tmp_path / "runs").glob("*"), key=lambda folder: int(folder.name))
-        manifest: dict[str, Any] = json.loads((newest / "manifest.json").read_text())
-        lines = (newest / "metrics.jsonl").read_text().splitlines()
-        manifest["losses"] = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-        return manifest
-
-    plain, replayed = run(), run("memory.cuda_graphs=true")
+    plain, replayed = (
+        trained(tmp_path, *settings, f"memory.cuda_graphs={graphs}") for graphs in ("false", "true")
+    )
     found = replayed["cuda_graphs"]
     assert "stopped" not in found, found
     assert found["replayed"] > found["of"] / 2

@@ -37,6 +37,8 @@ sources = ["rows.jsonl"]
 steps = 4
 warmup_fraction = 0.0
 micro_batch = 2
+[memory]
+cuda_graphs = false
 [output]
 dir = "runs"
 """

@@ -41,8 +41,11 @@ warmup_fraction = 0.0
 effective_batch = 16
 optimizer = "adamw"
 lr = 1e-4
+checkpointing = "{checkpointing}"
 [eval]
 rows = 0
+[memory]
+cuda_graphs = false
 [output]
 dir = "runs"
 """
@@ -75,7 +78,12 @@ def trained(
     section = ModelSection(name="x", quantization="nf4", dtype=dtype)  # type: ignore[arg-type]
     model = random_checkpoint(SHAPE, section, folder / "models")
     recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(engine=engine, model=model, dtype=dtype, packing=packing))
+    recipe.write_text(
+        RECIPE.format(
+            engine=engine, model=model, dtype=dtype, packing=packing,
+            checkpointing="unsloth" if engine == "unsloth" else "full",
+        )
+    )  # fmt: skip
     given = [argument for setting in settings for argument in ("--set", setting)]
     script = Path(__file__).parent / "capped.py"
     done = subprocess.run(

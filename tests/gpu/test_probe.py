@@ -45,9 +45,12 @@ micro_batch = 4
 effective_batch = 8
 optimizer = "adamw"
 lr = 1e-4
+checkpointing = "{checkpointing}"
 log_every_steps = 1
 [eval]
 rows = 0
+[memory]
+cuda_graphs = false
 [output]
 dir = "runs"
 """
@@ -77,7 +80,8 @@ def trained(
     section = ModelSection(name="x", quantization="nf4", dtype="bfloat16")
     model = random_checkpoint(SHAPE, section, folder / "models")
     recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(engine=engine, model=model))
+    checkpointing = "unsloth" if engine == "unsloth" else "full"
+    recipe.write_text(RECIPE.format(engine=engine, model=model, checkpointing=checkpointing))
     given = [argument for setting in settings for argument in ("--set", setting)]
     script = Path(__file__).parent / "probed.py"
     done = subprocess.run(
@@ -119,6 +123,8 @@ def test_no_step_takes_more(folder: Path, engine: str, settings: tuple[str, ...]
 def test_a_budget_is_told_of(folder: Path) -> None:
     free, _ = trained(folder, "steps", "peft")
     budget = free["plan"]["probe"]["peak_gib"] + 4
-    kept, _ = trained(folder, "steps", "peft", f'memory.vram="{budget:.2f}GiB"')
+    kept, _ = trained(
+        folder, "steps", "peft", f'memory.vram="{budget:.2f}GiB"', "train.checkpointing=auto"
+    )
     assert "oom" not in kept
     assert any(f" of {budget:.2f} GiB with the CUDA context" in note for note in kept["notes"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,10 @@ from ooms import Ooms
 from place import Crash, Place, assert_same, last
 from reruns import Recorders, never_recorded
 
+from fastlora.engines.engaged import Plan
 from fastlora.errors import EngineError
+from fastlora.plan.settle import MicroBatches
+from fastlora.recipe.advice import Filled, apply
 from fastlora.train.shapes import Shapes, choose_shapes
 
 # 65 rows: each epoch's last micro-batch, and step, has one.
@@ -95,6 +98,56 @@ def test_resumed_it_is_the_run_that_was_not_interrupted(
     assert "resumed" in resumed
     assert len(made.made) == 2
     assert_same(place, resumed, replayed)
+
+
+def test_what_was_chosen_on_a_gpu_is_kept_when_it_is_resumed(
+    place: Place, replayed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe does not say it, and what would be chosen now is not asked for: padding and numbers are the same."""
+    Recorders(monkeypatch)
+    chosen = [Filled("memory.cuda_graphs", True, "it is faster")]
+
+    def choose(recipe: Any, *_: Any) -> Any:
+        return apply(recipe, chosen), {"filled": [asdict(one) for one in chosen]}
+
+    crash = Crash(monkeypatch, at=8)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlora.train.session.fit_memory", choose)
+        with pytest.raises(RuntimeError, match="crashed"):
+            place.run(*SETTINGS)
+    crash.at = 0
+    weighed: list[Any] = []
+
+    def nothing(recipe: Any, engine: str, row_tokens: Any, announce: Any, of: Any) -> Any:
+        weighed.append(of)
+        return recipe, None
+
+    monkeypatch.setattr("fastlora.train.session.fit_memory", nothing)
+    resumed = place.run(*SETTINGS, resume=True)
+    assert weighed == [None]
+    assert "changed" not in resumed["resumed"][-1]
+    assert resumed["cuda_graphs"]["lengths"] == list(replayed["cuda_graphs"]["lengths"])
+    assert_same(place, resumed, replayed)
+
+
+def test_what_graphs_would_cost_is_known_before_a_run_begins(
+    place: Place, replayed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorders(monkeypatch)
+    monkeypatch.setattr("fastlora.train.session.plan_kernels", lambda _: Plan(ours=True))
+    found: list[MicroBatches] = []
+
+    def choose(recipe: Any, engine: str, row_tokens: Any, announce: Any, of: Any) -> Any:
+        found.append(of(recipe))
+        return recipe, None
+
+    monkeypatch.setattr("fastlora.train.session.fit_memory", choose)
+    place.run(*SETTINGS, "train.steps=1")
+    lengths = replayed["cuda_graphs"]["lengths"]
+    assert found[0].padding == replayed["cuda_graphs"]["padding"]
+    assert found[0].as_usual == 2 * len(lengths)
+    assert found[0].count == 2
+    assert lengths[0] < found[0].tokens < lengths[-1]
 
 
 def test_out_of_memory_it_goes_on_without_graphs_and_then_in_smaller_forwards(
@@ -201,6 +254,6 @@ def test_packed_rows_are_kept_apart_by_where_they_end(
 
 def test_without_a_gpu_it_is_refused_before_anything_is_loaded(place: Place) -> None:
     with pytest.raises(
-        EngineError, match=r"^memory.cuda_graphs: there is no CUDA GPU here; leave it out"
+        EngineError, match=r"^memory.cuda_graphs: there is no CUDA GPU here; set it to false"
     ):
         place.run(GRAPHS)

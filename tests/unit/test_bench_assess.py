@@ -154,3 +154,26 @@ def test_flops_of_a_small_llama_by_hand(recomputed: float) -> None:
     assert found["attention"] == 3 * (2 * 2 * 32 / 2) * 3
     assert found["recompute_matmul"] == 2 * 3 * layer * recomputed
     assert found["recompute_attention"] == 2 * 32 * 3 * recomputed
+
+
+def test_flops_of_what_is_left_out_of_a_recomputation() -> None:
+    import torch
+    from fastlora_kernels import attach, recompute_layers
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastlora.bench.flops import flops_per_token
+
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    attach(model)
+    ids = torch.arange(6)[None]
+    mlp, down, qkvo = 3 * 32 * 48, 32 * 48, 2 * 32 * 32 + 2 * 32 * 16
+    recompute_layers(model, ["layer", "attention", "keep", "layer"])
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    found = flops_per_token(model, 1.0)
+    assert found["recompute_matmul"] == 2 * (3 * (mlp - down) + 2 * qkvo)
+    assert found["recompute_attention"] == 2 * 32 * 2  # of two layers

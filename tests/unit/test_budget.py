@@ -225,7 +225,8 @@ def test_kept_layers_are_still_there_when_a_streamed_one_behind_them_is_computed
         train = {"checkpointing": "full", "micro_batch": 8, "effective_batch": 8}
         found = predicted(engine="unsloth", train=train, memory=asked)
         saves = working.layer_saves(found.shape, found.setup)
-        inputs = working.checkpoint_bytes(found.shape, found.setup)
+        again = working.again_layers(found.shape, found.setup)
+        inputs = again * working.input_bytes(found.shape, found.setup)
         terms = found.memory.moments["backward of a layer"]
         return sum(one.bytes for one in terms) - inputs - whole * saves
 
@@ -247,7 +248,7 @@ def test_copies_of_inputs_are_as_many_as_there_are_layers_for(
     found = predicted(engine="unsloth", train=train, memory={"keep_layers": kept})
     one = found.setup.tokens * 4096 * 2
     assert working.staging_bytes(found.shape, found.setup) == staged * one
-    assert working.host_inputs_bytes(found.shape, found.setup) == on_host * one
+    assert working.host_kept_bytes(found.shape, found.setup) == on_host * one
     pinned = [term.bytes for term in found.memory.host if term.name == "pinned checkpoints"]
     assert pinned == ([on_host * one] if on_host else [])
 
@@ -290,7 +291,7 @@ def test_graphs_that_a_run_refuses_are_not_planned_with(sections: dict[str, Any]
 
 
 def test_a_choice_says_what_and_why() -> None:
-    choice = chosen(12, engine="unsloth")
+    choice = chosen(12, engine="unsloth", memory={"vram": "12GiB"})
     assert choice
     lines = list(choice.lines())
     assert lines[0].startswith("memory.vram = 12.00 GiB: ")
@@ -313,5 +314,90 @@ def test_down_proj_is_made_again_where_a_norm_reads_it() -> None:
     plain = {"kernels": {"mode": "off"}}
     assert backward(LLAMA_8B, **plain) - backward(LLAMA_8B) == pytest.approx(down)
     assert backward(gemma, **plain) == backward(gemma)
-    parts = {"memory": {"keep_attention_layers": 32}}
-    assert backward(gemma, **plain, **parts) - backward(gemma, **parts) == pytest.approx(down)
+
+
+ALL: dict[str, Any] = {"engine": "unsloth", "kernels": {"mode": "all"}}
+LAYER = 2 * 4096 * 218_103_808
+"""Of 8B's products, for 2 x 2,048 tokens."""
+
+
+def keeping(layers: int, policy: str = "full", **sections: Any) -> Prediction:
+    asked = {"keep_attention_layers": layers, **sections.pop("memory", {})}
+    return predicted(train={"checkpointing": policy}, memory=asked, **sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "kept", "products"),
+    [
+        ({"engine": "peft"}, 151_519_232, 2 * 4096 * 2 * 4096 * 14336),  # all but gate and up
+        (ALL, 151_519_232, 2 * 4096 * 3 * 4096 * 14336),  # compiled, so that down_proj is made
+        ({"engine": "unsloth"}, 4096 * (2 * 8192 + 128), LAYER),
+        ({"engine": "peft", "kernels": {"mode": "off"}}, 4096 * (2 * 8192 + 128), LAYER),
+    ],
+)  # fmt: skip
+def test_a_layer_that_keeps_its_attention(sections: Any, kept: int, products: int) -> None:
+    """As its kernels: (2 h + 2 q + 2 k) b and 4 bytes a head for each token, or h and q; the MLP's products, or all."""
+    bare, one = keeping(0, **sections), keeping(1, **sections)
+    assert working.attention_bytes(one.shape, one.setup) == kept
+    loss = [sum(t.bytes for t in found.memory.moments["loss"]) for found in (bare, one)]
+    assert loss[1] - loss[0] == kept - 4096 * 4096 * 2  # beside its input
+    again = flops(bare.shape, keeping(32, **sections).setup)[1]
+    none = flops(bare.shape, keeping(0, memory={"keep_layers": 32}, **sections).setup)[1]
+    assert again - none == pytest.approx(32 * products)
+
+
+def test_gemmas_norm_has_down_proj_made_again_there_too() -> None:
+    gemma = LLAMA_8B | {"model_type": "gemma2"}
+    more = [
+        flops(shape_of(config), keeping(32, config=config, engine="peft").setup)[1]
+        for config in (LLAMA_8B, gemma)
+    ]
+    assert more[1] - more[0] == pytest.approx(32 * 2 * 4096 * 4096 * 14336)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, 3, 30, 32])
+def test_kept_attention_waits_in_host_memory(layers: int) -> None:
+    """Of all but the last, of which the input stays alone; two are on their way."""
+    found = keeping(layers, "offload", **ALL)
+    one, given = working.attention_bytes(found.shape, found.setup), 4096 * 4096 * 2
+    on_host = [one] * (layers - 1) + [given] * (31 - max(0, layers - 1))
+    pinned, staged = sum(on_host), sum(on_host[:2]) + given
+    assert working.host_kept_bytes(found.shape, found.setup) == pinned
+    assert working.staging_bytes(found.shape, found.setup) == staged
+    names = [term.name for term in found.memory.moments["loss"]]
+    assert "attention's activations" not in names
+
+
+def test_copies_that_take_longer_than_a_layer_are_waited_for() -> None:
+    """8B: a layer's 151 MB at 60 GB/s are hidden behind its forward of more than 3 ms; at 25 they are not."""
+
+    def waits(host_gb_s: float) -> float:
+        there = card(79.2)
+        assert there.gpu
+        slow = replace(there, gpu=replace(there.gpu, host_gb_s=host_gb_s))
+        asked = {"keep_attention_layers": 32, "cuda_graphs": True}
+        now = recipe(train={"checkpointing": "offload"}, memory=asked, **ALL)
+        found = predict(now, shape_of(LLAMA_8B), slow)
+        assert found.speed
+        assert (found.speed.waits_s > 0) == (found.speed.bound_by == "copies")
+        return found.speed.waits_s
+
+    assert waits(60) == 0
+    forward = 0.1515 / 25 - waits(25) / 31
+    assert 0.003 < forward < 0.0045
+
+
+def test_attention_is_kept_where_its_copies_pay() -> None:
+    def kept(host_gb_s: float) -> int:
+        there = card(9.5, host_gib=64)
+        assert there.gpu
+        there = replace(there, gpu=replace(there.gpu, host_gb_s=host_gb_s))
+        train = {"effective_batch": 16, "micro_batch": 2, "checkpointing": "offload"}
+        shape = shape_of(LLAMA_8B)
+        now = recipe(train=train, memory={"keep_layers": 0, "cuda_graphs": True}, **ALL)
+        choice = choose(predict(now, shape, there), lambda other: predict(other, shape, there))
+        assert choice
+        return choice.result.setup.keep_attention_layers
+
+    assert kept(60) == 32
+    assert kept(10) == 0  # 15 ms for what 6 ms compute again

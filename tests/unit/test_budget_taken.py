@@ -17,6 +17,7 @@ from fastlora.engines.engaged import load_model
 from fastlora.engines.peft import PeftEngine
 from fastlora.errors import EngineError, RecipeError
 from fastlora.plan import gpus
+from fastlora.plan.advise import with_settings
 from fastlora.plan.predict import predict
 from fastlora.plan.shape import shape_of
 from fastlora.recipe.load import load_recipe
@@ -81,6 +82,21 @@ def test_plan_takes_the_budget_as_a_run_would(model: Path) -> None:
     assert taken["setup"]["keep_layers"] == settings.get("memory.keep_layers", 0) > 0
     assert taken["budget"] == offered["budget"]
     assert taken["speed"]["tokens_per_s"] > offered["speed"]["tokens_per_s"]
+
+
+def test_plan_says_what_a_run_takes_by_itself(model: Path) -> None:
+    base = ["plan", "llama31", "--set", f"model.name={model}", "--gpu", "H200"]
+    document = json.loads(CliRunner().invoke(cli, [*base, "--json"]).stdout)
+    settings = {one["key"]: one["value"] for one in document["default"]["filled"]}
+    assert settings["memory.cuda_graphs"] is True
+    assert settings["train.checkpointing"] == "none"
+    assert "train.micro_batch" not in settings
+    assert document["default"]["budget_gib"] == pytest.approx(0.9 * 139.8)
+    assert document["setup"]["checkpointing"] == "unsloth"  # as it stands
+    shown = CliRunner().invoke(cli, base).output
+    assert "a run chooses memory.cuda_graphs = true, kernels.mode = all, " in shown
+    budget = CliRunner().invoke(cli, [*base, "--set", "memory.vram=40GiB", "--json"])
+    assert json.loads(budget.stdout)["default"] is None
 
 
 def test_plan_refuses_the_budget_that_a_run_refuses(model: Path) -> None:
@@ -160,7 +176,7 @@ def test_a_run_takes_what_is_chosen(model: Path, monkeypatch: pytest.MonkeyPatch
     stated = Recipe.model_validate(taken.model_dump(exclude_unset=True))
     again, _ = fit_memory(stated, "unsloth", 1500, said.append)
     assert again == taken
-    batches = {one.key for one in filled_from({"memory": memory})}
+    batches = {one.key for one in filled_from({"memory": memory}, asked)}
     assert batches <= {"train.micro_batch", "train.effective_batch"}
     assert taken.train.micro_batch * taken.train.accumulation_steps == 16
     auto, memory = fit_memory(
@@ -260,8 +276,41 @@ def test_every_engine_of_the_benchmark_has_a_budget(model: Path, monkeypatch: py
         assert taken.train.checkpointing in (*PeftEngine.capabilities.checkpointing, "unsloth")
 
 
+def test_without_a_budget_it_is_nine_tenths_of_what_is_free(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    on_a_card(monkeypatch, H100, 79.2, others_gib=60)
+    said: list[str] = []
+    asked = recipe(**OPEN, model={"name": str(model)})
+    taken, memory = fit_memory(asked, "unsloth", 1500, said.append)
+    assert memory
+    assert memory["budget_gib"] == pytest.approx(0.9 * 19.2, abs=0.01)
+    assert said[0].startswith(f"memory: of {0.9 * 19.2:.2f} GiB that it may take: ")
+    assert taken.train == asked.train.model_copy(
+        update={"checkpointing": taken.train.checkpointing}
+    )
+    assert taken.memory.keep_layers
+    assert taken.memory.vram is None
+    assert taken.memory.cuda_graphs is None  # what they cost is not known here
+    stated = recipe(**OPEN, model={"name": str(model)}, memory={"cuda_graphs": False})
+    stated = with_settings(stated, {"train.checkpointing": "unsloth"})
+    said.clear()
+    assert fit_memory(stated, "unsloth", 1500, said.append)[0] == stated
+    assert said == []
+    # What does not fit, and what cannot be counted, is tried as it stands.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 * 2**30, int(79.2 * 2**30)))
+    assert fit_memory(asked, "unsloth", 1500, said.append) == (asked, None)
+    (model / "config.json").write_text("{}")
+    assert fit_memory(asked, "unsloth", 1500, said.append) == (asked, None)
+
+
 def test_without_a_gpu_nothing_is_chosen(model: Path) -> None:
     said: list[str] = []
+    plain = recipe(model={"name": str(model)})
+    assert fit_memory(plain, "peft", 1500, said.append, lambda _: 1 / 0) == (plain, None)  # type: ignore[arg-type, return-value]
+    assert said == []
     asked = recipe(model={"name": str(model)}, memory={"vram": "auto"})
     assert fit_memory(asked, "peft", 1500, said.append) == (asked, None)
     assert "no GPU" in said[0]

@@ -229,6 +229,7 @@ def test_unsloths_own_attention_serves_only_what_it_has_a_forward_for(
 ) -> None:
     pretend_to_have_it(monkeypatch)
     assert why_not(AutoConfig.for_model("qwen3", **SIZES), recipe(), "unsloth") == ""
+    assert unsloth.FUSED - {"gemma2"} <= PLAIN  # what plan/setup.py goes by
     assert "phi3" in why_not(AutoConfig.for_model("phi3", **SIZES), recipe(), "unsloth")
 
 

@@ -19,7 +19,7 @@ from fastlora.cli.main import cli
 from fastlora.errors import EngineError, RecipeError
 from fastlora.plan import gpus, measured
 from fastlora.plan.advise import Advice, advise
-from fastlora.plan.predict import Prediction, predict
+from fastlora.plan.predict import Card, Prediction, predict
 from fastlora.plan.shape import read_config, shape_of
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,34 @@ def test_speeds_are_those_of_the_reports(generator: ModuleType) -> None:
     assert unsloth
     assert all(abs(one.errors["speed"]) < 0.05 for one in unsloth)
     assert all(abs(one.errors["speed"]) < 0.26 for one in reports if one.tokens_per_s)
+
+
+@pytest.mark.parametrize(
+    ("layers", "engine", "kernels", "policy", "gpu_ms", "within"),
+    [
+        (16, "unsloth", "auto", "unsloth", 72.0, 0.05),
+        (16, "unsloth", "auto", "none", 52.3, 0.05),
+        (16, "unsloth", "all", "none", 48.3, 0.05),
+        (16, "peft", "auto", "full", 78.6, 0.05),
+        (16, "peft", "auto", "none", 61.7, 0.05),
+        (6, "unsloth", "auto", "unsloth", 79.5, 0.09),  # the GPU idled now and then, and its clock was higher
+        (6, "unsloth", "all", "unsloth", 72.3, 0.09),
+        (6, "unsloth", "all", "offload", 76.7, 0.05),  # recorded, but compiled still
+        (6, "peft", "auto", "full", 84.5, 0.05),
+    ],
+)  # fmt: skip
+def test_times_of_the_gpu_are_those_that_an_h200_took(
+    layers: int, engine: str, kernels: str, policy: str, gpu_ms: float, within: float
+) -> None:
+    """1B, and 6 layers of 8B. docs/plan.md has them."""
+    small = {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
+    shape = shape_of(LLAMA_8B | {"num_hidden_layers": layers} | (small if layers == 16 else {}))
+    asked = recipe(engine=engine, kernels={"mode": kernels}, train={"checkpointing": policy})
+    h200 = gpus.gpu_named("NVIDIA H200")
+    found = predict(asked, shape, Card(gpu=h200, vram_gib=139.8)).speed
+    assert found
+    assert 1000 * found.gpu_s == pytest.approx(gpu_ms, rel=within)
+    assert f"{gpu_ms} | {1000 * found.gpu_s:.1f} " in (ROOT / "docs" / "plan.md").read_text()
 
 
 def test_the_tables_in_the_docs_are_in_step(generator: ModuleType) -> None:

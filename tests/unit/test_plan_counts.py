@@ -236,7 +236,7 @@ def test_activations_are_those_a_profiler_finds(
     if kernels == "all":
         return  # on a CPU they work otherwise: no kernel, but its reference
     most = per_token(made(True), 2)[1]
-    inputs = working.checkpoint_bytes(shape, planned) / planned.tokens
+    inputs = shape.layers * working.input_bytes(shape, planned) / planned.tokens
     work = working.layer_works(shape, planned) / planned.tokens
     # Its input is among these, and its output there as well.
     assert most == pytest.approx(inputs + saves + work, rel=0.05)
@@ -276,6 +276,21 @@ def saved_by_a_layer(model: Any, tokens: int) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
+def saved_by_all(model: Any, tokens: int) -> int:
+    """Bytes that a model saves of a row."""
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.randint(0, 256, (1, tokens))
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with saving, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids)
+    return sum(storage.nbytes() for storage in found.values())
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("family", "quantization", "kernels", "lora"),
@@ -289,7 +304,7 @@ def saved_by_a_layer(model: Any, tokens: int) -> int:
 def test_a_layer_saves_what_is_counted(
     family: str, quantization: str, kernels: str, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole layer, and one whose MLP is computed again, of every family."""
+    """A layer of every family: all of it, and its attention alone."""
     from fastlora_kernels import attach, recompute_layers
 
     ask = torch.is_autocast_enabled
@@ -310,14 +325,15 @@ def test_a_layer_saves_what_is_counted(
     ).train()
     if kernels == "all":
         assert not any(attach(model).by_layer.values())
-    whole = working.layer_saves(shape, planned)
-    for mode, counted in (
-        ("keep", whole),
-        ("attention", whole - working.mlp_saves(shape, planned)),
-    ):
-        recompute_layers(model, ["layer", mode])  # type: ignore[list-item]
-        more = saved_by_a_layer(model, 256) - saved_by_a_layer(model, 128)
-        assert more / 128 == counted / planned.tokens, mode
+    recompute_layers(model, ["layer", "keep"])
+    more = saved_by_a_layer(model, 256) - saved_by_a_layer(model, 128)
+    assert more / 128 == working.layer_saves(shape, planned) / planned.tokens
+    found = []
+    for modes in (["layer", "layer"], ["layer", "attention"]):
+        recompute_layers(model, modes)  # type: ignore[arg-type]
+        found.append(saved_by_all(model, 256) - saved_by_all(model, 128))
+    beside_input = working.attention_bytes(shape, planned) - working.input_bytes(shape, planned)
+    assert (found[1] - found[0]) / 128 == beside_input / planned.tokens
 
 
 def test_unsloths_chunks_are_those_of_its_rule() -> None:

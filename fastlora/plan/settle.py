@@ -1,0 +1,139 @@
+"""What a run on a GPU becomes where its recipe leaves it open: `budget.choose`, once with micro-batches as CUDA graphs
+and once without, and of the two the one that trains the same data in less time.
+
+Recorded, a micro-batch takes what the GPU computes; otherwise the host's time, where that is longer. Against it stand
+the padding to few lengths, and the first micro-batches of each length, which are computed as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastlora.plan.advise import Again, with_settings
+from fastlora.plan.budget import Choice, choose
+from fastlora.plan.predict import Prediction
+from fastlora.plan.speed import Speed, speed
+from fastlora.recipe.advice import Filled
+from fastlora.recipe.schema import Recipe
+
+FREE_SHARE = 0.9
+"""Of the memory that is free, what a run plans for that was given no budget: others may want some in the meantime."""
+_WORTH = 0.02
+"""Time that graphs must save to be chosen: they hold memory, and a prediction is no better than that."""
+_MOST_RANK = 256
+"""Beyond it fastlora's kernels leave a layer to PEFT, so that unsloth's stay (a test holds it to theirs)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatches:
+    """Those of a run, of so many rows as its recipe says."""
+
+    tokens: int
+    """Of the longest row of one, on average; where rows are packed, of a packed one."""
+    padding: float
+    """Of all tokens, those that padding to few lengths adds."""
+    count: int
+    """0: not known, but many."""
+    as_usual: int
+    """Of these, such as are no replays: the first of each length."""
+
+    @property
+    def replayed(self) -> float:
+        return max(0.0, 1 - self.as_usual / max(1, self.count))
+
+
+def without_budget(recipe: Recipe) -> Recipe:
+    """The recipe of a run without memory.vram, in which the rest is to be chosen: whether layers are computed again,
+    unless train.checkpointing says it. Micro-batches stay, and weights are streamed only as asked."""
+    memory = recipe.memory
+    stated = {
+        "train.micro_batch": recipe.train.micro_batch,
+        "memory.stream_layers": memory.stream_layers or 0,
+    }
+    if recipe.train.checkpointing != "auto":
+        for key in ("keep_layers", "keep_attention_layers"):
+            stated[f"memory.{key}"] = getattr(memory, key) or 0
+    return with_settings(recipe, stated)
+
+
+def full_rows(recipe: Recipe) -> MicroBatches:
+    """Where there are no data: rows that need no padding, in a run that is long."""
+    return MicroBatches(tokens=recipe.model.seq_len_tokens, padding=0.0, count=0, as_usual=0)
+
+
+def settle(
+    now: Prediction, again: Again, micro_batches: Callable[[Recipe], MicroBatches] | None
+) -> Choice | None:
+    """What the open keys become on the card of `now`; memory.cuda_graphs and with it kernels.mode among them, where
+    `micro_batches` says what graphs are worth there. None: nothing fits."""
+    asked = now.recipe.memory.cuda_graphs
+    if micro_batches is None or asked is False:
+        return choose(now, again)
+    refused = _why_not(now.recipe, again)
+    recorded = None if refused else _recorded(now, again)
+    if asked and recorded:
+        return recorded
+    plain = choose(now, again)
+    if asked:
+        return plain
+    if plain is None:
+        return recorded and _with(recorded, Filled(_KEY, True, "without them nothing fits"))
+    if recorded is None:
+        why = f"not possible: {refused}" if refused else "they need more memory"
+        return _with(plain, Filled(_KEY, False, why))
+    share, said = _compared(plain.result, recorded.result, micro_batches(recorded.result.recipe))
+    chosen = Filled(_KEY, share < 1 - _WORTH, said)
+    return _with(replace(recorded, plainest=plain.plainest) if chosen.value else plain, chosen)
+
+
+_KEY = "memory.cuda_graphs"
+
+
+def _why_not(recipe: Recipe, again: Again) -> str:
+    """Why no micro-batch could be recorded, whatever is chosen."""
+    settings: dict[str, Any] = {_KEY: True}
+    if recipe.train.checkpointing == "auto":
+        settings["train.checkpointing"] = "full"
+    return again(with_settings(recipe, settings)).setup.not_recorded
+
+
+def _recorded(now: Prediction, again: Again) -> Choice | None:
+    """With fastlora's kernels in place of unsloth's, where kernels.mode is open: as calls they keep the host longer,
+    which does not count here, and on the GPU they took 0.92 of the time (1B and 8B). None: nothing fits."""
+    settings: dict[str, Any] = {_KEY: True}
+    more: tuple[Filled, ...] = ()
+    ours = now.setup.engine == "unsloth" and now.setup.rank <= _MOST_RANK
+    if ours and now.recipe.kernels.mode == "auto":
+        settings["kernels.mode"] = "all"
+        why = "recorded, fastlora's kernels take less of the GPU's time than unsloth's"
+        more = (Filled("kernels.mode", "all", why),)
+    choice = choose(again(with_settings(now.recipe, settings)), again)
+    if choice is None or not choice.result.setup.graphs:
+        return None
+    return replace(choice, filled=(*more, *choice.filled))
+
+
+def _with(choice: Choice, one: Filled) -> Choice:
+    return replace(choice, filled=(one, *choice.filled))
+
+
+def _compared(plain: Prediction, recorded: Prediction, of: MicroBatches) -> tuple[float, str]:
+    """(the time with graphs over that without, a line that says why)."""
+    calls, replays = _speed(plain, of.tokens), _speed(recorded, of.tokens)
+    tokens = recorded.setup.micro_batch * of.tokens
+    calls_s, replay_s = calls.seconds(tokens), replays.seconds(tokens)
+    padded_s = (of.replayed * replay_s + (1 - of.replayed) * calls_s) / (1 - of.padding)
+    share = padded_s / calls_s
+    replayed = f" and {of.replayed:.0%} of {of.count:,} micro-batches replayed" if of.count else ""
+    return share, (
+        f"{recorded.setup.micro_batch} x {of.tokens:,} tokens take {1e3 * replay_s:.0f} ms instead of "
+        f"{1e3 * calls_s:.0f} (bound by the {calls.bound_by}); with {of.padding:.1%} padding{replayed}, "
+        f"{share:.2f} of the time"
+    )
+
+
+def _speed(found: Prediction, row_tokens: int) -> Speed:
+    assert found.card.gpu is not None
+    return speed(found.shape, replace(found.setup, row_tokens=row_tokens), found.card.gpu)

@@ -1,0 +1,237 @@
+"""What a run on a GPU takes where its recipe leaves it open: recomputation as there is room, graphs as they pay."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plans import LLAMA_8B, recipe
+
+from fastlora.errors import RunDirError
+from fastlora.plan import gpus, settle
+from fastlora.plan.budget import Choice
+from fastlora.plan.predict import Card, Prediction, predict
+from fastlora.plan.settle import MicroBatches, without_budget
+from fastlora.plan.shape import shape_of
+from fastlora.recipe.advice import apply
+from fastlora.recipe.schema import Recipe
+from fastlora.rundir.store import RunDir
+from fastlora.train.advising import filled_from
+from fastlora.train.resume import open_for_resume
+
+LLAMA_1B = LLAMA_8B | {
+    "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+FULL = MicroBatches(tokens=2048, padding=0.0, count=2000, as_usual=2)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+
+
+def settled(
+    config: Any = LLAMA_1B, gpu: str = "NVIDIA H200", free_gib: float = 139.0,
+    micro_batches: MicroBatches | None = FULL, **sections: Any,
+) -> Choice | None:  # fmt: skip
+    """With so much free; None: graphs are not to be chosen."""
+    shape = shape_of(config)
+    budget = settle.FREE_SHARE * free_gib
+    known = gpus.gpu_named(gpu) or gpus.like_a_3090(gpu, budget)
+    there = Card(gpu=known, vram_gib=budget, host_gib=100.0, whole_gib=free_gib)
+
+    def again(other: Recipe) -> Prediction:
+        return predict(other, shape, there)
+
+    count = None if micro_batches is None else lambda _: micro_batches
+    return settle.settle(again(without_budget(recipe(**sections))), again, count)
+
+
+def keys(choice: Choice | None) -> dict[str, Any]:
+    assert choice
+    return choice.settings
+
+
+def test_1b_by_default_is_recorded_with_our_kernels_and_computes_nothing_again() -> None:
+    """Measured so: 49.8 ms; with unsloth's kernels 53.8, as calls with its checkpointing 206."""
+    assert keys(settled()) == {
+        "memory.cuda_graphs": True, "kernels.mode": "all", "train.checkpointing": "none",
+    }  # fmt: skip
+    assert keys(settled(engine="peft")) == {
+        "memory.cuda_graphs": True, "train.checkpointing": "none",
+    }  # fmt: skip
+
+
+def test_where_it_does_not_fit_without_layers_are_computed_again() -> None:
+    choice = settled(LLAMA_8B, "NVIDIA L4", 12)
+    assert choice
+    assert choice.result.setup.policy != "none"
+    assert choice.result.memory.comfortable_gib <= 0.9 * 12
+    assert (
+        settled(LLAMA_8B, "NVIDIA L4", 7) is None
+    )  # the run's own default, and what plan says of it
+
+
+@pytest.mark.parametrize("engine", ["unsloth", "peft"])
+@pytest.mark.parametrize("free_gib", [11, 16, 23, 40, 139])
+def test_micro_batches_stay_and_nothing_is_streamed(engine: str, free_gib: float) -> None:
+    train = {"micro_batch": 4, "effective_batch": 16}
+    choice = settled(LLAMA_8B, free_gib=free_gib, engine=engine, train=train)
+    assert choice
+    setup = choice.result.setup
+    assert (setup.micro_batch, setup.accumulation, setup.stream_layers) == (4, 4, 0)
+    asked = recipe(engine=engine, train=train)
+    taken = apply(asked, choice.filled)
+    assert taken.train.micro_batch == 4
+    assert taken.memory.vram is None
+    if taken.memory.cuda_graphs:
+        assert setup.graphs
+        assert taken.train.checkpointing != "unsloth"
+
+
+def test_padding_may_cost_more_than_graphs_save() -> None:
+    """8B on a small GPU, which the host keeps busy anyway; a slow host's 1B is worth any padding."""
+    roomy: dict[str, Any] = {"config": LLAMA_8B, "gpu": "NVIDIA A100", "free_gib": 79.0}
+    for padding, chosen in ((0.0, True), (0.16, False)):
+        found = settled(**roomy, micro_batches=replace(FULL, padding=padding))
+        assert found
+        assert found.filled[0].key == "memory.cuda_graphs"
+        assert found.filled[0].value is chosen
+        assert f"with {padding:.1%} padding and 100% of 2,000 micro-batches" in found.filled[0].why
+        assert ("kernels.mode" in found.settings) == chosen
+    assert keys(settled(micro_batches=replace(FULL, padding=0.5)))["memory.cuda_graphs"]
+
+
+def test_a_run_too_short_to_replay_is_not_recorded() -> None:
+    short = MicroBatches(tokens=420, padding=0.1, count=16, as_usual=16)
+    assert short.replayed == 0
+    found = settled(micro_batches=short)
+    assert found
+    assert found.settings["memory.cuda_graphs"] is False
+    assert keys(settled(micro_batches=replace(short, count=160)))["memory.cuda_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "config", "why"),
+    [
+        ({"lora": {"dropout": 0.1}}, {}, "dropout"),
+        ({"data": {"sources": ["x"], "packing": True}}, {"sliding_window": 512}, "packed rows"),
+        ({"data": {"sources": ["x"], "packing": True}}, {"model_type": "phi3"}, "packed rows"),
+        ({"kernels": {"mode": "off"}}, {}, "kernels.mode is off"),
+        ({"train": {"checkpointing": "unsloth"}}, {}, "unsloth's checkpointing"),
+        ({"train": {"checkpointing": "full"}, "memory": {"stream_layers": 2}}, {}, "stream_layers"),
+        ({"model": {"quantization": "int8"}}, {}, "int8"),
+        ({"engine": "peft", "train": {"chunked_loss": False}}, {}, "TRL's loss"),
+        ({}, {"attention_dropout": 0.1}, "attention_dropout"),
+        ({}, {"rope_scaling": {"type": "longrope"}}, "longrope"),
+        ({}, {"rope_parameters": {"full": {"rope_type": "dynamic"}}}, "dynamic"),
+    ],
+)  # fmt: skip
+def test_what_a_run_refuses_is_not_chosen(sections: Any, config: Any, why: str) -> None:
+    found = settled(LLAMA_1B | config, **{"engine": "unsloth", **sections})
+    assert found
+    assert found.filled[0].key == "memory.cuda_graphs"
+    assert found.filled[0].value is False
+    assert why in found.filled[0].why
+    assert "kernels.mode" not in found.settings
+    # Asked for, it is as before: a run says that it goes on without.
+    memory = {**sections.get("memory", {}), "cuda_graphs": True}
+    assert (
+        not {"memory.cuda_graphs", "kernels.mode"}
+        & keys(
+            settled(LLAMA_1B | config, **{"engine": "unsloth", **sections, "memory": memory})
+        ).keys()
+    )
+
+
+def test_packed_rows_are_recorded_where_flash_attention_serves_them() -> None:
+    """A window that is no shorter than a row, or not used, keeps it from nothing."""
+    packed = {"sources": ["x"], "packing": True}
+    for more in (
+        {},
+        {"sliding_window": 4096},
+        {"sliding_window": 512, "use_sliding_window": False},
+    ):
+        found = settled(LLAMA_1B | more, engine="unsloth", data=packed)
+        assert found
+        assert found.settings["memory.cuda_graphs"] is True
+
+
+def test_what_a_model_may_say_without_being_refused() -> None:
+    config = LLAMA_1B | {"attention_dropout": 0.0, "rope_scaling": {"rope_type": "llama3"}}
+    assert keys(settled(config))["memory.cuda_graphs"]
+
+
+def test_what_the_recipe_says_stays() -> None:
+    assert "memory.cuda_graphs" not in keys(settled(memory={"cuda_graphs": False}))
+    asked = keys(settled(memory={"cuda_graphs": True}))
+    assert asked == {"kernels.mode": "all", "train.checkpointing": "none"}
+    stated = settled(train={"checkpointing": "full"}, kernels={"mode": "all"})
+    assert keys(stated) == {"memory.cuda_graphs": True}
+    assert stated
+    assert (stated.result.setup.policy, stated.result.setup.keep_layers) == ("full", 0)
+    kept = settled(LLAMA_8B, "NVIDIA L4", 16, memory={"keep_layers": 2})
+    assert kept
+    assert kept.result.setup.keep_layers == 2
+
+
+def test_unsloths_kernels_stay_where_ours_do_not_run() -> None:
+    from fastlora_kernels.layers.linear import MAX_RANK
+
+    assert settle._MOST_RANK == MAX_RANK
+    wide = keys(settled(lora={"rank": MAX_RANK + 1}))
+    assert wide["memory.cuda_graphs"]
+    assert "kernels.mode" not in wide
+
+
+def test_a_budget_weighs_graphs_too() -> None:
+    shape = shape_of(LLAMA_1B)
+    there = Card(gpu=gpus.gpu_named("NVIDIA H200"), vram_gib=12.0, host_gib=100.0, whole_gib=139.0)
+
+    def again(other: Recipe) -> Prediction:
+        return predict(other, shape, there)
+
+    now = again(recipe(train={"effective_batch": 16}, memory={"vram": "12GiB"}))
+    found = settle.settle(now, again, lambda _: FULL)
+    assert found
+    assert found.settings["memory.cuda_graphs"]
+    assert found.result.memory.comfortable_gib <= 12
+    assert next(iter(found.lines())).startswith("memory.vram = 12.00 GiB: ")
+    assert "memory.cuda_graphs" not in keys(settle.settle(now, again, None))  # as in the benchmark
+
+
+# -- resumed -------------------------------------------------------------------------------
+
+
+def manifest(**chosen: Any) -> dict[str, Any]:
+    filled = [{"key": key, "value": value, "why": ""} for key, value in chosen.items()]
+    return {"memory": {"filled": filled}}
+
+
+CHOSEN = {"memory.cuda_graphs": True, "kernels.mode": "all", "train.checkpointing": "none"}
+
+
+def test_what_rounds_otherwise_is_as_when_it_began() -> None:
+    """Padding and kernels; what is kept in memory may be chosen anew."""
+    began = manifest(**CHOSEN)
+    now = apply(recipe(), filled_from(began, recipe()))
+    assert (now.memory.cuda_graphs, now.kernels.mode) == (True, "all")
+    assert now.train.checkpointing == "auto"
+    told = recipe(memory={"cuda_graphs": False}, kernels={"mode": "off"})
+    assert filled_from(began, told) == []
+    assert filled_from({}, recipe()) == []  # begun before it was chosen: without
+
+
+def test_a_run_is_resumed_with_the_kernels_that_were_chosen(tmp_path: Path) -> None:
+    asked = recipe(output={"dir": str(tmp_path)})
+    began = manifest(**CHOSEN)
+    ran = apply(asked, filled_from(began, asked)).model_dump(mode="json")
+    with contextlib.closing(RunDir.create(tmp_path)) as run:
+        run.update(status="interrupted", recipe=ran, **began)
+    open_for_resume(asked).close()
+    with pytest.raises(RunDirError, match=r"kernels\.mode: was 'all', now 'off'"):
+        open_for_resume(recipe(output={"dir": str(tmp_path)}, kernels={"mode": "off"}))
