@@ -224,8 +224,8 @@ class Continuation(TrainerCallback):
                 "batch's tokens"
             )
 
-    def take_back(self) -> None:
-        """To the beginning of the step."""
+    def take_back(self, *, graphs: bool = False) -> None:
+        """To the beginning of the step. `graphs`: those that there are stay, and the gradients that they add to."""
         trainer = self.trainer
         cpu, cuda = self._random
         torch.set_rng_state(cpu)
@@ -238,8 +238,9 @@ class Continuation(TrainerCallback):
             if not values:
                 del trainer._metrics["train"][name]
         # A backward that broke off has left gradients of some layers; all of the step's are made again.
-        trainer.model.zero_grad(set_to_none=True)
-        self._drop()
+        trainer.model.zero_grad(set_to_none=not graphs)
+        if not graphs:
+            self._drop()
 
     def _drop(self) -> None:
         # Their memory serves nothing else.

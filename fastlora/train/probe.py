@@ -9,8 +9,8 @@ they see do not round otherwise for another.
 What is counted: the most that PyTorch reserves from the probe on, after what nobody held was given back, without the
 CUDA context. Steps reserve some more: micro-batches of other lengths leave holes in the allocator's memory, which it
 gives back where it would run out. The counters go on from there, so that the peak that a run reports is that of its
-worst micro-batch, whether or not it came to it. With CUDA graphs the same padded rows are tried without graphs, whose
-memory is not counted.
+worst micro-batch, whether or not it came to it. With CUDA graphs the same padded rows are tried without, and then every
+graph is recorded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fastlora.train.callbacks import Metrics, TokenCounter
 from fastlora.train.job import Job
 from fastlora.train.oom import Continuation
 from fastlora.train.planned import learn_from
-from fastlora.train.shapes import row_sizes
+from fastlora.train.shapes import cut, row_sizes
 
 if TYPE_CHECKING:
     from typing import Any
@@ -132,9 +132,7 @@ class Probe(TrainerCallback):
         trainer, recipe, continuation = self._trainer, self.job.recipe, self.continuation
         data = trainer.train_dataset
         rows = [data[at] for at in longest(data, min(recipe.train.micro_batch, len(data)))]
-        # On the device, and its tokens counted, as the trainer's loop has it; unsloth counts in its own way.
-        batch = send_to_device(trainer.data_collator(rows), args.device)
-        _, items = trainer.get_batch_samples(iter([batch]), 1, args.device)
+        batch, items = self._batch(rows)
         free_memory()
         while True:
             known = self._ooms()
@@ -149,6 +147,7 @@ class Probe(TrainerCallback):
             # The peak of one that ran out of memory is all that there was: once more, as steps will be.
             if self._ooms() == known:
                 break
+        peak = max(peak, self._record(rows, args, state, control))
         lengths = [len(row["input_ids"]) for row in rows]
         return Figures(
             step=continuation.step,
@@ -162,20 +161,57 @@ class Probe(TrainerCallback):
             seconds=round(time.perf_counter() - began, 2),
         )
 
+    def _record(
+        self,
+        rows: list[dict[str, torch.Tensor]],
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+    ) -> float:
+        """Every CUDA graph, before there is a step, and the most reserved meanwhile. All lengths are computed as usual
+        before the first is recorded: then nothing else of their size is ever beside what the graphs hold."""
+        static = self.continuation.static
+        if static is None or static.graphs.why_not or self.continuation.shrunk:
+            return 0.0
+        batches = [self._batch(cut(rows, length)) for length in reversed(static.shapes.lengths)]
+        free_memory()
+        with self._taken_back(args, state, control, graphs=True), static.rehearsed():
+            forget_peak()
+            held = self._hold_what_steps_do(args, state, control)
+            for _ in range(static.graphs.warm_ups + 1):
+                for batch, items in batches:
+                    self._trainer.training_step(self._trainer.model_wrapped, batch, items)
+            peak = peak_gib()
+            held.clear()
+        return peak
+
+    def _batch(self, rows: list[dict[str, torch.Tensor]]) -> tuple[Any, Any]:
+        """On the device, and its tokens counted, as the trainer's loop has it; unsloth counts in its own way."""
+        trainer = self._trainer
+        batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
+        _, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        return batch, items
+
     def _ooms(self) -> int:
         return len(self.job.run.manifest.get("oom", []))
 
     @contextmanager
     def _taken_back(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        graphs: bool = False,
     ) -> Iterator[None]:
-        """What is trained within it has not been. Where it raises the run ends, from the step before."""
+        """What is trained within it has not been. Where it raises the run ends, from the step before. `graphs`: what is
+        recorded within it stays, else nothing is."""
         continuation, counter = self.continuation, self.counter
         static, longest_row = continuation.static, continuation.longest
         counted = counter.tokens, counter.supervised
         continuation.probing = True
         if static is not None:
-            static.eager = True
+            static.eager = not graphs
         try:
             yield
         finally:
@@ -183,7 +219,7 @@ class Probe(TrainerCallback):
             counter.tokens, counter.supervised = counted
             if static is not None:
                 static.eager = False
-        continuation.take_back()
+        continuation.take_back(graphs=graphs)
         continuation.on_step_begin(args, state, control)
 
     def _hold_what_steps_do(
@@ -241,8 +277,8 @@ class Probe(TrainerCallback):
                     said += f", more than {_OFF:.0%} off: the next prediction on this GPU learns from it"
             else:
                 said += f" for {found.setup.micro_batch} in a forward, as the recipe has it"
-        if self.continuation.static is not None:
-            said += ". CUDA graphs are not counted"
+        if (static := self.continuation.static) is not None and static.graphs.recorded:
+            said += f", with {static.graphs.recorded} CUDA graphs"
         job.notes(said)
         job.run.update(plan=(found.document() if found else {}) | {"probe": document})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -181,14 +181,16 @@ def pad(
     rows: int = 0,
     longest: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """A micro-batch as Collator makes it, on any device, with so many tokens in each row or in all packed ones.
+    """A micro-batch as Collator makes it, on any device, with so many tokens in each row or in all packed ones, and so
+    many rows, if there are not more.
 
-    Where packed rows come with CUMULATIVE_LENGTHS, the padding is rows of at most `longest` tokens, and behind them are
-    as many of none as make it `rows`, if it is not more.
+    Rows that are added are of `pad_token_id` alone. Where packed ones come with CUMULATIVE_LENGTHS, the padding is rows
+    of at most `longest` tokens, and what is added behind them is rows of none.
     """
     import torch
 
     missing = length - batch["input_ids"].shape[1]
+    absent = max(0, rows - len(batch["input_ids"])) if "attention_mask" in batch else 0
     ends = batch.get(CUMULATIVE_LENGTHS)
     if ends is not None:
         more = max(rows + 1 - len(ends), -(-missing // longest))
@@ -196,19 +198,45 @@ def pad(
         ends = torch.cat([ends, (ends[-1:] + steps).clamp(max=length)])
         lengths = {PACKED_LENGTHS: ends.diff()} if PACKED_LENGTHS in batch else {}
         batch = {**batch, CUMULATIVE_LENGTHS: ends, **lengths}
-    if not missing:
+    if not (missing or absent):
         return dict(batch)
     fills = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
+    # A row that is padding alone would be one without a token to look at.
+    below = {**fills, "attention_mask": 1}
     padded = {}
     for name, tensor in batch.items():
         if name == "position_ids":
             added = torch.arange(missing, device=tensor.device, dtype=tensor.dtype)
             padded[name] = torch.cat([tensor, added.expand(len(tensor), -1)], dim=1)
         elif name in fills:
-            padded[name] = torch.nn.functional.pad(tensor, (0, missing), value=fills[name])
+            wide = torch.nn.functional.pad(tensor, (0, missing), value=fills[name])
+            padded[name] = torch.nn.functional.pad(wide, (0, 0, 0, absent), value=below[name])
         else:
             padded[name] = tensor
     return padded
+
+
+def cut(rows: Sequence[Mapping[str, torch.Tensor]], tokens: int) -> list[dict[str, torch.Tensor]]:
+    """Stand-ins for a micro-batch of a length: the beginnings of these rows, of at most so many tokens in each, or in
+    all packed ones. Of each the last token has a label, so that no length has too many of them."""
+    import torch
+
+    found = []
+    for row in rows:
+        packed = "seq_lengths" in row
+        ids = row["input_ids"][:tokens]
+        if not len(ids):
+            break
+        labels = torch.full_like(ids, IGNORED)
+        labels[-1] = ids[-1]
+        short = {"input_ids": ids, "labels": labels}
+        if packed:
+            ends = row["seq_lengths"].cumsum(0).clamp(max=len(ids))
+            lengths = ends.diff(prepend=ends.new_zeros(1))
+            short["seq_lengths"] = lengths[lengths > 0]
+            tokens -= len(ids)
+        found.append(short)
+    return found
 
 
 def _up(number: int, multiple: int) -> int:

@@ -1,20 +1,20 @@
 """memory.cuda_graphs in a run: micro-batches padded to static shapes, whose forward and backward are replayed.
 
-Whatever is not recorded (the first of a shape, more labels than a shape provides for, the epoch's last micro-batch if
-it is not full) is computed on the same padded shapes, so that a resumed run, which has other first ones, is the run
-that was not interrupted. What the optimizer does, clipping, the schedule and evaluations are as without graphs.
+Whatever is not recorded (the first of a shape, more labels than a shape provides for) is computed on the same padded
+shapes, so that a resumed run, which has other first ones, is the run that was not interrupted. What the optimizer does,
+clipping, the schedule and evaluations are as without graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from fastlora_kernels.layers.head import is_attached
-from fastlora_kernels.recompute import BEFORE
+from fastlora_kernels.recompute import BEFORE, decoder_layers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.engines.base import CUMULATIVE_LENGTHS, Engine
@@ -47,9 +47,10 @@ def why_not(model: PeftModel, engine: Engine, *, own_loss: bool, packing: bool) 
         return "unsloth reads the lengths of packed rows from the GPU"
     if streamed_layers(model):
         return "memory.stream_layers waits for copies from host memory"
+    # Of what stands around its layers unsloth sets the flag too, where nothing asks for it.
+    checkpointed = decoder_layers(model) or model.modules()
     if any(
-        getattr(m, "gradient_checkpointing", False) and BEFORE not in vars(m)
-        for m in model.modules()
+        getattr(m, "gradient_checkpointing", False) and BEFORE not in vars(m) for m in checkpointed
     ):
         return (
             'unsloth\'s checkpointing waits for its copies; train.checkpointing = "offload" does not'
@@ -113,19 +114,18 @@ class StaticSteps(TrainerCallback):
             _zero_in_place(model, self.trained)
 
     def __call__(
-        self, step: Step, inputs: dict[str, Any], *, labels: int, full: bool, baked: Hashable
+        self, step: Step, inputs: dict[str, Any], *, labels: int, rows: int, baked: Hashable
     ) -> torch.Tensor:
         """step(inputs), the loss with backward done.
 
         `inputs`: of the model, and numbers, or None, that can be others in the next call; what else can is `baked`.
-        `labels`: tokens with one. `full`: as most micro-batches are, so that it is worth recording.
+        `labels`: tokens with one. `rows`: of a full micro-batch; an epoch's last one can have fewer.
         """
         if self.graphs.why_not:
             return step(inputs)
         self._count += not self.eager
         device = self.trained[0].device
-        rows, tokens = inputs["input_ids"].shape
-        length, most = self.shapes.fit(tokens)
+        length, most = self.shapes.fit(inputs["input_ids"].shape[1])
         tensors = {
             name: torch.as_tensor(value).to(device, non_blocking=True)
             for name, value in inputs.items()
@@ -140,19 +140,26 @@ class StaticSteps(TrainerCallback):
             with self.unmasked(self.model) if unpacked else nullcontext():
                 return step({**given, **absent, **more})
 
-        most_rows = self.shapes.rows
-        padded = pad(
-            tensors, length, self.pad_token_id, rows=most_rows, longest=self.longest_packed
-        )
+        if not unpacked:
+            rows = self.shapes.rows
+        padded = pad(tensors, length, self.pad_token_id, rows=rows, longest=self.longest_packed)
         ends = padded.get(CUMULATIVE_LENGTHS)
-        provided = provided and (ends is None or len(ends) == most_rows + 1)
-        if self.eager or not (full and provided and length in self.shapes.lengths):
+        provided = provided and (ends is None or len(ends) == rows + 1)
+        if self.eager or not (provided and length in self.shapes.lengths):
             return padded_step(padded)
-        loss = self.graphs(padded_step, padded, (rows, most, baked))
+        loss = self.graphs(padded_step, padded, (most, baked))
         if self.graphs.why_not:
             self._remember(self.graphs.why_not)
             self.notes(f"cuda_graphs: not used ({self.graphs.why_not})")
         return loss
+
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """Within it micro-batches are recorded, and not counted."""
+        try:
+            yield
+        finally:
+            self._count = self.graphs.calls = self.graphs.replays = 0
 
     def drop(self) -> int:
         """Give back what graphs hold; how many there were. They come again."""

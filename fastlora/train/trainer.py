@@ -97,8 +97,7 @@ def build_trainer(
                     step,
                     given,
                     labels=labels,
-                    full=recipe.data.packing
-                    or len(part["labels"]) == continuation.most_rows("step"),
+                    rows=continuation.most_rows("step"),
                     baked=steps * parts if num_items_in_batch is None else None,
                 )
 

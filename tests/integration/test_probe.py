@@ -188,22 +188,53 @@ def test_interrupted_in_it_no_step_is_begun(
     assert_same(place, resumed, plain)
 
 
-def test_graphs_do_not_see_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = (
-        *SETTINGS, "memory.cuda_graphs=true", "lora.dropout=0.0", "train.chunked_loss=true",
-        "train.steps=10",
-    )  # fmt: skip
+GRAPHS = (
+    *SETTINGS, "memory.cuda_graphs=true", "lora.dropout=0.0", "train.chunked_loss=true", "train.steps=10",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_graphs_are_recorded_before_the_first_step(
+    packing: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, after every length was computed as usual: what they need never stands beside what that needs."""
+    settings = (*GRAPHS, f"data.packing={packing}", "data.eval_split=15")  # 65 rows: the last has 1
     recorders = Recorders(monkeypatch)
     without = place.run(*settings)
     probes = Probes(monkeypatch)
     probed = place.run(*settings)
-    one, other = recorders.made
-    assert one.records > 0
-    assert (one.records, one.warm_ups) == (other.records, other.warm_ups)
-    assert probed["cuda_graphs"] == without["cuda_graphs"]
-    assert len(probes.tried) == 1
-    assert "CUDA graphs are not counted" in place.said
     assert_same(place, probed, without)
+    lengths = probed["cuda_graphs"]["lengths"]
+    one, other = recorders.made
+    assert 0 < one.records <= other.records == len(lengths)
+    assert other.order == ["warm up"] * 2 * len(lengths) + ["record"] * len(lengths)
+    found = probed["cuda_graphs"]
+    assert found["recorded"] == len(lengths)
+    assert found["of"] == without["cuda_graphs"]["of"]
+    # A packed one has more labels than are provided for.
+    assert found["replayed"] == found["of"] - (packing == "true")
+    assert len(probes.tried) == 1 + 3 * len(lengths)
+    widths = [max(tried) for tried in probes.tried[1 : 1 + len(lengths)]]
+    if packing == "false":
+        assert widths[1:] == list(lengths[-2::-1])  # the longest is as long as its rows are
+    assert f"with {len(lengths)} CUDA graphs" in place.said
+
+
+@pytest.mark.parametrize("fails", ["record", "warm up"])
+def test_out_of_memory_while_graphs_are_recorded(
+    fails: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oom = torch.OutOfMemoryError("CUDA out of memory.")
+    Probes(monkeypatch)
+    Recorders(monkeypatch, fail={1: oom} if fails == "record" else {})
+    if fails == "warm up":
+        Ooms(monkeypatch, {1: ["none", "none", "backward"]})
+    disturbed = place.run(*GRAPHS)
+    ((step, rows, graphs),) = [(o["step"], o["rows"], o.get("graphs")) for o in disturbed["oom"]]
+    assert (step, rows, graphs) == ((1, 4, False) if fails == "record" else (1, 2, None))
+    if fails == "record":
+        assert disturbed["cuda_graphs"]["stopped"] == "out of memory at step 1"
+    assert len([entry for entry in place.work.losses(last(disturbed)) if entry[1] == "loss"]) == 10
 
 
 def test_it_is_compared_with_the_plan_and_teaches_where_the_run_is_cut_short(

@@ -25,6 +25,7 @@ class Reruns:
     def __init__(self, fail: Mapping[int, Exception] | None = None) -> None:
         self.fail = dict(fail or {})
         self.warm_ups: list[bool] = []
+        self.order: list[str] = []
         self.records = self.forgotten = 0
         self.alive = 0
         self.waits: list[str] = []
@@ -33,6 +34,7 @@ class Reruns:
         self, function: Callable[[Inputs], torch.Tensor], inputs: Inputs, *, last: bool
     ) -> tuple[torch.Tensor, str]:
         self.warm_ups.append(last)
+        self.order.append("warm up")
         with Waits() as waits:
             loss = function(inputs)
         found = [wait for wait in waits.found if "masking_utils.py" not in wait]
@@ -42,6 +44,7 @@ class Reruns:
         self, function: Callable[[Inputs], torch.Tensor], inputs: Inputs
     ) -> Callable[[], torch.Tensor]:
         self.records += 1
+        self.order.append("record")
         if error := self.fail.get(self.records - 1):
             raise error
         static = {name: tensor.data_ptr() for name, tensor in inputs.items()}
