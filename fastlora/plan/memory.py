@@ -118,9 +118,10 @@ def memory(
         "optimizer step": (*always, *buffers, *step),
     }
     if setup.graphs:
+        # All comes and goes within it, and it stays.
         most = max(_sum(terms) for terms in moments.values()) - _sum((*lasting,))
-        pool = Term("CUDA graphs' memory", most, "a micro-batch's; others have theirs beside it")
-        moments = {moment: (*terms, pool) for moment, terms in moments.items()}
+        pool = Term("CUDA graphs' memory", most, "a micro-batch's")
+        moments["optimizer step"] = (*moments["optimizer step"], pool)
     peak = max(_sum(terms) for terms in moments.values())
     if setup.loss == "logits":
         holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item

@@ -216,6 +216,14 @@ def pad(
     return padded
 
 
+def some_labels(labels: torch.Tensor, first: int, most: int) -> torch.Tensor:
+    """(rows, tokens) with at most so many of those that are predicted, the `first` ones passed over."""
+    known = labels != IGNORED
+    known[:, 0] = False  # never predicted; of packed rows it has none
+    place = known.flatten().cumsum(0).view(known.shape)
+    return labels.where(known & (place > first) & (place <= first + most), IGNORED)
+
+
 def cut(rows: Sequence[Mapping[str, torch.Tensor]], tokens: int) -> list[dict[str, torch.Tensor]]:
     """Stand-ins for a micro-batch of a length: the beginnings of these rows, of at most so many tokens in each, or in
     all packed ones. Of each the last token has a label, so that no length has too many of them."""

@@ -1,8 +1,9 @@
 """memory.cuda_graphs in a run: micro-batches padded to static shapes, whose forward and backward are replayed.
 
-Whatever is not recorded (the first of a shape, more labels than a shape provides for) is computed on the same padded
-shapes, so that a resumed run, which has other first ones, is the run that was not interrupted. What the optimizer does,
-clipping, the schedule and evaluations are as without graphs.
+Whatever is not recorded (the first of a shape, packed rows that are too many) is computed on the same padded shapes, so
+that a resumed run, which has other first ones, is the run that was not interrupted. More labels than a shape provides
+for are taken in turns: the micro-batch's loss is a sum over them. What the optimizer does, clipping, the schedule and
+evaluations are as without graphs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastlora.train import graphs
 from fastlora.train.causal import right_padded
 from fastlora.train.graphs import Graphs
 from fastlora.train.notes import Notes
-from fastlora.train.shapes import Shapes, choose_shapes, pad
+from fastlora.train.shapes import Shapes, choose_shapes, pad, some_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -132,7 +133,9 @@ class StaticSteps(TrainerCallback):
             if value is not None
         }
         absent = dict.fromkeys(inputs.keys() - tensors.keys())
-        provided = not self.count_labels or labels <= most
+        turns = -(-labels // most) if self.count_labels else 1
+        # A mean over the micro-batch's labels is no sum of the turns' means.
+        provided = turns <= 1 or baked is None
         more = {"most_labels": most} if self.count_labels and provided else {}
         unpacked = "attention_mask" in inputs
 
@@ -145,13 +148,21 @@ class StaticSteps(TrainerCallback):
         padded = pad(tensors, length, self.pad_token_id, rows=rows, longest=self.longest_packed)
         ends = padded.get(CUMULATIVE_LENGTHS)
         provided = provided and (ends is None or len(ends) == rows + 1)
-        if self.eager or not (provided and length in self.shapes.lengths):
-            return padded_step(padded)
-        loss = self.graphs(padded_step, padded, (most, baked))
-        if self.graphs.why_not:
+        recorded = provided and length in self.shapes.lengths and not self.eager
+        given = [padded]
+        if turns > 1 and provided:
+            given = [
+                {**padded, "labels": some_labels(padded["labels"], turn * most, most)}
+                for turn in range(turns)
+            ]
+        losses = [
+            self.graphs(padded_step, one, (most, baked)) if recorded else padded_step(one)
+            for one in given
+        ]
+        if recorded and self.graphs.why_not:
             self._remember(self.graphs.why_not)
             self.notes(f"cuda_graphs: not used ({self.graphs.why_not})")
-        return loss
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @contextmanager
     def rehearsed(self) -> Iterator[None]:

@@ -221,6 +221,23 @@ def test_nothing_waits_in_a_replay(
     assert_close(place, replayed, place.run(*settings), error)
 
 
+def test_more_labels_than_are_provided_for_are_taken_in_turns(
+    place: Place, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fewer(*given: Any) -> Shapes:
+        chosen = choose_shapes(*given)
+        return replace(chosen, labels=tuple(most // 2 for most in chosen.labels))
+
+    monkeypatch.setattr("fastlora.train.static.choose_shapes", fewer)
+    Recorders(monkeypatch)
+    replayed = place.run(*SETTINGS, GRAPHS)
+    found = replayed["cuda_graphs"]
+    assert found["replayed"] > found["of"]  # two and more of some micro-batches
+    assert_close(place, replayed, plain)
+    with never_recorded(monkeypatch):
+        assert_same(place, place.run(*SETTINGS, GRAPHS), replayed)
+
+
 def test_packed_rows_are_kept_apart_by_where_they_end(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

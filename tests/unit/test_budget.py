@@ -253,7 +253,7 @@ def test_copies_of_inputs_are_as_many_as_there_are_layers_for(
     assert pinned == ([on_host * one] if on_host else [])
 
 
-def test_recorded_micro_batches_have_memory_of_their_own() -> None:
+def test_the_memory_of_recorded_micro_batches_stays() -> None:
     def planned(graphs: bool, **sections: Any) -> Prediction:
         asked = {"keep_layers": 4, "cuda_graphs": graphs}
         return predicted(train={"checkpointing": "offload", "micro_batch": 1}, memory=asked, **sections)  # fmt: skip
@@ -261,12 +261,15 @@ def test_recorded_micro_batches_have_memory_of_their_own() -> None:
     without, recorded = (planned(graphs, engine="peft") for graphs in (False, True))
     assert recorded.speed
     assert recorded.speed.host_s == 0
-    pool = recorded.memory.moments["loss"][-1]
-    comes_and_goes = without.memory.moments[without.memory.peak]
-    lasting = sum(one.bytes for one in without.memory.moments["optimizer step"])
-    assert pool.bytes == sum(one.bytes for one in comes_and_goes) - lasting
-    more = recorded.memory.allocated_gib - without.memory.allocated_gib
-    assert more == pytest.approx(pool.bytes / 2**30)
+    moments = without.memory.moments
+    steps = recorded.memory.moments["optimizer step"]
+    work = steps[-2].bytes
+    assert [one.name for one in steps[-2:]] == ["optimizer's work", "CUDA graphs' memory"]
+    assert sum(one.bytes for one in steps) - work == sum(
+        one.bytes for one in moments[without.memory.peak]
+    )
+    for moment in ("loss", "backward of a layer"):
+        assert recorded.memory.moments[moment] == moments[moment]  # type: ignore[index]
     assert planned(True, engine="unsloth").setup.loss == "fastlora"
     packed = planned(True, engine="unsloth", data={"sources": ["x"], "packing": True})
     assert packed.setup.graphs

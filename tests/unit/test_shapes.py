@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from fastlora.data.pack import pack_rows
 from fastlora.engines.peft import PeftEngine
 from fastlora.train.collate import Collator
-from fastlora.train.shapes import Shapes, choose_lengths, choose_shapes, pad, row_sizes
+from fastlora.train.shapes import (
+    Shapes,
+    choose_lengths,
+    choose_shapes,
+    cut,
+    pad,
+    row_sizes,
+    some_labels,
+)
 
 
 def cost(histogram: dict[int, int], lengths: tuple[int, ...]) -> int:
@@ -119,6 +127,37 @@ def test_padding_is_what_the_collator_pads_with() -> None:
     for name, tensor in padded.items():
         assert torch.equal(tensor, long[name][:2]), name
     assert pad(short, 7, 5)["labels"] is short["labels"]
+
+
+def test_rows_that_are_missing_are_padding() -> None:
+    (batch,) = [Collator(5, PeftEngine())(dataset([3, 7]).to_list())]
+    padded = pad(batch, 8, 5, rows=4)
+    assert all(tensor.shape == (4, 8) for tensor in padded.values())
+    assert torch.equal(padded["input_ids"][:2, :7], batch["input_ids"])
+    assert (padded["input_ids"][2:] == 5).all()
+    assert (padded["labels"][2:] == -100).all()
+    assert padded["attention_mask"].sum(dim=1).tolist() == [3, 7, 8, 8]
+    assert pad(batch, 7, 5, rows=1)["labels"] is batch["labels"]
+
+
+def test_labels_in_turns_are_each_once() -> None:
+    labels = torch.tensor([[9, -100, 1, 2], [8, 3, -100, 4]])
+    turns = [some_labels(labels, first, 3) for first in (0, 3)]
+    assert turns[0].tolist() == [[-100, -100, 1, 2], [-100, 3, -100, -100]]
+    assert turns[1].tolist() == [[-100] * 4, [-100, -100, -100, 4]]
+
+
+def test_stand_ins_have_the_length_that_is_asked_for() -> None:
+    rows = list(dataset([12, 7]).with_format("torch"))
+    short = cut(rows, 9)
+    assert [len(row["input_ids"]) for row in short] == [9, 7]
+    assert [(row["labels"] != -100).nonzero().flatten().tolist() for row in short] == [[8], [6]]
+    packed = list(dataset([3, 7, 12], pack=12).with_format("torch"))
+    assert [row["seq_lengths"].tolist() for row in packed] == [[7, 3], [12]]
+    for tokens, wanted in ((2, [[2]]), (9, [[7, 2]]), (10, [[7, 3]]), (15, [[7, 3], [5]])):
+        found = cut(packed, tokens)
+        assert [row["seq_lengths"].tolist() for row in found] == wanted
+        assert sum(len(row["input_ids"]) for row in found) == tokens
 
 
 def test_padding_of_packed_rows_is_a_row_of_its_own() -> None:
