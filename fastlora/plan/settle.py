@@ -72,6 +72,10 @@ def settle(
     if micro_batches is None or asked is False:
         return choose(now, again)
     refused = _why_not(now.recipe, again)
+    if asked is None and now.setup.packed and now.setup.engine == "unsloth":
+        refused = (
+            refused or "with packed rows on unsloth only if it is set to true: not measured yet"
+        )
     recorded = None if refused else _recorded(now, again)
     if asked and recorded:
         return recorded
