@@ -62,18 +62,23 @@ def recompute_all(model: PeftModel, engine: Engine, announce: Announce, *, offlo
 def modes_of(
     layers: int, memory: MemorySection, streamed: Collection[int], announce: Announce
 ) -> list[Mode]:
-    """One for each layer. Those that keep something are the last ones, whose backward comes first; weights that are
-    streamed would have to stay for them, so that they are chosen among the others."""
+    """One for each layer. Those that keep something are the last ones, whose backward comes first. Weights that are
+    streamed would have to stay for a layer that keeps all; one that keeps its attention is still entered again for its
+    backward, which is when they come back."""
     modes: list[Mode] = ["layer"] * layers
-    free = [place for place in range(layers) if place not in streamed]
     kinds: tuple[tuple[str, int | None, Mode], ...] = (
         ("keep_layers", memory.keep_layers, "keep"),
         ("keep_attention_layers", memory.keep_attention_layers, "attention"),
     )
     for key, wanted, mode in kinds:
+        free = [
+            place
+            for place, taken in enumerate(modes)
+            if taken == "layer" and (mode != "keep" or place not in streamed)
+        ]
         count = at_most(f"memory.{key}", wanted or 0, len(free), announce)
-        for _ in range(count):
-            modes[free.pop()] = mode
+        for place in free[len(free) - count :]:
+            modes[place] = mode
     return modes
 
 

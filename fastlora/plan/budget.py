@@ -146,7 +146,8 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
     """What fits with so many layers kept whole and, of the others, none or as many as there is room for that keep their
     attention; between these two the time goes from one to the other."""
-    policy, free = start["train.checkpointing"], now.shape.layers - now.setup.stream_layers
+    policy, layers = start["train.checkpointing"], now.shape.layers
+    free = layers - now.setup.stream_layers
     keys = ("memory.keep_layers", "memory.keep_attention_layers")
     open_keys = [key for key in keys if policy != "none" and _given(now.recipe, key) is None]
 
@@ -154,10 +155,10 @@ def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Foun
         kept = dict(zip(keys, counts, strict=True))
         return _tried(now, start | {key: kept[key] for key in open_keys}, again)
 
-    most = free if keys[1] in open_keys and policy != "unsloth" else 0
+    most = layers if keys[1] in open_keys and policy != "unsloth" else 0
     for whole in range(free + 1) if keys[0] in open_keys else [0]:
         # The more are kept whole, the fewer more in part.
-        for parts in range(min(most, free - whole), -1, -1):
+        for parts in range(min(most, layers - whole), -1, -1):
             if (found := tried(whole, parts)) and _fits(found):
                 yield found
                 most = parts
@@ -169,20 +170,26 @@ def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Foun
 
 
 def _streamed(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
-    """With as few layers streamed as fit, all computed again."""
+    """With as few layers streamed as fit, all computed again, or all but their attention."""
     if _given(now.recipe, "memory.keep_layers"):
         return
-    for_n: dict[int, Found] = {}
+    layers, key = now.shape.layers, "memory.keep_attention_layers"
+    ours = start["train.checkpointing"] in ("full", "offload")
+    choices: list[dict[str, Any]] = [{}]
+    if ours and _given(now.recipe, key) is None:
+        choices = [{key: 0}, {key: layers}]
+    for kept in choices:
+        for_n: dict[int, Found] = {}
 
-    def fits(streamed: int) -> bool:
-        found = _tried(now, start | {"memory.stream_layers": streamed}, again)
-        if found:
-            for_n[streamed] = found
-        return found is not None and _fits(found)
+        def fits(streamed: int, kept: dict[str, Any] = kept, for_n: Any = for_n) -> bool:
+            found = _tried(now, start | kept | {"memory.stream_layers": streamed}, again)
+            if found:
+                for_n[streamed] = found
+            return found is not None and _fits(found)
 
-    fewest = bisect_left(range(now.shape.layers), True, key=fits)  # one at least stays
-    if fewest in for_n:
-        yield for_n[fewest]
+        fewest = bisect_left(range(layers), True, key=fits)  # one at least stays
+        if fewest in for_n:
+            yield for_n[fewest]
 
 
 def _tried(now: Prediction, settings: dict[str, Any], again: Again) -> Found | None:

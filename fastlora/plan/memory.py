@@ -174,22 +174,23 @@ def _kept(
 def _backward(shape: Shape, setup: Setup) -> list[Term]:
     """What is kept and made again at the backward's largest layer: the last, with all still there; or the first that is
     computed again, when the kept ones behind it have gone. unsloth's whole ones lie between the others instead; and
-    where layers are streamed the last is one of them, so that all kept ones are before it.
+    layers that are streamed are the last, so that all whole ones are before them.
     """
     between = setup.policy == "unsloth"
+    attention = working.attention_layers(setup)
     stages = [_kept(shape, setup)]
-    if working.attention_layers(setup):
+    if attention:
         saves = working.attention_again_bytes(shape, setup)
         again = Term("a layer computed again", saves, "what it saves, but for its attention")
-        stages.append([*_kept(shape, setup, whole=0), again])
+        stages.append([*_kept(shape, setup, whole=None if setup.stream_layers else 0), again])
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
         # Its input is among the checkpoints; with fastlora's its output is there as well.
         if setup.engine == "liger":
             saves -= setup.tokens * shape.hidden * setup.item
         again = Term("a layer computed again", saves, "what it saves")
-        if setup.stream_layers:
-            still = _kept(shape, setup)
+        if setup.stream_layers > attention:
+            still = _kept(shape, setup, attention=0)
         else:
             whole = max(0, setup.keep_layers - 1) if between else 0
             still = _kept(shape, setup, whole=whole, attention=0)

@@ -44,7 +44,7 @@ class Setup:
     keep_layers: int = 0
     keep_attention_layers: int = 0
     stream_layers: int = 0
-    """As in [memory]; no layer twice, and one at least is not streamed."""
+    """As in [memory]. No layer keeps all and its attention, or keeps all and is streamed; one at least is not."""
     graphs: bool = False
     """Micro-batches are recorded: asked for, and not refused (train/static.py)."""
     not_recorded: str = ""
@@ -129,7 +129,7 @@ def setup_of(
         kernels=kernels,
         packed=recipe.data.packing,
         keep_layers=kept,
-        keep_attention_layers=min(memory.keep_attention_layers or 0, free - kept),
+        keep_attention_layers=min(memory.keep_attention_layers or 0, shape.layers - kept),
         stream_layers=streamed,
         graphs=graphs,
         not_recorded=refused or "",

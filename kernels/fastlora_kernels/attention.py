@@ -30,9 +30,11 @@ OPERATORS = frozenset(
         "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_flash_attention_forward", "aten::_efficient_attention_forward", "aten::_cudnn_attention_forward",
         "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward", "xformers_flash::flash_fwd",
+        "xformers_flash3::flash_fwd",
     }
 )  # fmt: skip
-"""PyTorch's, which scaled_dot_product_attention chooses among, flash-attn's, and xformers' copy of it."""
+"""PyTorch's, which scaled_dot_product_attention chooses among, flash-attn's, and xformers' copies of it (the third
+version on Hopper)."""
 SMALL = 256
 """Numbers; what has no more is kept as it is, and not copied to the host: the random generator's state, say."""
 

@@ -677,6 +677,49 @@ def test_attention_with_a_forward_of_its_own() -> None:
     assert [layer.self_attn.forward for layer in layers_of(peft)] == owns
 
 
+def stream(layer: nn.Module) -> list[bool]:
+    """Frozen weights are there only while the layer is computed with a graph until the gradient of its input is, or
+    while it is computed without one, as unsloth's block swap has it. Gives whether they are, at each change."""
+    frozen = [p for p in layer.parameters() if not p.requires_grad]
+    host, there = [p.data for p in frozen], [False]
+
+    def change(to: bool) -> None:
+        for p, data in zip(frozen, host, strict=True):
+            p.data = data if to else data.new_empty(0)
+        there.append(to)
+
+    def before(_: Any, args: Any) -> None:
+        change(True)
+        if torch.is_grad_enabled():
+            args[0].register_hook(lambda _: change(False))
+
+    change(False)
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(
+        lambda *_: change(False) if not torch.is_grad_enabled() else None  # type: ignore[func-returns-value]
+    )
+    return there
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("mode", ["layer", "attention"])
+def test_layers_whose_weights_come_and_go(mode: Mode, offload: bool) -> None:
+    peft = model("Llama", kernels=False, own={"attn_implementation": "sdpa"})
+    attach(peft)
+    peft.enable_input_require_grads()
+    plain = results(peft)
+    peft = model("Llama", kernels=False, own={"attn_implementation": "sdpa"})
+    streamed = [stream(layer) for layer in layers_of(peft)[1:]]
+    served = attach(peft)  # with nothing there
+    assert served.served["q_proj"] == LAYERS
+    assert served.groups["q_proj+k_proj+v_proj"] == LAYERS
+    peft.enable_input_require_grads()
+    recompute_layers(peft, [mode] * LAYERS, offload=offload)
+    for _ in range(2):
+        assert_same(results(peft), plain)
+    assert all(there[1:] == [False, *[True, False] * 8] for there in streamed)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
 def test_compiled_layers_within(monkeypatch: pytest.MonkeyPatch) -> None:
     """As unsloth compiles them, one function a class. What a graph ends with is not known: all of it is made again."""

@@ -62,7 +62,8 @@ def test_every_problem_is_said_at_once() -> None:
         ({"keep_layers": 9, "keep_attention_layers": 1}, (), "kkkkkk", 2),
         ({"keep_layers": 4, "keep_attention_layers": 4}, (), "aakkkk", 1),
         # Not where the weights would have to stay.
-        ({"keep_layers": 1, "keep_attention_layers": 1}, (3, 5), "llalkl", 0),
+        ({"keep_layers": 1, "keep_attention_layers": 1}, (3, 5), "llllka", 0),
+        ({"keep_layers": 2, "keep_attention_layers": 9}, (3, 4, 5), "akkaaa", 1),
         ({"keep_layers": 9}, (4, 5), "kkkkll", 1),
     ],
 )
