@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import inf
+from pathlib import Path
 
 from fastlora.errors import EngineError, FastloraError
 
@@ -83,6 +84,41 @@ def cap_memory(cap_gib: float | None, most_context_gib: float = inf) -> None:
     context = min(total - free - torch.cuda.memory_reserved(), most_context_gib * GIB)
     fraction = max(0.01, (cap_gib * GIB - context) / total)
     torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
+
+
+_CGROUPS = (
+    ("0::", "", "memory.max", "memory.current", "inactive_file"),
+    (":memory:", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of version 2 and 1: this process's line of /proc/self/cgroup, where the tree stands, its files, and what of the use
+is files that were read and give way."""
+
+
+def host_free_bytes(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int:
+    """Of the host's memory, what this process may still take: what is available, or what a container leaves of its
+    limit, which the machine's own figures do not show."""
+    from psutil import virtual_memory
+
+    left = [int(virtual_memory().available)]
+    lines = own.read_text().splitlines() if own.exists() else []
+    for marker, tree, limit, used, files in _CGROUPS:
+        paths = [line.partition(marker)[2] for line in lines if marker in line]
+        for path in paths:
+            # Within a container the tree may begin with its own group, whatever the line says. Limits above hold too.
+            group = root / tree / path.strip("/")
+            for one in (group, *group.parents):
+                if one.is_relative_to(root / tree) and (one / limit).exists():
+                    left += _left(one, limit, used, files)
+    return max(0, min(left))
+
+
+def _left(group: Path, limit: str, used: str, files: str) -> Iterator[int]:
+    most = (group / limit).read_text().strip()
+    if most.isdigit():  # not "max"
+        stat = dict(line.split()[:2] for line in (group / "memory.stat").read_text().splitlines())
+        yield int(most) - int((group / used).read_text()) + int(stat.get(files, 0))
 
 
 def memory_now(error: BaseException | None = None) -> dict[str, float]:

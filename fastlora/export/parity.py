@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastlora.engines.memory import host_free_bytes
 from fastlora.errors import EngineError
 from fastlora.export.forward import Row, Weights, batches, compute_device, logits_of, streaming
 
@@ -257,12 +258,11 @@ def streamed(model: Any, weights: Weights) -> Callable[[Sequence[Row]], list[tor
 
 def load_whole(folder: Any, trust_remote_code: bool, device: torch.device) -> Any:
     """Raises EngineError: the host has no room for it in float32."""
-    import psutil
     import torch
     from transformers import AutoModelForCausalLM
 
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    free = psutil.virtual_memory().available
+    free = host_free_bytes()
     if 2 * stored > free:  # float32 from 16 bits
         raise EngineError(
             f"{folder}: comparing it needs about {2 * stored / 2**30:.0f} GiB of memory, since transformers fuses its "

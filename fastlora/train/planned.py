@@ -6,9 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
-from psutil import virtual_memory
-
-from fastlora.engines.memory import memory_now
+from fastlora.engines.memory import GIB, host_free_bytes, memory_now
 from fastlora.errors import EngineError, FastloraError, RecipeError
 from fastlora.plan.budget import NONE_FITS, OPEN
 from fastlora.plan.gpus import gpu_named, like_a_3090
@@ -88,7 +86,7 @@ def _card(recipe: Recipe, engine: str, announce: Announce) -> Card:
     """This machine's, with as much memory as the run may plan for."""
     name, whole = _this_gpu()
     share = FREE_SHARE if recipe.memory.vram is None else 1.0
-    free, host = _free_gib(engine), share * virtual_memory().available / 2**30
+    free, host = _free_gib(engine), share * host_free_bytes() / GIB
     asked = recipe.memory.vram_gib or share * free
     if (budget := min(asked, free)) < asked:
         announce(
