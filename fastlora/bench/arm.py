@@ -107,6 +107,8 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
     first_rows_after = step_loss(loaded, steps[0])
     after = {name: parameter.detach().cpu() for name, parameter in loaded.adapter()}
     unchanged = [name for name, value in after.items() if torch.equal(before[name], value)]
+    if (kept := loaded.kept_attention()) is not None:
+        loaded.notes.append(f"+attention: not computed again in {kept} layers")
     notes = loaded.notes
     flops = flops_per_token(loaded.model, loaded.recomputed)
     empty(loaded)

@@ -201,6 +201,26 @@ class Loaded:
             return ""
         return graphs.why_not or "no shape came often enough"
 
+    def kept_attention(self) -> int | None:
+        """Layers whose attention the last backward was given instead of computing it again; None: no such were asked
+        for.
+
+        Raises EngineError: it was given none."""
+        from fastlora_kernels.recompute import decoder_layers, spared
+
+        memory, layers = self.recipe.memory, decoder_layers(self.model)
+        others = max(0, len(layers) - (memory.keep_layers or 0))
+        asked = min(memory.keep_attention_layers or 0, others)
+        if not asked or self.checkpointing == "none":
+            return None
+        found = sum((left_out := spared(one)) is not None and left_out.attention for one in layers)
+        # Of the last one that is offloaded nothing but its input is kept.
+        if not found and asked > (self.checkpointing == "offload"):
+            raise EngineError(
+                "+attention: attention was computed again in every layer; its operator is not one that can be kept"
+            )
+        return found
+
     def unmasked(self) -> AbstractContextManager[None]:
         """As in a run with memory.cuda_graphs."""
         from fastlora.train.causal import right_padded

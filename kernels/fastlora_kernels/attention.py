@@ -84,6 +84,12 @@ class Give:
 
     def __init__(self, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> None:
         self.entries, self.tensors = list(entries), tensors
+        self.given, self._missed = set[str](), set[str]()
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Names of the operators of which none was computed again."""
+        return frozenset(self.given - self._missed)
 
     def around(self) -> Any:
         return _waiting(self)
@@ -91,13 +97,21 @@ class Give:
     def next(self, operator: Any) -> tuple[Any, ...] | None:
         if not self.entries or self.entries[0].operator != operator:
             self.entries = []
+            self._missed.add(name_of(operator))
             return None
+        self.given.add(name_of(operator))
         outputs = self.entries.pop(0).outputs
         return tuple(self.tensors[o.among] if isinstance(o, _Place) else o for o in outputs)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self.next(func)
         return func(*args, **kwargs) if given is None else given
+
+
+def name_of(operator: Any) -> str:
+    """As in OPERATORS; of our op, its class's."""
+    schema = getattr(operator, "_schema", None)
+    return str(operator.__name__ if schema is None else schema.name)
 
 
 class _Thread(threading.local):

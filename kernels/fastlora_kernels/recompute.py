@@ -34,9 +34,10 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastlora_kernels import replay
-from fastlora_kernels.attention import Attention, Give, Keep
+from fastlora_kernels.attention import OPERATORS, Attention, Give, Keep
 from fastlora_kernels.layers.linear import DETACHED
 from fastlora_kernels.offload import Lanes
+from fastlora_kernels.ops.lora_linear import LoraLinears
 from fastlora_kernels.unneeded import mlp_at_the_end, recomputing
 
 Mode = Literal["keep", "attention", "layer"]
@@ -107,17 +108,17 @@ class Spared(NamedTuple):
 
 
 def spared(layer: Any) -> Spared | None:
-    """What is not computed again of `layer`; None if nothing of it is computed again by us. Which product comes last is
-    known after the first backward."""
+    """What the last backward did not compute again of `layer`, by what it was given: attention may be by an operator
+    that is not kept, or by another one than in forward. None if nothing of it is computed again by us."""
     region = vars(layer).get(_FUNCTION)
     if not isinstance(region, Region):
         return None
     linear = []
-    if region.attention:
+    if LoraLinears.__name__ in region.given:
         linear = [part for part in layer.self_attn.modules() if type(part) in DETACHED]
     if region.ends_with is not None:
         linear.append(region.ends_with.down_proj)
-    return Spared(linear, region.attention)
+    return Spared(linear, not OPERATORS.isdisjoint(region.given))
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
@@ -170,6 +171,8 @@ class Region:
         self.module, self.lanes, self.first, self.attention = module, lanes, first, attention
         self.random = False
         """Its last forward drew random numbers."""
+        self.given: frozenset[str] = frozenset()
+        """Operators of its attention that its last backward did not compute again."""
         self._decided = False
         self._ends_with: Any = None
         """The MLP whose output is the region's alone, once known."""
@@ -335,18 +338,21 @@ def _gradients(
     """Of `inputs`; those of parameters are added to theirs. `kept`: of attention."""
     region: Region = ctx.region
     leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+    give = Give(ctx.entries, kept) if region.attention else None
     with ExitStack() as replayed:
         noted = replayed.enter_context(region.recomputing())
         replayed.enter_context(replay.random_as(ctx.random))
         for context in replay.unlike_now(ctx.autocast):
             replayed.enter_context(context)
         replayed.enter_context(torch.enable_grad())
-        if region.attention:
-            replayed.enter_context(Give(ctx.entries, kept).around())
+        if give is not None:
+            replayed.enter_context(give.around())
         # Autocast remembers what it made of a leaf, so that its gradients would be added up in 16 bits; not of a view.
         outputs = ctx.call.on(
             [leaf.view_as(leaf) if leaf.requires_grad else leaf for leaf in leaves]
         )
+    if give is not None:
+        region.given = give.whole
     made = [outputs] if isinstance(outputs, torch.Tensor) else outputs
     carrying = [
         (output, gradient)

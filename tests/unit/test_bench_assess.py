@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from fastlora.bench.assess import figures, ledger, rate, spread
 from fastlora.bench.schema import Arm, ArmResult, Spread
 from fastlora.bench.suites import bundled, ingredients, load_suite
-from fastlora.errors import UsageError
+from fastlora.errors import EngineError, UsageError
+from fastlora.recipe.schema import MemorySection
 
 RESULT: dict[str, Any] = {
     "step_s": [9.0, 1.0, 2.0, 4.0],
@@ -177,3 +179,32 @@ def test_flops_of_what_is_left_out_of_a_recomputation() -> None:
     found = flops_per_token(model, 1.0)
     assert found["recompute_matmul"] == 2 * (3 * (mlp - down) + 2 * qkvo)
     assert found["recompute_attention"] == 2 * 32 * 2  # of two layers
+
+
+@pytest.mark.parametrize(("how", "kept"), [("sdpa", 2), ("eager", None)])
+def test_attention_that_was_to_be_kept_and_was_not_is_said(how: str, kept: int | None) -> None:
+    import torch
+    from fastlora_kernels import recompute_layers
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastlora.bench.loaded import Loaded
+
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        attn_implementation=how,
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    loaded: Any = object.__new__(Loaded)
+    loaded.model, loaded.checkpointing = model, "offload"
+    loaded.recipe = SimpleNamespace(memory=MemorySection(keep_attention_layers=9))
+    recompute_layers(model, ["attention"] * 3, offload=True)
+    ids = torch.arange(6)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    if kept:
+        assert loaded.kept_attention() == kept
+    else:
+        with pytest.raises(EngineError, match=r"\+attention: .*computed again in every layer"):
+            loaded.kept_attention()
+    loaded.checkpointing = "none"
+    assert loaded.kept_attention() is None
