@@ -167,7 +167,8 @@ class Continuation(TrainerCallback):
 
         Raises DoesNotFit: with one row as well. What was trained before is then in a checkpoint.
         """
-        self._batches.append(batch)
+        # What is tried before a step is no part of one: alone it is done again.
+        self._batches = [batch] if self.probing else [*self._batches, batch]
         due = [batch]
         while True:
             loss = None
@@ -265,14 +266,15 @@ class Continuation(TrainerCallback):
         again += f" ({lost_s:.1f} s lost)"
         if freed:
             again += f", from {freed['allocated_gib']:.2f} GiB in use"
-        if self._graphs and self.static:
+        static = self.static
+        if static and not static.graphs.why_not and (self._graphs or static.rehearsing):
+            # Rehearsed is what went through as usual just before: it is recording that there is no room for.
+            held = f": what {self._graphs} of them held is free" if self._graphs else ""
             self._record(
                 "step", memory, before=before, rows=before, lost_s=round(lost_s, 2), graphs=False
             )
-            self.static.stop(f"out of memory at step {self.step}")
-            self.notes(
-                f"{said}. {again}, without memory.cuda_graphs from now on: what {self._graphs} of them held is free"
-            )
+            static.stop(f"out of memory at step {self.step}")
+            self.notes(f"{said}. {again}, without memory.cuda_graphs from now on{held}")
         elif before > 1:
             rows = (before + 1) // 2
             self._record("step", memory, before=before, rows=rows, lost_s=round(lost_s, 2))

@@ -178,12 +178,14 @@ class Probe(TrainerCallback):
         with self._taken_back(args, state, control, graphs=True), static.rehearsed():
             forget_peak()
             held = self._hold_what_steps_do(args, state, control)
-            for _ in range(static.graphs.warm_ups + 1):
-                for batch, items in batches:
-                    self._trainer.training_step(self._trainer.model_wrapped, batch, items)
+            for batch, items in batches * (static.graphs.warm_ups + 1):
+                self._trainer.training_step(self._trainer.model_wrapped, batch, items)
+                if static.graphs.why_not:
+                    break
             peak = peak_gib()
             held.clear()
-        return peak
+        # Of one that ran out of memory it is all that there was.
+        return 0.0 if static.graphs.why_not else peak
 
     def _batch(self, rows: list[dict[str, torch.Tensor]]) -> tuple[Any, Any]:
         """On the device, and its tokens counted, as the trainer's loop has it; unsloth counts in its own way."""

@@ -97,6 +97,7 @@ class StaticSteps(TrainerCallback):
         self.unmasked = right_padded if engine.name != "unsloth" else nullcontext
         self.eager = False
         """While it is set, nothing is recorded, replayed or counted; the shapes are the same."""
+        self.rehearsing = False
         self._count = 0
         known = run.manifest.get("cuda_graphs")
         if known is None:
@@ -167,9 +168,11 @@ class StaticSteps(TrainerCallback):
     @contextmanager
     def rehearsed(self) -> Iterator[None]:
         """Within it micro-batches are recorded, and not counted."""
+        self.rehearsing = True
         try:
             yield
         finally:
+            self.rehearsing = False
             self._count = self.graphs.calls = self.graphs.replays = 0
 
     def drop(self) -> int:
