@@ -71,6 +71,10 @@ class UnslothEngine:
         # True: fastlora's takes the place of torch's function, which unsloth then calls for (engines/kept.py).
         checkpointing: Any = {"unsloth": "unsloth", "none": False}.get(wanted, True)
         streaming = {"offload_layers": memory.stream_layers} if memory.stream_layers else {}
+        recorded = records(recipe, self.name, wanted)
+        # By its own estimate of a step unsloth moves the embedding to host memory. There a lookup waits for the GPU,
+        # which no graph can record, and memory.vram has counted it in.
+        stays = {"offload_embedding": False} if recorded or memory.vram is not None else {}
         try:
             base, _ = FastLanguageModel.from_pretrained(
                 name,
@@ -84,6 +88,7 @@ class UnslothEngine:
                 use_gradient_checkpointing=checkpointing,
                 random_state=recipe.train.seed,
                 **streaming,
+                **stays,
             )
         except (OSError, ValueError, SafetensorError) as error:
             if streaming and "offload_layers" in str(error):
@@ -105,13 +110,12 @@ class UnslothEngine:
             announce(
                 f"memory.keep_layers: {kept}, all that the model has ({memory.keep_layers} asked for)"
             )
-        recorded = records(recipe, self.name, wanted)
         if recorded and recipe.data.packing:
             from fastlora.engines.packed import why_not
 
             recorded = not why_not(base.config, recipe, self.name)
         with _layers_compiled(not recorded):
-            return FastLanguageModel.get_peft_model(
+            adapted: PeftModel = FastLanguageModel.get_peft_model(
                 base,
                 r=lora.rank,
                 lora_alpha=lora.alpha,
@@ -124,6 +128,11 @@ class UnslothEngine:
                 checkpoint_skip_layers=kept,
                 random_state=recipe.train.seed,
             )
+        if adapted.get_input_embeddings().weight.device.type == "cpu":
+            announce(
+                "memory: unsloth has moved the embedding to host memory, since by its estimate a step would not fit"
+            )
+        return adapted
 
     def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         import torch

@@ -242,6 +242,20 @@ def trained(folder: Path, *settings: str) -> dict[str, Any]:
     return manifest
 
 
+UNSLOTH = (
+    "engine=unsloth", "kernels.mode=all", "train.checkpointing=offload", "memory.keep_attention_layers=12",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(find_spec("unsloth") is None, reason="unsloth is not installed")
+def test_layers_whose_weights_are_streamed_keep_their_attention(tmp_path: Path) -> None:
+    settings = (*UNSLOTH, "memory.cuda_graphs=false")
+    plain = trained(tmp_path, *settings)
+    streamed = trained(tmp_path, *settings, "memory.stream_layers=8")
+    assert streamed["losses"] == pytest.approx(plain["losses"], rel=0.02)
+    assert streamed["result"]["peak_allocated_gib"] < plain["result"]["peak_allocated_gib"]
+
+
 def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_path: Path) -> None:
     """Which waits for the host otherwise."""
     plain = trained(tmp_path, "memory.cuda_graphs=false")
@@ -262,6 +276,7 @@ def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_pat
         ("data.packing=true", "train.checkpointing=offload", "memory.keep_attention_layers=12"),
         ("data.packing=true", "train.checkpointing=offload", "engine=unsloth"),
         ("data.packing=true", "train.checkpointing=none", "engine=unsloth"),
+        UNSLOTH,
         ("train.checkpointing=none",),
         ("train.checkpointing=offload",),
         ("memory.keep_layers=4", "memory.keep_attention_layers=4"),
@@ -274,6 +289,7 @@ def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_pat
         "packed, attention",
         "packed, unsloth, offload",
         "packed, unsloth, not checkpointed",
+        "unsloth, attention",
         "not checkpointed",
         "offload",
         "in between",

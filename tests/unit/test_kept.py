@@ -144,7 +144,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def get_peft_model(base: Any, **given: Any) -> Any:
         calls["adapt"] = given
         calls["compile"] = os.environ.get("UNSLOTH_BLOCK_COMPILE_LEGACY")
-        return SimpleNamespace(_unsloth_gradient_checkpointing=given["use_gradient_checkpointing"])
+        embedding = SimpleNamespace(weight=torch.empty(1, device=calls.get("embedding", "meta")))
+        return SimpleNamespace(
+            _unsloth_gradient_checkpointing=given["use_gradient_checkpointing"],
+            get_input_embeddings=lambda: embedding,
+        )
 
     fast = SimpleNamespace(from_pretrained=from_pretrained, get_peft_model=get_peft_model)
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=fast))
@@ -207,6 +211,28 @@ def test_unsloth_does_not_compile_what_is_recorded(
     UnslothEngine().load(Recipe.model_validate(asked), print)
     assert told["compile"] == there
     assert {name: os.environ[name] for name in names if name in os.environ} == users
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "memory", "stays"),
+    [
+        ("offload", {"cuda_graphs": True}, True),  # a lookup in host memory waits for the GPU
+        ("unsloth", {"vram": "12GiB"}, True),  # it has been counted in
+        ("unsloth", {}, False),
+        ("unsloth", {"cuda_graphs": True}, False),  # not recorded, then
+    ],
+)
+def test_unsloth_moves_the_embedding_only_where_it_does_no_harm(
+    checkpointing: str, memory: dict[str, Any], stays: bool, told: dict[str, Any]
+) -> None:
+    said: list[str] = []
+    UnslothEngine().load(recipe(checkpointing, **memory), said.append)
+    assert told["load"].get("offload_embedding") is (False if stays else None)
+    assert said == []
+    told["embedding"] = "cpu"
+    UnslothEngine().load(recipe(checkpointing, **memory), said.append)
+    (line,) = said
+    assert "unsloth has moved the embedding to host memory" in line
 
 
 @pytest.mark.parametrize(("kind", "there"), [("llama", "0"), ("gemma3_text", None)])
