@@ -5,6 +5,7 @@ A bare loop (forward, backward, clip, step), because every engine is to be measu
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -86,6 +87,10 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
     started = time.perf_counter()
     loaded = task.load()
     load_s = time.perf_counter() - started
+    print(  # for the arm's log
+        f"loaded in {load_s:.1f} s: imports {loaded.imports_s:.1f}, model and adapter {loaded.weights_s:.1f}",
+        file=sys.stderr,
+    )
     whole = rows[: train.micro_batch]
     short = parity_rows(
         rows, max(2, train.micro_batch)

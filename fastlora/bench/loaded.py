@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -58,8 +59,11 @@ class Loaded:
 
         self.notes: list[str] = []
         self.graphs: Graphs | None = None
+        began = time.perf_counter()
         self.engine: Engine = choose_engine(task.arm.engine, self.notes.append)
         self.engine.prepare()
+        self.imports_s = time.perf_counter() - began
+        """Of the engine's libraries, for a first model."""
         self.recipe = recipe
         if recipe.memory.vram is not None:
             # Batches are not chosen: the work of every arm is the same.
@@ -71,7 +75,9 @@ class Loaded:
         self.scaler: Any = torch.amp.GradScaler(
             self.device.type, init_scale=1024.0, enabled=self.dtype == torch.float16
         )
+        began = time.perf_counter()
         self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
+        self.weights_s = time.perf_counter() - began
         self.checkpointing = resolve_checkpointing(self.recipe, self.engine)
         self._engage(task.arm)
         memory = self.recipe.memory
