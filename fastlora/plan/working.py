@@ -159,10 +159,17 @@ def attention_bytes(shape: Shape, setup: Setup) -> int:
     """What is kept of one of keep_attention_layers: its input (h), attention's output (q) and log-sum-exp (float32, one
     per head); where fastlora's kernels run the projections, without DoRA, also what q, k, v and o give (q, 2 k, h).
     """
-    elements = shape.hidden + shape.query
+    return sum(_attention_tensors(shape, setup))
+
+
+def _attention_tensors(shape: Shape, setup: Setup) -> list[int]:
+    """Bytes of each."""
+    widths = [shape.hidden, shape.query]
     if keeps_projections(setup):
-        elements += shape.hidden + shape.query + 2 * shape.key_value
-    return setup.tokens * (setup.item * elements + 4 * shape.heads)
+        widths += [shape.hidden, shape.query, shape.key_value, shape.key_value]
+    return [setup.tokens * setup.item * width for width in widths] + [
+        setup.tokens * 4 * shape.heads
+    ]
 
 
 def attention_again_bytes(shape: Shape, setup: Setup) -> int:
@@ -203,8 +210,15 @@ def staging_bytes(shape: Shape, setup: Setup) -> int:
 
 
 def host_kept_bytes(shape: Shape, setup: Setup) -> int:
-    """In host memory."""
-    return sum(one.layers * one.bytes for one in copied(shape, setup))
+    """In host memory, of which PyTorch takes a power of two for each tensor where it is pinned."""
+    whole, attention = copied(shape, setup)
+    of_attention = sum(map(_power_of_2, _attention_tensors(shape, setup)))
+    return whole.layers * _power_of_2(whole.bytes) + attention.layers * of_attention
+
+
+def _power_of_2(size: int) -> int:
+    """The next that is not below it."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def mask_bytes(setup: Setup) -> int:

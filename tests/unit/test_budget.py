@@ -392,6 +392,16 @@ def test_kept_attention_waits_in_host_memory(layers: int) -> None:
     assert "attention's activations" not in names
 
 
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    """Rows of 1,500 tokens: an input of 23.4 MiB takes 32, keys and values 8 for 5.9, the log-sum-exp 0.5 for 0.4."""
+    found = keeping(32, "offload", model={"seq_len_tokens": 1500}, **ALL)
+    assert found.setup.tokens == 3000
+    mib = 2**20
+    assert working.host_kept_bytes(found.shape, found.setup) == 31 * (
+        4 * 32 * mib + 2 * 8 * mib + mib // 2
+    )
+
+
 def test_copies_that_take_longer_than_a_layer_are_waited_for() -> None:
     """8B: a layer's 151 MB at 60 GB/s are hidden behind its forward of more than 3 ms; at 25 they are not."""
 
