@@ -104,6 +104,7 @@ def measure(
     from fastlora.bench import work
     from fastlora.bench.arm import counted_tokens, make_optimizer
     from fastlora.bench.loaded import ArmTask
+    from fastlora.errors import EngineError
 
     task = ArmTask(arm=arm, recipe=recipe, parity_checkpoint="", rows="", gradients="", work=plan.work)  # fmt: skip
     loaded = task.load()
@@ -144,6 +145,10 @@ def measure(
     for _ in range(steps):
         times.append(micro_batch())
         loaded.zero_gradients()
+    try:
+        attention = loaded.kept_attention()
+    except EngineError as error:
+        attention = str(error)
     found: dict[str, Any] = {
         "arm": arm.name,
         "layers": loaded.model.config.num_hidden_layers,
@@ -152,6 +157,8 @@ def measure(
         "host_ms": round(1e3 * sorted(host for host, _ in times)[steps // 2], 3),
         "notes": loaded.notes,
         "not_recorded": loaded.not_recorded,
+        "kept_attention": attention,
+        "load_s": [round(loaded.imports_s, 1), round(loaded.weights_s, 1)],
     }
     profiled = 2
     with torch.profiler.profile() as profiler:
@@ -237,6 +244,8 @@ def main(
     for row in rows:
         if row.get("not_recorded"):
             print(f"{row['arm']}: not recorded, but called each time: {row['not_recorded']}")
+        if row.get("kept_attention") is not None:
+            print(f"{row['arm']}: layers whose attention was kept: {row['kept_attention']}")
     if len(rows) < len(arms.split(",")):
         sys.exit(1)
 
