@@ -238,8 +238,51 @@ def trained(folder: Path, *settings: str) -> dict[str, Any]:
     newest = max((folder / "runs").glob("*"), key=lambda run: int(run.name))
     manifest: dict[str, Any] = json.loads((newest / "manifest.json").read_text())
     lines = (newest / "metrics.jsonl").read_text().splitlines()
-    manifest["losses"] = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    logged = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    manifest["losses"] = [entry["loss"] for entry in logged]
+    manifest["grad_norms"] = [entry["grad_norm"] for entry in logged]
     return manifest
+
+
+UNSLOTH = (
+    "engine=unsloth", "train.micro_batch=2", "train.effective_batch=16", "train.steps=12",
+    "train.log_every_steps=1", "train.lr=2e-4", "train.warmup_fraction=0.1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def as_unsloth_does(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+    folder = tmp_path_factory.mktemp("unsloth")
+    return trained(folder, *UNSLOTH, "memory.cuda_graphs=false", "train.checkpointing=unsloth")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("kernels.mode=all", "memory.cuda_graphs=false", "train.checkpointing=unsloth"),
+        ("kernels.mode=all", "memory.cuda_graphs=false", "train.checkpointing=none"),
+        ("kernels.mode=auto", "memory.cuda_graphs=true", "train.checkpointing=none"),
+        ("kernels.mode=all", "memory.cuda_graphs=true", "train.checkpointing=none"),
+        ("kernels.mode=all", "memory.cuda_graphs=true", "train.checkpointing=offload"),
+        (
+            "kernels.mode=all", "memory.cuda_graphs=true", "train.checkpointing=offload",
+            "memory.keep_attention_layers=12",
+        ),
+    ],
+    ids=["kernels", "kept", "its kernels, recorded", "recorded", "offloaded", "attention"],
+)  # fmt: skip
+def test_on_unsloth_every_step_is_the_same_training(
+    settings: tuple[str, ...], as_unsloth_does: dict[str, Any], tmp_path: Path
+) -> None:
+    """Losses alone would not tell: Adam takes a gradient of any scale for the same."""
+    found = trained(tmp_path, *UNSLOTH, *settings)
+    if "memory.cuda_graphs=true" in settings:
+        assert "stopped" not in found["cuda_graphs"], found["cuda_graphs"]
+        assert found["cuda_graphs"]["replayed"] == found["cuda_graphs"]["of"]
+    assert found["losses"] == pytest.approx(as_unsloth_does["losses"], rel=0.01)
+    assert found["grad_norms"] == pytest.approx(as_unsloth_does["grad_norms"], rel=0.05)
 
 
 def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_path: Path) -> None:
