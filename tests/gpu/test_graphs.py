@@ -255,13 +255,13 @@ def as_unsloth_does(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed")
     folder = tmp_path_factory.mktemp("unsloth")
-    return trained(folder, *UNSLOTH, "memory.cuda_graphs=false", "train.checkpointing=unsloth")
+    plain = (*UNSLOTH, "memory.cuda_graphs=false", "train.checkpointing=unsloth")
+    return {mode: trained(folder, *plain, f"kernels.mode={mode}") for mode in ("auto", "all")}
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        ("kernels.mode=all", "memory.cuda_graphs=false", "train.checkpointing=unsloth"),
         ("kernels.mode=all", "memory.cuda_graphs=false", "train.checkpointing=none"),
         ("kernels.mode=auto", "memory.cuda_graphs=true", "train.checkpointing=none"),
         ("kernels.mode=all", "memory.cuda_graphs=true", "train.checkpointing=none"),
@@ -271,18 +271,21 @@ def as_unsloth_does(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "memory.keep_attention_layers=12",
         ),
     ],
-    ids=["kernels", "kept", "its kernels, recorded", "recorded", "offloaded", "attention"],
+    ids=["kept", "its kernels, recorded", "recorded", "offloaded", "attention"],
 )  # fmt: skip
 def test_on_unsloth_every_step_is_the_same_training(
     settings: tuple[str, ...], as_unsloth_does: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Losses alone would not tell: Adam takes a gradient of any scale for the same."""
+    """Losses alone would not tell: Adam takes a gradient of any scale for the same. With unsloth's own kernels the first
+    updates lose more to rounding (docs/log.md, 2026-11-28), so that each run is held to one with its kernels."""
     found = trained(tmp_path, *UNSLOTH, *settings)
     if "memory.cuda_graphs=true" in settings:
         assert "stopped" not in found["cuda_graphs"], found["cuda_graphs"]
         assert found["cuda_graphs"]["replayed"] == found["cuda_graphs"]["of"]
-    assert found["losses"] == pytest.approx(as_unsloth_does["losses"], rel=0.01)
-    assert found["grad_norms"] == pytest.approx(as_unsloth_does["grad_norms"], rel=0.05)
+    like = as_unsloth_does["all" if "kernels.mode=all" in settings else "auto"]
+    assert found["losses"] == pytest.approx(like["losses"], rel=0.01)
+    assert found["grad_norms"] == pytest.approx(like["grad_norms"], rel=0.05)
+    assert found["losses"] == pytest.approx(as_unsloth_does["auto"]["losses"], rel=0.05)
 
 
 def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_path: Path) -> None:
