@@ -276,8 +276,8 @@ def as_unsloth_does(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_on_unsloth_every_step_is_the_same_training(
     settings: tuple[str, ...], as_unsloth_does: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Losses alone would not tell: Adam takes a gradient of any scale for the same. With unsloth's own kernels the first
-    updates lose more to rounding (docs/log.md, 2026-11-28), so that each run is held to one with its kernels."""
+    """Losses alone would not tell: Adam takes a gradient of any scale for the same. With unsloth's own kernels the
+    first updates lose more to rounding (docs/log.md, 2026-11-28), so that each run is held to one with its kernels."""
     found = trained(tmp_path, *UNSLOTH, *settings)
     if "memory.cuda_graphs=true" in settings:
         assert "stopped" not in found["cuda_graphs"], found["cuda_graphs"]
