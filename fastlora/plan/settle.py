@@ -2,7 +2,7 @@
 and once without, and of the two the one that trains the same data in less time.
 
 Recorded, a micro-batch takes what the GPU computes; otherwise the host's time, where that is longer. Against it stand
-the padding to few lengths, and the first micro-batches of each length, which are computed as usual.
+the padding to few lengths, and the micro-batches of each length that are computed to record it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ class MicroBatches:
     tokens: int
     """Of the longest row of one, on average; where rows are packed, of a packed one."""
     padding: float
-    """Of all tokens, those that padding to few lengths adds."""
+    """Of all tokens, those that padding to few lengths, and to full micro-batches, adds."""
     count: int
     """0: not known, but many."""
-    as_usual: int
-    """Of these, such as are no replays: the first of each length."""
+    rehearsed: int
+    """Computed as usual before them, to be recorded."""
 
     @property
-    def replayed(self) -> float:
-        return max(0.0, 1 - self.as_usual / max(1, self.count))
+    def more(self) -> float:
+        """Those that are rehearsed, for each of the run."""
+        return self.rehearsed / max(1, self.count)
 
 
 def without_budget(recipe: Recipe) -> Recipe:
@@ -60,7 +61,7 @@ def without_budget(recipe: Recipe) -> Recipe:
 
 def full_rows(recipe: Recipe) -> MicroBatches:
     """Where there are no data: rows that need no padding, in a run that is long."""
-    return MicroBatches(tokens=recipe.model.seq_len_tokens, padding=0.0, count=0, as_usual=0)
+    return MicroBatches(tokens=recipe.model.seq_len_tokens, padding=0.0, count=0, rehearsed=0)
 
 
 def settle(
@@ -128,12 +129,12 @@ def _compared(plain: Prediction, recorded: Prediction, of: MicroBatches) -> tupl
     calls, replays = _speed(plain, of.tokens), _speed(recorded, of.tokens)
     tokens = recorded.setup.micro_batch * of.tokens
     calls_s, replay_s = calls.seconds(tokens), replays.seconds(tokens)
-    padded_s = (of.replayed * replay_s + (1 - of.replayed) * calls_s) / (1 - of.padding)
+    padded_s = (replay_s + of.more * calls_s) / (1 - of.padding)
     share = padded_s / calls_s
-    replayed = f" and {of.replayed:.0%} of {of.count:,} micro-batches replayed" if of.count else ""
+    rehearsed = f" and {of.rehearsed} of them to record before the {of.count:,}" if of.count else ""
     return share, (
         f"{recorded.setup.micro_batch} x {of.tokens:,} tokens take {1e3 * replay_s:.0f} ms instead of "
-        f"{1e3 * calls_s:.0f} (bound by the {calls.bound_by}); with {of.padding:.1%} padding{replayed}, "
+        f"{1e3 * calls_s:.0f} (bound by the {calls.bound_by}); with {of.padding:.1%} padding{rehearsed}, "
         f"{share:.2f} of the time"
     )
 

@@ -92,6 +92,11 @@ class Continuation(TrainerCallback):
         found = self._entries("step")
         return any(one["rows"] < one["before"] or "checkpointing" in one for one in found)
 
+    @property
+    def ran_out(self) -> bool:
+        """Whether a step ever did, of this run: its peak is then all that there was."""
+        return bool(self._entries("step"))
+
     def _fewest(self, entries: list[dict[str, Any]]) -> int:
         fewest: int = min([self.recipe.train.micro_batch, *(entry["rows"] for entry in entries)])
         return fewest

@@ -94,7 +94,7 @@ def test_plan_says_what_a_run_takes_by_itself(model: Path) -> None:
     assert document["default"]["budget_gib"] == pytest.approx(0.9 * 139.8)
     assert document["setup"]["checkpointing"] == "unsloth"  # as it stands
     shown = CliRunner().invoke(cli, base).output
-    assert "a run chooses memory.cuda_graphs = true, kernels.mode = all, " in shown
+    assert 'a run chooses memory.cuda_graphs = true, kernels.mode = "all", ' in shown
     budget = CliRunner().invoke(cli, [*base, "--set", "memory.vram=40GiB", "--json"])
     assert json.loads(budget.stdout)["default"] is None
 
