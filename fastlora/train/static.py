@@ -163,7 +163,9 @@ class StaticSteps(TrainerCallback):
         self._replayed += recorded and self.graphs.replays - replays == len(given)
         if recorded and self.graphs.why_not:
             self._remember(self.graphs.why_not)
-            self.notes(f"cuda_graphs: not used ({self.graphs.why_not})")
+            self.notes(
+                f"cuda_graphs: not used ({self.graphs.why_not}); a new run is faster with memory.cuda_graphs = false"
+            )
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @contextmanager
