@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastlora.plan.advise import Again, batches, possible, with_settings
+from fastlora.plan.gpus import GUESSED
 from fastlora.plan.predict import Prediction
 from fastlora.plan.working import keeps_projections
 from fastlora.recipe.advice import Filled
@@ -72,7 +73,9 @@ class Choice:
         within = "memory.vram = {:.2f} GiB" if asked else "memory: of {:.2f} GiB that it may take"
         said = within.format(self.result.card.vram_gib)
         less = "" if asked else "; memory.vram sets a limit"
-        yield f"{said}: {took}; with nothing kept or streamed {plain}{less}"
+        gpu = self.result.card.gpu
+        guess = f"; {gpu.name} is {gpu.source}" if gpu and gpu.source == GUESSED else ""
+        yield f"{said}: {took}; with nothing kept or streamed {plain}{guess}{less}"
         for one in self.filled:
             yield f"  {setting_said(one)}: {one.why}"
 

@@ -72,11 +72,10 @@ def settle(
     asked = now.recipe.memory.cuda_graphs
     if micro_batches is None or asked is False:
         return choose(now, again)
-    refused = _why_not(now.recipe, again)
+    reason = _why_not(now.recipe, again)
+    refused = f"not possible: {reason}" if reason else ""
     if asked is None and now.setup.packed and now.setup.engine == "unsloth":
-        refused = (
-            refused or "with packed rows on unsloth only if it is set to true: not measured yet"
-        )
+        refused = refused or "packed rows on unsloth need it set to true, not measured yet"
     recorded = None if refused else _recorded(now, again)
     if asked and recorded:
         return recorded
@@ -86,8 +85,7 @@ def settle(
     if plain is None:
         return recorded and _with(recorded, Filled(_KEY, True, "without them nothing fits"))
     if recorded is None:
-        why = f"not possible: {refused}" if refused else "they need more memory"
-        return _with(plain, Filled(_KEY, False, why))
+        return _with(plain, Filled(_KEY, False, refused or "they need more memory"))
     share, said = _compared(plain.result, recorded.result, micro_batches(recorded.result.recipe))
     chosen = Filled(_KEY, share < 1 - _WORTH, said)
     return _with(replace(recorded, plainest=plain.plainest) if chosen.value else plain, chosen)

@@ -165,7 +165,7 @@ def test_packed_rows_are_recorded_where_flash_attention_serves_them() -> None:
         # Not by itself on unsloth, where it has yet to be measured.
         found = settled(LLAMA_1B | more, engine="unsloth", data=packed)
         assert found
-        assert "if it is set to true" in found.filled[0].why
+        assert "need it set to true" in found.filled[0].why
         assert not found.result.setup.graphs
         assert keys(settled(LLAMA_1B | more, engine="peft", data=packed))["memory.cuda_graphs"]
 
