@@ -14,6 +14,7 @@ from typing import Any
 from fastlora.plan.advise import Again, with_settings
 from fastlora.plan.budget import Choice, choose
 from fastlora.plan.predict import Prediction
+from fastlora.plan.setup import FUSED
 from fastlora.plan.speed import Speed, speed
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
@@ -72,10 +73,7 @@ def settle(
     asked = now.recipe.memory.cuda_graphs
     if micro_batches is None or asked is False:
         return choose(now, again)
-    reason = _why_not(now.recipe, again)
-    refused = f"not possible: {reason}" if reason else ""
-    if asked is None and now.setup.packed and now.setup.engine == "unsloth":
-        refused = refused or "packed rows on unsloth need it set to true, not measured yet"
+    refused = _refused(now, again)
     recorded = None if refused else _recorded(now, again)
     if asked and recorded:
         return recorded
@@ -92,6 +90,20 @@ def settle(
 
 
 _KEY = "memory.cuda_graphs"
+
+
+def _refused(now: Prediction, again: Again) -> str:
+    """Why graphs are not chosen, whatever they would be worth."""
+    if reason := _why_not(now.recipe, again):
+        return f"not possible: {reason}"
+    kind = now.shape.model_type
+    if now.recipe.memory.cuda_graphs is None and now.setup.engine == "unsloth":
+        if now.setup.packed:
+            return "packed rows on unsloth need it set to true, not measured yet"
+        if kind not in FUSED:
+            # Whether its forward gives hidden states, which our loss takes, is known once it is loaded.
+            return f"{kind} on unsloth needs it set to true, not measured yet"
+    return ""
 
 
 def _why_not(recipe: Recipe, again: Again) -> str:

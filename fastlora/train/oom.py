@@ -270,13 +270,14 @@ class Continuation(TrainerCallback):
         again += f" ({lost_s:.1f} s lost)"
         if freed:
             again += f", from {freed['allocated_gib']:.2f} GiB in use"
-        if self._graphs and self.static:
+        if self.static and (self._graphs or self._rehearsing):
             self._record(
                 "step", memory, before=before, rows=before, lost_s=round(lost_s, 2), graphs=False
             )
             self.static.stop(f"out of memory at step {self.step}")
             self.notes(
-                f"{said}. {again}, without memory.cuda_graphs from now on: what {self._graphs} of them held is free"
+                f"{said}. {again}, without memory.cuda_graphs from now on"
+                + (f": what {self._graphs} of them held is free" if self._graphs else "")
             )
         elif before > 1:
             rows = (before + 1) // 2
@@ -300,6 +301,11 @@ class Continuation(TrainerCallback):
             )
         else:
             self._give_up(f"{said}, train.checkpointing = {self.checkpointing!r}", max(lengths))
+
+    @property
+    def _rehearsing(self) -> bool:
+        """The same rows have fitted, as calls; what did not is in preparation of graphs."""
+        return self.probing and self.static is not None and not self.static.eager
 
     def _give_up(self, said: str, tokens: int) -> NoReturn:
         if self._done:

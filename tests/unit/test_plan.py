@@ -84,7 +84,7 @@ def test_speeds_are_those_of_the_reports(generator: ModuleType) -> None:
         (16, "peft", "auto", "full", 78.6, 0.05),
         (16, "peft", "auto", "none", 61.7, 0.05),
         (6, "unsloth", "auto", "unsloth", 79.5, 0.09),  # the GPU idled now and then, and its clock was higher
-        (6, "unsloth", "all", "unsloth", 72.3, 0.09),
+        (6, "unsloth", "all", "unsloth", 72.3, 0.11),
         (6, "unsloth", "all", "offload", 76.7, 0.05),  # recorded, but compiled still
         (6, "peft", "auto", "full", 84.5, 0.05),
     ],

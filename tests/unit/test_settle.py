@@ -149,6 +149,17 @@ def test_what_a_run_refuses_is_not_chosen(sections: Any, config: Any, why: str) 
     )
 
 
+def test_architectures_whose_hidden_states_are_not_known_of_are_recorded_if_asked_for() -> None:
+    phi = LLAMA_1B | {"model_type": "phi3"}
+    found = settled(phi, engine="unsloth")
+    assert found
+    assert "phi3 on unsloth needs it set to true" in found.filled[0].why
+    asked = settled(phi, engine="unsloth", memory={"cuda_graphs": True})
+    assert asked
+    assert asked.result.setup.graphs
+    assert keys(settled(phi, engine="peft"))["memory.cuda_graphs"]
+
+
 def test_packed_rows_are_recorded_where_flash_attention_serves_them() -> None:
     """A window that is no shorter than a row, or not used, keeps it from nothing."""
     packed = {"sources": ["x"], "packing": True}
