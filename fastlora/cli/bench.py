@@ -74,8 +74,8 @@ def command(
 ) -> None:
     """Measure training speed and memory of engines on equal work, gated on correctness.
 
-    SUITE pins a comparison (tiny, llama32-1b, llama31-8b, qwen25-7b); a RECIPE is measured with its own
-    model, settings and data. Without either, the suite that fits this machine's GPU. Exit code 3: a gate
+    SUITE pins a comparison, such as llama31-8b (a name that is none shows all); a RECIPE is measured with its
+    own model, settings and data. Without either, the suite that fits this machine's GPU. Exit code 3: a gate
     was not met, or --compare found a regression.
     """
     from fastlora.train.stop import Interrupted, StopSignals

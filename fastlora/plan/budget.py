@@ -8,12 +8,14 @@ The same recipe, budget, card and host memory choose the same, until a run on th
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastlora.plan.advise import Again, batches, possible, with_settings
+from fastlora.plan.gpus import GUESSED
 from fastlora.plan.predict import Prediction
 from fastlora.plan.working import keeps_projections
 from fastlora.recipe.advice import Filled
@@ -70,10 +72,12 @@ class Choice:
         asked = self.result.recipe.memory.vram is not None
         within = "memory.vram = {:.2f} GiB" if asked else "memory: of {:.2f} GiB that it may take"
         said = within.format(self.result.card.vram_gib)
-        yield f"{said}: {took}; with nothing kept or streamed {plain}"
+        less = "" if asked else "; memory.vram sets a limit"
+        gpu = self.result.card.gpu
+        guess = f"; {gpu.name} is {gpu.source}" if gpu and gpu.source == GUESSED else ""
+        yield f"{said}: {took}; with nothing kept or streamed {plain}{guess}{less}"
         for one in self.filled:
-            value = str(one.value).lower() if isinstance(one.value, bool) else one.value
-            yield f"  {one.key} = {value}: {one.why}"
+            yield f"  {setting_said(one)}: {one.why}"
 
 
 NONE_FITS = "with what the recipe leaves open nothing fits into"
@@ -213,6 +217,11 @@ def _gpu_time(found: Found) -> float:
     speed = found[1].speed
     assert speed is not None
     return (speed.gpu_s + speed.waits_s) / found[1].setup.tokens
+
+
+def setting_said(one: Filled) -> str:
+    """As a recipe has it."""
+    return f"{one.key} = {json.dumps(one.value)}"  # of what can be chosen, TOML's as well
 
 
 def figures_said(found: Prediction) -> str:

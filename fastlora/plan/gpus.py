@@ -59,6 +59,10 @@ _PCIE = {3: 12.6, 4: 25.2, 5: 60.0}
 0.8 of what the lanes carry."""
 
 
+GUESSED = "taken for an RTX 3090"
+"""A Gpu's source, where it is not known."""
+
+
 def known() -> list[str]:
     return list(_STATED)
 
@@ -67,7 +71,7 @@ def like_a_3090(name: str, vram_gib: float) -> Gpu:
     """What a GPU that is not known is taken for where speeds are only compared."""
     stated = gpu_named("RTX 3090")
     assert stated is not None
-    return replace(stated, name=name, vram_gib=vram_gib, source="taken for an RTX 3090")
+    return replace(stated, name=name, vram_gib=vram_gib, source=GUESSED)
 
 
 def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None:

@@ -2,7 +2,7 @@
 and once without, and of the two the one that trains the same data in less time.
 
 Recorded, a micro-batch takes what the GPU computes; otherwise the host's time, where that is longer. Against it stand
-the padding to few lengths, and the first micro-batches of each length, which are computed as usual.
+the padding to few lengths, and the micro-batches of each length that are computed to record it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from fastlora.plan.advise import Again, with_settings
 from fastlora.plan.budget import Choice, choose
 from fastlora.plan.predict import Prediction
+from fastlora.plan.setup import FUSED
 from fastlora.plan.speed import Speed, speed
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
@@ -33,15 +34,16 @@ class MicroBatches:
     tokens: int
     """Of the longest row of one, on average; where rows are packed, of a packed one."""
     padding: float
-    """Of all tokens, those that padding to few lengths adds."""
+    """Of all tokens, those that padding to few lengths, and to full micro-batches, adds."""
     count: int
     """0: not known, but many."""
-    as_usual: int
-    """Of these, such as are no replays: the first of each length."""
+    rehearsed: int
+    """Computed as usual before them, to be recorded."""
 
     @property
-    def replayed(self) -> float:
-        return max(0.0, 1 - self.as_usual / max(1, self.count))
+    def more(self) -> float:
+        """Those that are rehearsed, for each of the run."""
+        return self.rehearsed / max(1, self.count)
 
 
 def without_budget(recipe: Recipe) -> Recipe:
@@ -60,7 +62,7 @@ def without_budget(recipe: Recipe) -> Recipe:
 
 def full_rows(recipe: Recipe) -> MicroBatches:
     """Where there are no data: rows that need no padding, in a run that is long."""
-    return MicroBatches(tokens=recipe.model.seq_len_tokens, padding=0.0, count=0, as_usual=0)
+    return MicroBatches(tokens=recipe.model.seq_len_tokens, padding=0.0, count=0, rehearsed=0)
 
 
 def settle(
@@ -71,11 +73,7 @@ def settle(
     asked = now.recipe.memory.cuda_graphs
     if micro_batches is None or asked is False:
         return choose(now, again)
-    refused = _why_not(now.recipe, again)
-    if asked is None and now.setup.packed and now.setup.engine == "unsloth":
-        refused = (
-            refused or "with packed rows on unsloth only if it is set to true: not measured yet"
-        )
+    refused = _refused(now, again)
     recorded = None if refused else _recorded(now, again)
     if asked and recorded:
         return recorded
@@ -85,14 +83,27 @@ def settle(
     if plain is None:
         return recorded and _with(recorded, Filled(_KEY, True, "without them nothing fits"))
     if recorded is None:
-        why = f"not possible: {refused}" if refused else "they need more memory"
-        return _with(plain, Filled(_KEY, False, why))
+        return _with(plain, Filled(_KEY, False, refused or "they need more memory"))
     share, said = _compared(plain.result, recorded.result, micro_batches(recorded.result.recipe))
     chosen = Filled(_KEY, share < 1 - _WORTH, said)
     return _with(replace(recorded, plainest=plain.plainest) if chosen.value else plain, chosen)
 
 
 _KEY = "memory.cuda_graphs"
+
+
+def _refused(now: Prediction, again: Again) -> str:
+    """Why graphs are not chosen, whatever they would be worth."""
+    if reason := _why_not(now.recipe, again):
+        return f"not possible: {reason}"
+    kind = now.shape.model_type
+    if now.recipe.memory.cuda_graphs is None and now.setup.engine == "unsloth":
+        if now.setup.packed:
+            return "packed rows on unsloth need it set to true, not measured yet"
+        if kind not in FUSED:
+            # Whether its forward gives hidden states, which our loss takes, is known once it is loaded.
+            return f"{kind} on unsloth needs it set to true, not measured yet"
+    return ""
 
 
 def _why_not(recipe: Recipe, again: Again) -> str:
@@ -128,12 +139,12 @@ def _compared(plain: Prediction, recorded: Prediction, of: MicroBatches) -> tupl
     calls, replays = _speed(plain, of.tokens), _speed(recorded, of.tokens)
     tokens = recorded.setup.micro_batch * of.tokens
     calls_s, replay_s = calls.seconds(tokens), replays.seconds(tokens)
-    padded_s = (of.replayed * replay_s + (1 - of.replayed) * calls_s) / (1 - of.padding)
+    padded_s = (replay_s + of.more * calls_s) / (1 - of.padding)
     share = padded_s / calls_s
-    replayed = f" and {of.replayed:.0%} of {of.count:,} micro-batches replayed" if of.count else ""
+    rehearsed = f" and {of.rehearsed} of them to record before the {of.count:,}" if of.count else ""
     return share, (
         f"{recorded.setup.micro_batch} x {of.tokens:,} tokens take {1e3 * replay_s:.0f} ms instead of "
-        f"{1e3 * calls_s:.0f} (bound by the {calls.bound_by}); with {of.padding:.1%} padding{replayed}, "
+        f"{1e3 * calls_s:.0f} (bound by the {calls.bound_by}); with {of.padding:.1%} padding{rehearsed}, "
         f"{share:.2f} of the time"
     )
 

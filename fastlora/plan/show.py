@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora.plan.advise import Advice
-from fastlora.plan.budget import Choice, figures_said
+from fastlora.plan.budget import Choice, figures_said, setting_said
 from fastlora.plan.predict import Prediction
 from fastlora.plan.setup import Setup
 from fastlora.plan.working import GIB
@@ -150,7 +150,7 @@ def _budget(found: Prediction, choice: Choice, console: Console) -> None:
 
 
 def _chosen(choice: Choice) -> str:
-    settings = ", ".join(f"{one.key} = {_toml(one.value)}" for one in choice.filled)
+    settings = ", ".join(map(setting_said, choice.filled))
     return f"{settings}: {figures_said(choice.result)}"
 
 

@@ -1,10 +1,11 @@
 """Tokens per second, from the GPU's ceilings.
 
 A micro-batch takes the longer of two times: the GPU's, for its products at a share of the measured matrix-product
-ceiling, for what only reads and writes its activations, and waiting for copies between host and GPU memory; and the
-host's, which hands over the kernels of one layer after the other, unless it is recorded. Copies of a layer's forward
-have to be hidden behind that forward, and those of its backward behind the backward of a layer. The constants come from
-the committed reports, a test holding them to those, and from measurements on an H200 (docs/plan.md).
+ceiling, for what only reads and writes its activations, for dequantizing weights, and waiting for copies between host
+and GPU memory; and the host's, which hands over the kernels of one layer after the other, unless it is recorded.
+Copies of a layer's forward have to be hidden behind that forward, and those of its backward behind the backward of a
+layer. The constants come from the committed reports, a test holding them to those, and from measurements on an H200
+(docs/plan.md).
 """
 
 from __future__ import annotations
@@ -23,16 +24,21 @@ from fastlora.plan.working import (
     keeps_projections,
 )
 
-_EFFICIENCY = {"peft": 0.61, "liger": 0.64, "unsloth": 0.77}
-_WITH_KERNELS = 0.86
+_EFFICIENCY = {"peft": 0.635, "liger": 0.665, "unsloth": 0.88}
+_WITH_KERNELS = 0.985
 """Share of the ceiling that products reach: unsloth's at 8B (H100), liger's at Qwen2.5 7B. With fastlora's kernels
 unsloth's GPU time was 0.92 (1B) and 0.91 (8B) of that with its own. PEFT alone has never been bound by the GPU where it
 was measured, so its is a guess under liger's."""
 
-_READ_BYTES = {"peft": 250, "liger": 130, "unsloth": 130}
+_READ_BYTES = {"peft": 262, "liger": 150, "unsloth": 150}
 """Norms, rotary embeddings, activations and residuals: what they read and write for one number of the hidden states in
 one pass over a layer, of which backward takes two. By what 1B (with h = 2048) takes longer than its products at 8B's
 share of the ceiling; peft's are transformers' own, without fusion."""
+
+_WEIGHT_BYTES = 2.52
+_DEQUANTIZING, _WITH_FOLD = 0.66, 0.33
+"""Of one NF4 weight, read and written in 16 bits; and at what share of the memory's speed: three passes over 6 layers
+of 8B take 3.0 ms with unsloth's kernel and 6.35 with ours, which folds the adapter in (H200)."""
 
 _HOST_MS = {"peft": 19.6, "liger": 18.8, "unsloth": 12.6}
 _HOST_MS_UNSLOTH_WITH_KERNELS = 18.2
@@ -65,6 +71,18 @@ def flops(shape: Shape, setup: Setup) -> tuple[float, float]:
     backward = forward + shape.layers * _attention_flops(shape, setup)
     backward += again_layers(shape, setup) * whole + attention_layers(setup) * attention
     return forward, backward
+
+
+def dequantized(shape: Shape, setup: Setup) -> tuple[float, float]:
+    """Weights that a forward dequantizes, and a backward with what it computes again: each product its own, however
+    many tokens it has."""
+    if setup.quantization != "nf4":
+        return 0.0, 0.0
+    whole, attention = _again_flops(shape, setup)
+    layers = float(shape.layers * sum(one.weights for one in shape.linears))
+    again = again_layers(shape, setup) * (whole - _attention_flops(shape, setup))
+    again += attention_layers(setup) * attention
+    return layers, layers + again / (2.0 * setup.tokens)
 
 
 def _attention_flops(shape: Shape, setup: Setup) -> float:
@@ -100,9 +118,12 @@ def speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed:
     share = _WITH_KERNELS if setup.kernels else _EFFICIENCY[setup.engine]
     rate = gpu.tflops * 1e12 * share
     pass_s = setup.tokens * shape.hidden * _READ_BYTES[setup.engine] / (gpu.gb_s * 1e9)
+    dequantizing = _WITH_FOLD if setup.kernels else _DEQUANTIZING
+    weight_s = _WEIGHT_BYTES / (dequantizing * gpu.gb_s * 1e9)
+    weights, weights_back = dequantized(shape, setup)
     passes = 2 * shape.layers + again_layers(shape, setup) + attention_layers(setup)
-    forward_s = forward / rate + shape.layers * pass_s
-    backward_s = backward / rate + passes * pass_s
+    forward_s = forward / rate + shape.layers * pass_s + weights * weight_s
+    backward_s = backward / rate + passes * pass_s + weights_back * weight_s
     # Weights come once for the forward and once for the backward; what is kept goes out, and comes back. Both
     # directions go at once.
     weights_s = streamed_bytes(shape, setup) / (gpu.host_gb_s * 1e9)

@@ -103,7 +103,11 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     plot_loss(entries, run.path / "loss.png")
     result = _result(entries, state.global_step, time.perf_counter() - started)
     planned = compare_with_plan(
-        predicted, result["peak_reserved_gib"], notes, run=str(run.path), shrunk=continuation.shrunk
+        predicted,
+        result["peak_reserved_gib"],
+        notes,
+        run=str(run.path),
+        ran_out=continuation.ran_out,
     )
     run.update(
         result=result | {"best_step": state.best_global_step if recipe.train.keep_best else None},

@@ -92,6 +92,11 @@ class Continuation(TrainerCallback):
         found = self._entries("step")
         return any(one["rows"] < one["before"] or "checkpointing" in one for one in found)
 
+    @property
+    def ran_out(self) -> bool:
+        """Whether a step ever did, of this run: its peak is then all that there was."""
+        return bool(self._entries("step"))
+
     def _fewest(self, entries: list[dict[str, Any]]) -> int:
         fewest: int = min([self.recipe.train.micro_batch, *(entry["rows"] for entry in entries)])
         return fewest
@@ -266,15 +271,15 @@ class Continuation(TrainerCallback):
         again += f" ({lost_s:.1f} s lost)"
         if freed:
             again += f", from {freed['allocated_gib']:.2f} GiB in use"
-        static = self.static
-        if static and not static.graphs.why_not and (self._graphs or static.rehearsing):
-            # Rehearsed is what went through as usual just before: it is recording that there is no room for.
-            held = f": what {self._graphs} of them held is free" if self._graphs else ""
+        if self.static and (self._graphs or self._rehearsing):
             self._record(
                 "step", memory, before=before, rows=before, lost_s=round(lost_s, 2), graphs=False
             )
-            static.stop(f"out of memory at step {self.step}")
-            self.notes(f"{said}. {again}, without memory.cuda_graphs from now on{held}")
+            self.static.stop(f"out of memory at step {self.step}")
+            self.notes(
+                f"{said}. {again}, without memory.cuda_graphs from now on"
+                + (f": what {self._graphs} of them held is free" if self._graphs else "")
+            )
         elif before > 1:
             rows = (before + 1) // 2
             self._record("step", memory, before=before, rows=rows, lost_s=round(lost_s, 2))
@@ -297,6 +302,11 @@ class Continuation(TrainerCallback):
             )
         else:
             self._give_up(f"{said}, train.checkpointing = {self.checkpointing!r}", max(lengths))
+
+    @property
+    def _rehearsing(self) -> bool:
+        """The same rows have fitted, as calls; what did not is in preparation of graphs."""
+        return self.probing and self.static is not None and not self.static.eager
 
     def _give_up(self, said: str, tokens: int) -> NoReturn:
         if self._done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -103,11 +104,13 @@ def micro_batches_of(data: Prepared, recipe: Recipe) -> MicroBatches:
     size, longest = recipe.train.micro_batch, recipe.model.seq_len_tokens
     shapes = choose_shapes(data.train, size, longest)
     steps, _ = count_steps(recipe, data)
+    rows, most = len(data.train), min(size, len(data.train))
+    full = 1.0 if recipe.data.packing else rows / (most * math.ceil(rows / most))
     return MicroBatches(
         tokens=mean_tokens(data.train, size),
-        padding=shapes.padding,
+        padding=1 - (1 - shapes.padding) * full,
         count=steps * recipe.train.accumulation_steps,
-        as_usual=WARM_UPS * len(shapes.lengths),
+        rehearsed=(WARM_UPS + 1) * len(shapes.lengths),
     )
 
 
@@ -182,20 +185,20 @@ def compare_with_plan(
     announce: Announce,
     *,
     run: str = "",
-    shrunk: bool = False,
+    ran_out: bool = False,
 ) -> dict[str, Any] | None:
     """For the manifest; the next prediction on this GPU is corrected by it. measured_gib: peak reserved. run: its
-    folder. shrunk: it went on with less in a forward, or kept less, than was predicted for; nothing is learnt then."""
+    folder. ran_out: of memory, and went on with less than was predicted for; nothing is learnt then."""
     if found is None:
         return None
     document = found.document()
     if not measured_gib:
         return document
     predicted = found.memory.reserved_gib
-    if shrunk:
+    if ran_out:
         announce(
-            f"plan: {predicted:.2f} GiB were predicted for the recipe as it stands; {measured_gib:.2f} were needed "
-            "with less at a time"
+            f"plan: {predicted:.2f} GiB were predicted for the recipe as it stands; it ran out of memory, and held "
+            f"{measured_gib:.2f} at the most"
         )
         return document | {"measured_reserved_gib": measured_gib}
     error = predicted / measured_gib - 1

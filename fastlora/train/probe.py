@@ -174,18 +174,22 @@ class Probe(TrainerCallback):
         if static is None or static.graphs.why_not or self.continuation.shrunk:
             return 0.0
         batches = [self._batch(cut(rows, length)) for length in reversed(static.shapes.lengths)]
+        known = self._ooms()
         free_memory()
         with self._taken_back(args, state, control, graphs=True), static.rehearsed():
             forget_peak()
             held = self._hold_what_steps_do(args, state, control)
             for batch, items in batches * (static.graphs.warm_ups + 1):
+                self.job.signals.raise_pending()  # unsloth may compile in each: minutes, in all
                 self._trainer.training_step(self._trainer.model_wrapped, batch, items)
-                if static.graphs.why_not:
+                if static.graphs.why_not or self._ooms() > known:
                     break
             peak = peak_gib()
             held.clear()
-        # Of one that ran out of memory it is all that there was.
-        return 0.0 if static.graphs.why_not else peak
+        if self._ooms() > known:  # what then was the peak is all that there was
+            forget_peak()
+            return 0.0
+        return peak
 
     def _batch(self, rows: list[dict[str, torch.Tensor]]) -> tuple[Any, Any]:
         """On the device, and its tokens counted, as the trainer's loop has it; unsloth counts in its own way."""
@@ -280,7 +284,7 @@ class Probe(TrainerCallback):
             else:
                 said += f" for {found.setup.micro_batch} in a forward, as the recipe has it"
         if (static := self.continuation.static) is not None and static.graphs.recorded:
-            said += f", with {static.graphs.recorded} CUDA graphs"
+            said += f"; CUDA graphs: {static.graphs.recorded}"
         job.notes(said)
         job.run.update(plan=(found.document() if found else {}) | {"probe": document})
 

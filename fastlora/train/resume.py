@@ -6,6 +6,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+from fastlora.plan.advise import with_settings
 from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import MemorySection, Recipe
 from fastlora.rundir.store import RunDir
@@ -36,6 +37,13 @@ def open_for_resume(recipe: Recipe, *, auto: bool = False) -> RunDir:
         return changed_keys(manifest.get("recipe"), now.model_dump(mode="json"), but=MEMORY_KEYS)
 
     return RunDir.open_unfinished(Path(recipe.output.dir), unlike)
+
+
+def as_begun(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
+    """The recipe with what was filled when the run of `manifest` began. Its micro-batch, by default or not, is stated,
+    so that a memory.vram that it did not have then chooses no other."""
+    recipe = apply(recipe, filled_from(manifest, recipe))
+    return with_settings(recipe, {"train.micro_batch": recipe.train.micro_batch})
 
 
 def changed_keys(

@@ -24,17 +24,17 @@ from fastlora.engines.engaged import load_model, plan_kernels
 from fastlora.engines.memory import explained_loading, in_words, is_out_of_memory, memory_now
 from fastlora.errors import EngineError, RunDirError
 from fastlora.export.gated import save_held_out
-from fastlora.recipe.advice import Filled, apply, default_epochs
+from fastlora.recipe.advice import Filled, default_epochs
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir import provenance
 from fastlora.rundir.report import keep_report
 from fastlora.rundir.store import RunDir, check_place, is_disk_full
-from fastlora.train.advising import advise_before, fill_open_keys, filled_from
+from fastlora.train.advising import advise_before, fill_open_keys
 from fastlora.train.checks import check_model
 from fastlora.train.job import Job
 from fastlora.train.notes import Notes
 from fastlora.train.planned import fit_memory, longest_row, micro_batches_of
-from fastlora.train.resume import changed_keys, open_for_resume
+from fastlora.train.resume import as_begun, changed_keys, open_for_resume
 from fastlora.train.steps import count_steps, effective_batch
 from fastlora.train.stop import Interrupted, StopSignals
 
@@ -173,7 +173,7 @@ def train_run(
             run = opened.enter_context(
                 contextlib.closing(open_for_resume(recipe, auto=request.auto))
             )
-            recipe = apply(recipe, filled_from(run.manifest, recipe))
+            recipe = as_begun(recipe, run.manifest)
         else:
             check_place(Path(recipe.output.dir))
         begins_auto = request.auto and run is None

@@ -97,8 +97,8 @@ class StaticSteps(TrainerCallback):
         self.unmasked = right_padded if engine.name != "unsloth" else nullcontext
         self.eager = False
         """While it is set, nothing is recorded, replayed or counted; the shapes are the same."""
-        self.rehearsing = False
-        self._count = 0
+        self._most_rows = min(recipe.train.micro_batch, len(rows))
+        self._count = self._replayed = 0
         known = run.manifest.get("cuda_graphs")
         if known is None:
             shapes = choose_shapes(rows, recipe.train.micro_batch, recipe.model.seq_len_tokens)
@@ -121,7 +121,7 @@ class StaticSteps(TrainerCallback):
         """step(inputs), the loss with backward done.
 
         `inputs`: of the model, and numbers, or None, that can be others in the next call; what else can is `baked`.
-        `labels`: tokens with one. `rows`: of a full micro-batch; an epoch's last one can have fewer.
+        `labels`: tokens with one. `rows`: the most that there can be; an epoch's last micro-batch can have fewer.
         """
         if self.graphs.why_not:
             return step(inputs)
@@ -144,8 +144,7 @@ class StaticSteps(TrainerCallback):
             with self.unmasked(self.model) if unpacked else nullcontext():
                 return step({**given, **absent, **more})
 
-        if not unpacked:
-            rows = self.shapes.rows
+        rows = min(rows, self._most_rows) if unpacked else self.shapes.rows
         padded = pad(tensors, length, self.pad_token_id, rows=rows, longest=self.longest_packed)
         ends = padded.get(CUMULATIVE_LENGTHS)
         provided = provided and (ends is None or len(ends) == rows + 1)
@@ -156,24 +155,26 @@ class StaticSteps(TrainerCallback):
                 {**padded, "labels": some_labels(padded["labels"], turn * most, most)}
                 for turn in range(turns)
             ]
+        replays = self.graphs.replays
         losses = [
             self.graphs(padded_step, one, (most, baked)) if recorded else padded_step(one)
             for one in given
         ]
+        self._replayed += recorded and self.graphs.replays - replays == len(given)
         if recorded and self.graphs.why_not:
             self._remember(self.graphs.why_not)
-            self.notes(f"cuda_graphs: not used ({self.graphs.why_not})")
+            self.notes(
+                f"cuda_graphs: not used ({self.graphs.why_not}); a new run is faster with memory.cuda_graphs = false"
+            )
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @contextmanager
     def rehearsed(self) -> Iterator[None]:
         """Within it micro-batches are recorded, and not counted."""
-        self.rehearsing = True
         try:
             yield
         finally:
-            self.rehearsing = False
-            self._count = self.graphs.calls = self.graphs.replays = 0
+            self._count = self._replayed = self.graphs.calls = self.graphs.replays = 0
 
     def drop(self) -> int:
         """Give back what graphs hold; how many there were. They come again."""
@@ -191,14 +192,13 @@ class StaticSteps(TrainerCallback):
     ) -> None:
         done = {
             "recorded": self.graphs.recorded,
-            "replayed": self.graphs.replays,
+            "replayed": self._replayed,
             "of": self._count,
         }
         self.run.update(cuda_graphs=self.run.manifest["cuda_graphs"] | done)
         if not self.graphs.why_not:
             self.notes(
-                f"cuda_graphs: {self.graphs.replays:,} of {self._count:,} micro-batches were replays of "
-                f"{self.graphs.recorded} graphs"
+                f"cuda_graphs: {self._replayed:,} of {self._count:,} micro-batches were replays"
             )
         self.graphs.drop()  # answers and exports want their memory
 

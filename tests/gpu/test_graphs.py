@@ -238,22 +238,58 @@ def trained(folder: Path, *settings: str) -> dict[str, Any]:
     newest = max((folder / "runs").glob("*"), key=lambda run: int(run.name))
     manifest: dict[str, Any] = json.loads((newest / "manifest.json").read_text())
     lines = (newest / "metrics.jsonl").read_text().splitlines()
-    manifest["losses"] = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    logged = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    manifest["losses"] = [entry["loss"] for entry in logged]
+    manifest["grad_norms"] = [entry["grad_norm"] for entry in logged]
     return manifest
 
 
 UNSLOTH = (
-    "engine=unsloth", "kernels.mode=all", "train.checkpointing=offload", "memory.keep_attention_layers=12",
+    "engine=unsloth", "train.micro_batch=2", "train.effective_batch=16", "train.steps=12",
+    "train.log_every_steps=1", "train.lr=2e-4", "train.warmup_fraction=0.1",
 )  # fmt: skip
 
 
-@pytest.mark.skipif(find_spec("unsloth") is None, reason="unsloth is not installed")
-def test_layers_whose_weights_are_streamed_keep_their_attention(tmp_path: Path) -> None:
-    settings = (*UNSLOTH, "memory.cuda_graphs=false")
-    plain = trained(tmp_path, *settings)
-    streamed = trained(tmp_path, *settings, "memory.stream_layers=8")
-    assert streamed["losses"] == pytest.approx(plain["losses"], rel=0.02)
-    assert streamed["result"]["peak_allocated_gib"] < plain["result"]["peak_allocated_gib"]
+@pytest.fixture(scope="module")
+def as_unsloth_does(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+    folder = tmp_path_factory.mktemp("unsloth")
+    plain = (*UNSLOTH, "memory.cuda_graphs=false", "train.checkpointing=unsloth")
+    return {mode: trained(folder, *plain, f"kernels.mode={mode}") for mode in ("auto", "all")}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("kernels.mode=all", "memory.cuda_graphs=false", "train.checkpointing=none"),
+        ("kernels.mode=auto", "memory.cuda_graphs=true", "train.checkpointing=none"),
+        ("kernels.mode=all", "memory.cuda_graphs=true", "train.checkpointing=none"),
+        ("kernels.mode=all", "memory.cuda_graphs=true", "train.checkpointing=offload"),
+        (
+            "kernels.mode=all", "memory.cuda_graphs=true", "train.checkpointing=offload",
+            "memory.keep_attention_layers=12",
+        ),
+        (
+            "kernels.mode=all", "memory.cuda_graphs=false", "train.checkpointing=offload",
+            "memory.keep_attention_layers=12", "memory.stream_layers=8",
+        ),
+    ],
+    ids=["kept", "its kernels, recorded", "recorded", "offloaded", "attention", "streamed"],
+)  # fmt: skip
+def test_on_unsloth_every_step_is_the_same_training(
+    settings: tuple[str, ...], as_unsloth_does: dict[str, Any], tmp_path: Path
+) -> None:
+    """Losses alone would not tell: Adam takes a gradient of any scale for the same. With unsloth's own kernels the
+    first updates lose more to rounding (docs/log.md, 2026-11-28), so that each run is held to one with its kernels."""
+    found = trained(tmp_path, *UNSLOTH, *settings)
+    if "memory.cuda_graphs=true" in settings:
+        assert "stopped" not in found["cuda_graphs"], found["cuda_graphs"]
+        assert found["cuda_graphs"]["replayed"] == found["cuda_graphs"]["of"]
+    like = as_unsloth_does["all" if "kernels.mode=all" in settings else "auto"]
+    assert found["losses"] == pytest.approx(like["losses"], rel=0.01)
+    assert found["grad_norms"] == pytest.approx(like["grad_norms"], rel=0.05)
+    assert found["losses"] == pytest.approx(as_unsloth_does["auto"]["losses"], rel=0.05)
 
 
 def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_path: Path) -> None:
@@ -276,7 +312,6 @@ def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_pat
         ("data.packing=true", "train.checkpointing=offload", "memory.keep_attention_layers=12"),
         ("data.packing=true", "train.checkpointing=offload", "engine=unsloth"),
         ("data.packing=true", "train.checkpointing=none", "engine=unsloth"),
-        UNSLOTH,
         ("train.checkpointing=none",),
         ("train.checkpointing=offload",),
         ("memory.keep_layers=4", "memory.keep_attention_layers=4"),
@@ -289,7 +324,6 @@ def test_by_default_a_small_model_is_recorded_and_computes_nothing_again(tmp_pat
         "packed, attention",
         "packed, unsloth, offload",
         "packed, unsloth, not checkpointed",
-        "unsloth, attention",
         "not checkpointed",
         "offload",
         "in between",

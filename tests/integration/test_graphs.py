@@ -17,6 +17,7 @@ from fastlora.engines.engaged import Plan
 from fastlora.errors import EngineError
 from fastlora.plan.settle import MicroBatches
 from fastlora.recipe.advice import Filled, apply
+from fastlora.train.graphs import Graphs
 from fastlora.train.shapes import Shapes, choose_shapes
 
 # 65 rows: each epoch's last micro-batch, and step, has one.
@@ -144,8 +145,10 @@ def test_what_graphs_would_cost_is_known_before_a_run_begins(
     monkeypatch.setattr("fastlora.train.session.fit_memory", choose)
     place.run(*SETTINGS, "train.steps=1")
     lengths = replayed["cuda_graphs"]["lengths"]
-    assert found[0].padding == replayed["cuda_graphs"]["padding"]
-    assert found[0].as_usual == 2 * len(lengths)
+    # An epoch has 65 rows, and computes 17 x 4.
+    padding = 1 - (1 - replayed["cuda_graphs"]["padding"]) * 65 / 68
+    assert found[0].padding == pytest.approx(padding)
+    assert found[0].rehearsed == 3 * len(lengths)
     assert found[0].count == 2
     assert lengths[0] < found[0].tokens < lengths[-1]
 
@@ -186,7 +189,8 @@ def test_what_cannot_be_recorded_is_said_and_trained_as_usual(
     stopped = place.run(*SETTINGS, GRAPHS)
     assert made.last.records == 2
     why = "RuntimeError: operation not permitted"
-    assert f"cuda_graphs: not used ({why})" in stopped["notes"]
+    (note,) = [note for note in stopped["notes"] if note.startswith("cuda_graphs: not used")]
+    assert f"({why}); a new run is faster with memory.cuda_graphs = false" in note
     assert stopped["cuda_graphs"]["stopped"] == why
     assert_close(place, stopped, plain)
 
@@ -230,9 +234,18 @@ def test_more_labels_than_are_provided_for_are_taken_in_turns(
 
     monkeypatch.setattr("fastlora.train.static.choose_shapes", fewer)
     Recorders(monkeypatch)
+    made: list[Graphs] = []
+    began = Graphs.__init__
+
+    def begin(self: Graphs, *given: Any) -> None:
+        made.append(self)
+        began(self, *given)
+
+    monkeypatch.setattr(Graphs, "__init__", begin)
     replayed = place.run(*SETTINGS, GRAPHS)
     found = replayed["cuda_graphs"]
-    assert found["replayed"] > found["of"]  # two and more of some micro-batches
+    assert made[0].replays > found["of"] > found["replayed"]  # two and more of some micro-batches
+    assert f"{found['replayed']} of {found['of']} micro-batches were replays" in place.said
     assert_close(place, replayed, plain)
     with never_recorded(monkeypatch):
         assert_same(place, place.run(*SETTINGS, GRAPHS), replayed)

@@ -211,13 +211,51 @@ def test_graphs_are_recorded_before_the_first_step(
     found = probed["cuda_graphs"]
     assert found["recorded"] == len(lengths)
     assert found["of"] == without["cuda_graphs"]["of"]
-    # One with more labels than are provided for is two.
-    assert found["replayed"] >= found["of"]
+    assert found["replayed"] == found["of"]
     assert len(probes.tried) == 1 + 3 * len(lengths)
     widths = [max(tried) for tried in probes.tried[1 : 1 + len(lengths)]]
     if packing == "false":
         assert widths[1:] == list(lengths[-2::-1])  # the longest is as long as its rows are
-    assert f"with {len(lengths)} CUDA graphs" in place.said
+    assert f"; CUDA graphs: {len(lengths)}" in place.said
+
+
+def test_more_rows_are_not_computed_than_there_are(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorders(monkeypatch)
+    Probes(monkeypatch)
+    steps = Ooms(monkeypatch)
+    more = ("train.micro_batch=128", "train.effective_batch=128", "train.steps=2")
+    place.run(*GRAPHS, *more, "data.eval_split=15")
+    assert {rows for _, rows in steps.done} == {65}
+
+
+def test_interrupted_while_graphs_are_recorded_it_does_not_go_through_them(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorders(monkeypatch)
+    probes, step = Probes(monkeypatch), Trainer.training_step
+
+    def training_step(*rest: Any, **named: Any) -> Any:
+        if len(probes.tried) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*rest, **named)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    with pytest.raises(Interrupted):
+        place.run(*GRAPHS)
+    assert len(probes.tried) == 2
+    assert newest(place)["status"] == "interrupted"
+
+
+def test_where_recording_fails_nothing_more_is_tried(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Recorders(monkeypatch, fail={0: RuntimeError("operation not permitted")})
+    probes = Probes(monkeypatch)
+    stopped = place.run(*GRAPHS)
+    assert stopped["cuda_graphs"]["stopped"].endswith("operation not permitted")
+    assert len(probes.tried) == 1 + len(made.last.warm_ups) + 1
 
 
 @pytest.mark.parametrize("fails", ["record", "warm up"])
@@ -225,16 +263,18 @@ def test_out_of_memory_while_graphs_are_recorded(
     fails: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     oom = torch.OutOfMemoryError("CUDA out of memory.")
+    peaks = iter([4.0])
     Probes(monkeypatch)
+    # Of the probe; what there was when it ran out of memory is no measure.
+    monkeypatch.setattr("fastlora.train.probe.peak_gib", lambda: next(peaks, 80.0))
     Recorders(monkeypatch, fail={1: oom} if fails == "record" else {})
     if fails == "warm up":
         Ooms(monkeypatch, {1: ["none", "none", "backward"]})
     disturbed = place.run(*GRAPHS)
     ((step, rows, graphs),) = [(o["step"], o["rows"], o.get("graphs")) for o in disturbed["oom"]]
-    # What was tried without them did fit.
     assert (step, rows, graphs) == (1, 4, False)
+    assert disturbed["plan"]["probe"]["peak_gib"] == 4.0
     assert disturbed["cuda_graphs"]["stopped"] == "out of memory at step 1"
-    assert disturbed["plan"]["probe"]["as_planned"]
     assert len([entry for entry in place.work.losses(last(disturbed)) if entry[1] == "loss"]) == 10
 
 

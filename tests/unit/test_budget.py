@@ -314,6 +314,24 @@ def test_graphs_that_a_run_refuses_are_not_planned_with(sections: dict[str, Any]
     assert any("a run would go on without them" in note for note in found.setup.notes)
 
 
+def test_dequantizing_is_paid_for_each_micro_batch() -> None:
+    """So that few short rows in one are slow for each token."""
+    short = {"seq_len_tokens": 200}
+    for quantization in ("nf4", "none"):
+        one, eight = (
+            predicted(
+                engine="peft",
+                model=short | {"quantization": quantization},
+                train={"micro_batch": rows, "effective_batch": 8},
+            )
+            for rows in (1, 8)
+        )
+        assert one.speed
+        assert eight.speed
+        share = one.speed.gpu_s / eight.speed.gpu_s
+        assert share > 0.2 if quantization == "nf4" else share == pytest.approx(1 / 8)
+
+
 def test_a_choice_says_what_and_why() -> None:
     choice = chosen(12, engine="unsloth", memory={"vram": "12GiB"})
     assert choice

@@ -94,7 +94,7 @@ def test_plan_says_what_a_run_takes_by_itself(model: Path) -> None:
     assert document["default"]["budget_gib"] == pytest.approx(0.9 * 139.8)
     assert document["setup"]["checkpointing"] == "unsloth"  # as it stands
     shown = CliRunner().invoke(cli, base).output
-    assert "a run chooses memory.cuda_graphs = true, kernels.mode = all, " in shown
+    assert 'a run chooses memory.cuda_graphs = true, kernels.mode = "all", ' in shown
     budget = CliRunner().invoke(cli, [*base, "--set", "memory.vram=40GiB", "--json"])
     assert json.loads(budget.stdout)["default"] is None
 
@@ -194,8 +194,10 @@ def test_a_gpu_that_is_not_known_has_a_budget_too(model: Path, monkeypatch: pyte
     on_a_card(monkeypatch, "Voodoo 2", 12)
     assert gpus.gpu_named("Voodoo 2") is None
     asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "auto"})
-    taken, _ = fit_memory(asked, "unsloth", 1500, lambda said: None)
+    said: list[str] = []
+    taken, _ = fit_memory(asked, "unsloth", 1500, said.append)
     assert taken.memory.keep_layers
+    assert said[0].endswith("; Voodoo 2 is taken for an RTX 3090")
 
 
 def test_no_more_is_chosen_than_pytorch_may_take(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -288,6 +290,8 @@ def test_without_a_budget_it_is_nine_tenths_of_what_is_free(
     assert memory
     assert memory["budget_gib"] == pytest.approx(0.9 * 19.2, abs=0.01)
     assert said[0].startswith(f"memory: of {0.9 * 19.2:.2f} GiB that it may take: ")
+    assert said[0].endswith("; memory.vram sets a limit")
+    assert any('train.checkpointing = "' in line for line in said)  # as a recipe has it
     assert taken.train == asked.train.model_copy(
         update={"checkpointing": taken.train.checkpointing}
     )

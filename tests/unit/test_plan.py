@@ -84,7 +84,7 @@ def test_speeds_are_those_of_the_reports(generator: ModuleType) -> None:
         (16, "peft", "auto", "full", 78.6, 0.05),
         (16, "peft", "auto", "none", 61.7, 0.05),
         (6, "unsloth", "auto", "unsloth", 79.5, 0.09),  # the GPU idled now and then, and its clock was higher
-        (6, "unsloth", "all", "unsloth", 72.3, 0.09),
+        (6, "unsloth", "all", "unsloth", 72.3, 0.11),
         (6, "unsloth", "all", "offload", 76.7, 0.05),  # recorded, but compiled still
         (6, "peft", "auto", "full", 84.5, 0.05),
     ],
@@ -278,10 +278,10 @@ def test_a_run_teaches_once_and_not_with_less_at_a_time_than_was_predicted_for()
 
     found, said = predicted(engine="unsloth"), []
     needed = found.memory.reserved_gib + 0.2
-    document = compare_with_plan(found, needed, said.append, run="runs/1", shrunk=True)
+    document = compare_with_plan(found, needed, said.append, run="runs/1", ran_out=True)
     assert document
     assert "error" not in document
-    assert "with less at a time" in said[0]
+    assert "it ran out of memory" in said[0]
     assert measured.peaks(H100) == []
     for gib in (needed, needed + 1):  # cut short twice
         learn_from(found, gib, "runs/1")

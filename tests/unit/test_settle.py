@@ -20,13 +20,13 @@ from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train.advising import filled_from
-from fastlora.train.resume import open_for_resume
+from fastlora.train.resume import as_begun, open_for_resume
 
 LLAMA_1B = LLAMA_8B | {
     "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64,
     "tie_word_embeddings": True,
 }  # fmt: skip
-FULL = MicroBatches(tokens=2048, padding=0.0, count=2000, as_usual=2)
+FULL = MicroBatches(tokens=2048, padding=0.0, count=2000, rehearsed=3)
 
 
 @pytest.fixture(autouse=True)
@@ -101,14 +101,15 @@ def test_padding_may_cost_more_than_graphs_save() -> None:
         assert found
         assert found.filled[0].key == "memory.cuda_graphs"
         assert found.filled[0].value is chosen
-        assert f"with {padding:.1%} padding and 100% of 2,000 micro-batches" in found.filled[0].why
+        assert f"with {padding:.1%} padding and 3 of them to record" in found.filled[0].why
         assert ("kernels.mode" in found.settings) == chosen
     assert keys(settled(micro_batches=replace(FULL, padding=0.5)))["memory.cuda_graphs"]
 
 
-def test_a_run_too_short_to_replay_is_not_recorded() -> None:
-    short = MicroBatches(tokens=420, padding=0.1, count=16, as_usual=16)
-    assert short.replayed == 0
+def test_a_run_too_short_to_be_worth_recording_is_not() -> None:
+    """What is computed to record it is beside what is trained."""
+    short = MicroBatches(tokens=420, padding=0.1, count=16, rehearsed=24)
+    assert short.more == 1.5
     found = settled(micro_batches=short)
     assert found
     assert found.settings["memory.cuda_graphs"] is False
@@ -148,6 +149,17 @@ def test_what_a_run_refuses_is_not_chosen(sections: Any, config: Any, why: str) 
     )
 
 
+def test_architectures_whose_hidden_states_are_not_known_of_are_recorded_if_asked_for() -> None:
+    phi = LLAMA_1B | {"model_type": "phi3"}
+    found = settled(phi, engine="unsloth")
+    assert found
+    assert "phi3 on unsloth needs it set to true" in found.filled[0].why
+    asked = settled(phi, engine="unsloth", memory={"cuda_graphs": True})
+    assert asked
+    assert asked.result.setup.graphs
+    assert keys(settled(phi, engine="peft"))["memory.cuda_graphs"]
+
+
 def test_packed_rows_are_recorded_where_flash_attention_serves_them() -> None:
     """A window that is no shorter than a row, or not used, keeps it from nothing."""
     packed = {"sources": ["x"], "packing": True}
@@ -164,7 +176,7 @@ def test_packed_rows_are_recorded_where_flash_attention_serves_them() -> None:
         # Not by itself on unsloth, where it has yet to be measured.
         found = settled(LLAMA_1B | more, engine="unsloth", data=packed)
         assert found
-        assert "if it is set to true" in found.filled[0].why
+        assert "need it set to true" in found.filled[0].why
         assert not found.result.setup.graphs
         assert keys(settled(LLAMA_1B | more, engine="peft", data=packed))["memory.cuda_graphs"]
 
@@ -232,6 +244,21 @@ def test_what_rounds_otherwise_is_as_when_it_began() -> None:
     told = recipe(memory={"cuda_graphs": False}, kernels={"mode": "off"})
     assert filled_from(began, told) == []
     assert filled_from({}, recipe()) == []  # begun before it was chosen: without
+
+
+def test_a_budget_that_is_new_on_resume_leaves_the_micro_batch() -> None:
+    """Another one would be another order of the rows."""
+    asked = recipe(engine="unsloth", train={"effective_batch": 16}, memory={"vram": "40GiB"})
+    there = Card(gpu=gpus.gpu_named("NVIDIA H200"), vram_gib=40.0, host_gib=100.0, whole_gib=139.0)
+    shape = shape_of(LLAMA_1B)
+
+    def again(other: Recipe) -> Prediction:
+        return predict(other, shape, there)
+
+    assert "train.micro_batch" in keys(settle.settle(again(asked), again, None))
+    resumed = as_begun(asked, manifest(**{"train.checkpointing": "full"}))
+    assert resumed.train.micro_batch == asked.train.micro_batch
+    assert "train.micro_batch" not in keys(settle.settle(again(resumed), again, None))
 
 
 def test_a_run_is_resumed_with_the_kernels_that_were_chosen(tmp_path: Path) -> None:
