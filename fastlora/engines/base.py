@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Announce = Callable[[str], None]
 """Tells the user and the manifest about a choice or a fallback."""
+PACKED_LENGTHS = "packed_seq_lengths"
+"""unsloth's model input for packed rows: int32, (rows,)."""
 CUMULATIVE_LENGTHS = "cu_seq_lens_q"
 """The model input, named as transformers names it, that says where packed rows end: int32, (rows + 1,), from 0 on."""
 

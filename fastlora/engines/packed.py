@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastlora.engines.base import Announce, Engine, resolve_checkpointing, resolve_dtype
-from fastlora.engines.unsloth import FUSED, unsloth_serves_packed_rows
-from fastlora.plan.setup import records
+from fastlora.plan.setup import FUSED, records
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -38,12 +37,12 @@ def keep_rows_apart(model: PeftModel, engine: Engine, recipe: Recipe, announce: 
             announce(f"data.packing: {how} keeps rows apart, flash attention cannot ({reason})")
         return
     longest = recipe.model.seq_len_tokens
-    if unsloth:
-        unsloth_serves_packed_rows(longest)
-    else:
-        from fastlora.engines.varlen import transformers_serves_packed_rows
+    from fastlora.engines import varlen  # it imports torch
 
-        transformers_serves_packed_rows(base, longest)
+    if unsloth:
+        varlen.unsloth_serves_packed_rows(longest)
+    else:
+        varlen.transformers_serves_packed_rows(base, longest)
     engine.longest_packed = longest
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fastlora.cache import cache_folder
 from fastlora.engines.base import (
-    CUMULATIVE_LENGTHS,
+    PACKED_LENGTHS,
     Announce,
     Capabilities,
     new_position_ids,
@@ -24,15 +23,12 @@ from fastlora.engines.base import (
     where_they_end,
 )
 from fastlora.errors import EngineError
-from fastlora.plan.setup import records
+from fastlora.plan.setup import FUSED, records
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-
-# The architectures whose LoRA layers unsloth 2026.10 fuses; others run PEFT's layers, which it rewrites a little.
-FUSED = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
 
 
 class UnslothEngine:
@@ -170,58 +166,6 @@ class UnslothEngine:
 
             torch.cuda.synchronize()  # copies to and from them may still be under way
             checkpointing.reset_unsloth_gradient_checkpointing_buffers()
-
-
-PACKED_LENGTHS = "packed_seq_lengths"
-"""unsloth's model input for packed rows: int32, (rows,)."""
-
-
-class PackedRows(NamedTuple):
-    """In the place of what unsloth's attention knows of packed rows, (lengths, where they end, the longest), for which
-    it would read the lengths from the GPU."""
-
-    lengths: torch.Tensor
-    ends: torch.Tensor
-    longest: int
-
-
-def unsloth_serves_packed_rows(longest: int) -> None:
-    """Let unsloth's attention of the architectures in FUSED, but for gemma2, take CUMULATIVE_LENGTHS for packed rows of
-    at most `longest` tokens. Calls without them are what they were.
-
-    Its forwards ask two functions by name: what is known of packed rows, and attention. Both get a wrapper in the
-    modules which have such a forward.
-    """
-    from unsloth.models import llama, mistral, qwen3
-
-    for module in (llama, mistral, qwen3):
-        for name, wrapper in (
-            ("get_packed_info_from_kwargs", partial(_packed_rows, longest)),
-            ("run_attention", _attention),
-        ):
-            theirs = getattr(module, name)
-            theirs = getattr(theirs, "fastlora_theirs", theirs)
-            ours: Any = partial(wrapper, theirs)
-            ours.fastlora_theirs = theirs
-            setattr(module, name, ours)
-
-
-def _packed_rows(longest: int, theirs: Any, given: dict[str, Any], *rest: Any, **named: Any) -> Any:
-    ends = given.get(CUMULATIVE_LENGTHS)
-    if ends is None:
-        return theirs(given, *rest, **named)
-    return PackedRows(given[PACKED_LENGTHS], ends, longest)
-
-
-def _attention(theirs: Any, *, config: Any, context: Any, Q: Any, K: Any, V: Any) -> Any:
-    """Q, K, V: (1, heads, tokens, head size); gives (1, tokens, heads, head size), as unsloth's."""
-    rows = context.seq_info
-    if not isinstance(rows, PackedRows):
-        return theirs(config=config, context=context, Q=Q, K=K, V=V)
-    from fastlora.engines.varlen import attend
-
-    scale = (config.flash_varlen_kwargs or {}).get("softmax_scale")
-    return attend(Q, K, V, rows.ends, rows.longest, scale)
 
 
 _COMPILE = "UNSLOTH_BLOCK_COMPILE_LEGACY"

@@ -9,11 +9,11 @@ computes nothing, and so their number can be one that stays.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.engines.base import CUMULATIVE_LENGTHS
+from fastlora.engines.base import CUMULATIVE_LENGTHS, PACKED_LENGTHS
 from fastlora.errors import EngineError
 
 # What torch.nn.attention.varlen calls, whose arguments are others in each of PyTorch 2.10 to 2.13.
@@ -98,3 +98,49 @@ def _attention(
         found: tuple[torch.Tensor, None] = sdpa(module, query, key, value, attention_mask, **given)
         return found
     return attend(query, key, value, ends, longest, given.get("scaling")), None
+
+
+class PackedRows(NamedTuple):
+    """In the place of what unsloth's attention knows of packed rows, (lengths, where they end, the longest), for which
+    it would read the lengths from the GPU."""
+
+    lengths: torch.Tensor
+    ends: torch.Tensor
+    longest: int
+
+
+def unsloth_serves_packed_rows(longest: int) -> None:
+    """Let unsloth's attention of the architectures in FUSED, but for gemma2, take CUMULATIVE_LENGTHS for packed rows of
+    at most `longest` tokens. Calls without them are what they were.
+
+    Its forwards ask two functions by name: what is known of packed rows, and attention. Both get a wrapper in the
+    modules which have such a forward.
+    """
+    from unsloth.models import llama, mistral, qwen3
+
+    for module in (llama, mistral, qwen3):
+        for name, wrapper in (
+            ("get_packed_info_from_kwargs", partial(_packed_rows, longest)),
+            ("run_attention", _unsloths_attention),
+        ):
+            theirs = getattr(module, name)
+            theirs = getattr(theirs, "fastlora_theirs", theirs)
+            ours: Any = partial(wrapper, theirs)
+            ours.fastlora_theirs = theirs
+            setattr(module, name, ours)
+
+
+def _packed_rows(longest: int, theirs: Any, given: dict[str, Any], *rest: Any, **named: Any) -> Any:
+    ends = given.get(CUMULATIVE_LENGTHS)
+    if ends is None:
+        return theirs(given, *rest, **named)
+    return PackedRows(given[PACKED_LENGTHS], ends, longest)
+
+
+def _unsloths_attention(theirs: Any, *, config: Any, context: Any, Q: Any, K: Any, V: Any) -> Any:
+    """Q, K, V: (1, heads, tokens, head size); gives (1, tokens, heads, head size), as unsloth's."""
+    rows = context.seq_info
+    if not isinstance(rows, PackedRows):
+        return theirs(config=config, context=context, Q=Q, K=K, V=V)
+    scale = (config.flash_varlen_kwargs or {}).get("softmax_scale")
+    return attend(Q, K, V, rows.ends, rows.longest, scale)

@@ -16,7 +16,7 @@ Policy = Literal["none", "full", "offload", "unsloth"]
 Loss = Literal["logits", "fastlora", "liger", "unsloth"]
 """logits: kept whole, with a float32 copy; the others take chunks of tokens."""
 
-# The architectures whose LoRA layers unsloth 2026.10 fuses (as in engines/unsloth.py; a test holds them equal).
+# The architectures whose LoRA layers unsloth 2026.10 fuses; others run PEFT's layers, which it rewrites a little.
 FUSED = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
 
 

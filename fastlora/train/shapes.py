@@ -15,8 +15,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from fastlora.data.mask import IGNORED
-from fastlora.engines.base import CUMULATIVE_LENGTHS
-from fastlora.engines.unsloth import PACKED_LENGTHS
+from fastlora.engines.base import CUMULATIVE_LENGTHS, PACKED_LENGTHS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,6 +21,7 @@ from fastlora.engines.base import CUMULATIVE_LENGTHS, where_they_end
 from fastlora.engines.packed import PLAIN, keep_rows_apart, why_not
 from fastlora.engines.peft import PeftEngine
 from fastlora.errors import EngineError
+from fastlora.plan.setup import FUSED
 from fastlora.recipe.schema import Recipe
 from fastlora.train.collate import Collator
 from fastlora.train.shapes import pad
@@ -229,7 +230,7 @@ def test_unsloths_own_attention_serves_only_what_it_has_a_forward_for(
 ) -> None:
     pretend_to_have_it(monkeypatch)
     assert why_not(AutoConfig.for_model("qwen3", **SIZES), recipe(), "unsloth") == ""
-    assert unsloth.FUSED - {"gemma2"} <= PLAIN  # what plan/setup.py goes by
+    assert FUSED - {"gemma2"} <= PLAIN  # what plan/setup.py goes by
     assert "phi3" in why_not(AutoConfig.for_model("phi3", **SIZES), recipe(), "unsloth")
 
 
@@ -274,7 +275,7 @@ def test_unsloths_attention_is_asked_unless_rows_say_where_they_end(
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
     monkeypatch.setitem(sys.modules, "unsloth.models", parent)
     for longest in (99, LONGEST):  # put on twice, it is not wrapped twice
-        unsloth.unsloth_serves_packed_rows(longest)
+        varlen.unsloth_serves_packed_rows(longest)
     engine = unsloth.UnslothEngine()
     assert engine.packed_inputs(LENGTHS).keys() == {"position_ids", "packed_seq_lengths"}
     engine.longest_packed = LONGEST

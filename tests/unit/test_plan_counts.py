@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.engines import unsloth
 from fastlora.plan import stored, working
-from fastlora.plan.setup import FUSED, Setup, setup_of
+from fastlora.plan.setup import Setup, setup_of
 from fastlora.plan.shape import Linear, Shape, shape_of
 from fastlora.recipe.schema import Recipe
 
@@ -130,10 +129,6 @@ def test_targets_outside_the_layers_are_counted() -> None:
     planned = setup(shape, lora={"rank": 4, "target_modules": ["q_proj", "lm_head"]})
     layer = [4 * 128, 4 * 128]
     assert stored.adapter_tensors(shape, planned) == [*layer, *layer, 4 * 128, 4 * 256]
-
-
-def test_the_fused_families_are_the_engines() -> None:
-    assert FUSED == unsloth.FUSED
 
 
 # -- activations ---------------------------------------------------------------------------
