@@ -135,9 +135,8 @@ def measure(
         wait()
         return handed - began, time.perf_counter() - began
 
-    for _ in range(
-        4
-    ):  # compiles, tunes, makes the optimizer's state; records, where that is asked for
+    # Compiles, tunes, makes the optimizer's state; records, where that is asked for.
+    for _ in range(4):
         micro_batch()
         optimizer.step()
         loaded.zero_gradients()

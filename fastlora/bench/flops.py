@@ -13,11 +13,7 @@ def flops_per_token(model: PeftModel, recomputed: float) -> dict[str, float]:
     included; attention: forward and backward of a causal row, per squared token; recompute_*: what
     checkpointing does again, which is not the head: what fastlora's recomputation does not leave out, or where it is
     another's, `recomputed` of all layers."""
-    sizes = {
-        name: module.in_features * module.out_features
-        for name, module in model.named_modules()
-        if _is_linear(name, module)
-    }
+    sizes = _weights(model)
     head = sum(size for name, size in sizes.items() if "lm_head" in name)
     body = sum(sizes.values()) - head
     again, attention_again = _done_again(model)
@@ -37,10 +33,15 @@ def flops_per_token(model: PeftModel, recomputed: float) -> dict[str, float]:
     }
 
 
-def _is_linear(name: str, module: Any) -> bool:
+def _weights(module: Any) -> dict[str, int]:
+    """Of every frozen linear layer in `module`, or of itself, by name."""
     import torch
 
-    return isinstance(module, torch.nn.Linear) and "lora_" not in name
+    return {
+        name: part.in_features * part.out_features
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.Linear) and "lora_" not in name
+    }
 
 
 def _done_again(model: PeftModel) -> tuple[float | None, float]:
@@ -54,11 +55,7 @@ def _done_again(model: PeftModel) -> tuple[float | None, float]:
         return None, 0.0
 
     def size(module: Any) -> int:
-        return sum(
-            part.in_features * part.out_features
-            for name, part in module.named_modules()
-            if _is_linear(name, part)
-        )
+        return sum(_weights(module).values())
 
     weights = sum(size(layer) - sum(map(size, left_out.linear)) for layer, left_out in found)
     attention = sum(not left_out.attention for _, left_out in found)

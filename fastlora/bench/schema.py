@@ -28,7 +28,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "+graphs": (("unsloth",), "decoder layers as CUDA graphs"),
     "+offload": (("peft", "unsloth"), "checkpoints in host memory, by fastlora"),
     "+keep": (("peft", "unsloth"), "layers that are kept whole"),
-    "+attention": (("peft", "unsloth"), "layers of which the MLP alone is computed again"),
+    "+attention": (("peft", "unsloth"), "layers that keep their attention"),
     "+stream": (("unsloth",), "layers whose weights are in host memory"),
     "+record": (("peft", "unsloth"), "micro-batches as CUDA graphs (memory.cuda_graphs)"),
     "+budget": (("peft", "unsloth"), "memory.vram = --vram-cap, or what is free"),

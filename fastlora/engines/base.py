@@ -220,9 +220,11 @@ def not_loadable(name: str, error: Exception) -> str:
 
 def where_they_end(seq_lengths: Sequence[int], longest: int) -> dict[str, torch.Tensor]:
     """CUMULATIVE_LENGTHS of packed rows, none of which may be longer than `longest`: what is longer would be left as
-    memory was, and nothing say so."""
+    memory was, and nothing say so. 0: the model takes none."""
     import torch
 
+    if not longest:
+        return {}
     if max(seq_lengths) > longest:
         raise ValueError(f"a packed row of {max(seq_lengths)} tokens where {longest} are the most")
     return {CUMULATIVE_LENGTHS: torch.tensor([0, *accumulate(seq_lengths)], dtype=torch.int32)}

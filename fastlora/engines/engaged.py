@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from fastlora.engines.base import Announce, Engine, resolve_dtype
 from fastlora.engines.kept import keep_as_asked
@@ -15,7 +15,6 @@ from fastlora.engines.memory import GIB, cap_memory
 from fastlora.engines.packed import keep_rows_apart
 from fastlora.engines.unsloth import fused_layers, group_qkv, why_not_fused, without_fused_lora
 from fastlora.errors import EngineError
-from fastlora.plan.setup import EngineName
 from fastlora.plan.working import CONTEXT
 from fastlora.recipe.schema import Recipe
 
@@ -74,7 +73,7 @@ def load_model(
     Raises EngineError: as the engine does; its layers cannot be recomputed as asked; and a layer is slow although
     kernels.require_fast is set.
     """
-    cap_memory(recipe.memory.vram_gib, CONTEXT[cast(EngineName, engine.name)] / GIB)
+    cap_memory(recipe.memory.vram_gib, CONTEXT[engine.name] / GIB)
     model = engine.load(recipe, announce)
     rows = engage(model, engine.name, plan_kernels(recipe))
     for line in lines(rows):

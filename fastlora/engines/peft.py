@@ -119,9 +119,10 @@ class PeftEngine:
 
     def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         # transformers reads the row boundaries off the positions when no attention mask is given.
-        longest = self.longest_packed
-        ends = where_they_end(seq_lengths, longest) if longest else {}
-        return {"position_ids": new_position_ids(seq_lengths), **ends}
+        return {
+            "position_ids": new_position_ids(seq_lengths),
+            **where_they_end(seq_lengths, self.longest_packed),
+        }
 
     @contextmanager
     def generating(self, model: PeftModel) -> Iterator[None]:

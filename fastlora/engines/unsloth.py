@@ -133,11 +133,10 @@ class UnslothEngine:
     def packed_inputs(self, seq_lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         import torch
 
-        longest = self.longest_packed
         return {
             "position_ids": new_position_ids(seq_lengths),
             PACKED_LENGTHS: torch.tensor(seq_lengths, dtype=torch.int32),
-            **(where_they_end(seq_lengths, longest) if longest else {}),
+            **where_they_end(seq_lengths, self.longest_packed),
         }
 
     @contextmanager

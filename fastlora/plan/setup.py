@@ -167,9 +167,8 @@ def why_not_recorded(recipe: Recipe, engine: str, policy: str) -> str:
 def _why_not_packed(recipe: Recipe, shape: Shape, bfloat16: bool) -> str:
     """Why packed rows are not recorded on the unsloth engine, as engines/packed.py finds it in the model."""
     in_window = 0 < shape.window < recipe.model.seq_len_tokens
-    half = (
-        recipe.model.dtype != "float32" and bfloat16
-    )  # flash attention began with the GPUs that have it
+    # Flash attention began with the GPUs that have bfloat16.
+    half = recipe.model.dtype != "float32" and bfloat16
     if shape.model_type in FUSED - {"gemma2"} and half and not in_window:
         return ""
     return "unsloth reads the lengths of packed rows from the GPU"

@@ -215,9 +215,8 @@ class CudaRecorder:
         except Exception as error:
             failed = failed or error
         finally:
-            torch.cuda.set_stream(
-                here
-            )  # a capture that does not end well leaves its own the current one
+            # A capture that does not end well leaves its own the current one.
+            torch.cuda.set_stream(here)
         if failed is not None:
             raise failed
         assert loss is not None

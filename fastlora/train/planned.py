@@ -130,7 +130,7 @@ def _shape(recipe: Recipe) -> Shape:
 def _free_gib(engine: str) -> float:
     """What this process may come to hold, its CUDA context with it: of a card that nothing else uses all, if PyTorch is
     allowed as much."""
-    figures, context = memory_now(), CONTEXT[cast(EngineName, engine)] / 2**30
+    figures, context = memory_now(), CONTEXT[engine] / GIB
     free = figures["card_gib"] - max(0.0, figures["others_gib"] - context)
     return min(free, figures.get("allowed_gib", free) + context)
 

@@ -174,7 +174,7 @@ class StaticSteps(TrainerCallback):
         try:
             yield
         finally:
-            self._count = self._replayed = self.graphs.calls = self.graphs.replays = 0
+            self._count = self._replayed = 0
 
     def drop(self) -> int:
         """Give back what graphs hold; how many there were. They come again."""

@@ -124,6 +124,16 @@ def make_workplace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Wor
 
 
 @pytest.fixture(scope="module")
+def place(make_workplace: Callable[[], Workplace]) -> Any:
+    """For runs in this process, of rows of very different lengths."""
+    from place import Place  # it imports the trainer, which few of these tests need
+
+    made = Place(make_workplace())
+    made.lengthen_some_rows()
+    return made
+
+
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Two that wait for each other on a busy machine take ten times as long."""
     threads = torch.get_num_threads()

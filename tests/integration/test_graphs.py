@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,14 +28,6 @@ GRAPHS = "memory.cuda_graphs=true"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(make_workplace: Callable[[], Any]) -> Place:
-    """Its rows are of very different lengths."""
-    made = Place(make_workplace())
-    made.lengthen_some_rows()
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ SETTINGS = (
     "train.micro_batch=4", "train.effective_batch=8", "train.steps=5", "train.save_every_steps=2",
     "lora.dropout=0.1", "train.eval_every_steps=4",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def place(make_workplace: Callable[[], Any]) -> Place:
-    made = Place(make_workplace())
-    made.lengthen_some_rows()
-    return made
 
 
 @pytest.fixture(scope="module")

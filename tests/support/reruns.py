@@ -27,8 +27,6 @@ class Reruns:
         self.warm_ups: list[bool] = []
         self.order: list[str] = []
         self.records = self.forgotten = 0
-        self.alive = 0
-        self.waits: list[str] = []
 
     def warm_up(
         self, function: Callable[[Inputs], torch.Tensor], inputs: Inputs, *, last: bool
@@ -72,7 +70,6 @@ class Recorders:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **named: Any) -> None:
         self.made: list[Reruns] = []
-        self._monkeypatch = monkeypatch
         monkeypatch.setattr(graphs, "can_record", lambda: True)
 
         def make() -> Reruns:

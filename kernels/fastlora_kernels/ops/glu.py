@@ -23,10 +23,9 @@ from fastlora_kernels.ops.lora_linear import (
     Projection,
     fitting,
     frozen,
-    low_rank,
     outputs,
-    remember,
     shaped,
+    without_outputs,
 )
 from fastlora_kernels.triton_or_not import jit, tl
 
@@ -218,7 +217,7 @@ class GluLoraLinear(torch.autograd.Function):
         y, *made = made_of(ctx, gate, up, fixed, adapters)
         ctx.save_for_backward(gate, up, *made, *adapters)
         ctx.set_materialize_grads(False)
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -262,16 +261,16 @@ def unmade_output(
     up: torch.Tensor | None,
     fixed: Any,
     adapters: Sequence[Any],
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[Any, ...]:
     """As lora_output, with y's memory alone in place of y. Where lora_output folds, nothing is computed."""
     lead = gate.shape[:-1]
-    remember(ctx, lead.numel(), fixed, adapters)
-    down_TR = seeds = None
-    if not ctx.fold:
-        h_TF = _forward(*_halves(gate, up), ctx.activation, ctx.dtype)
-        down_TR, seeds, _ = low_rank(ctx, h_TF, adapters)
+
+    def make_h_TF() -> torch.Tensor:
+        return _forward(*_halves(gate, up), ctx.activation, ctx.dtype)
+
+    made = without_outputs(ctx, lead.numel(), make_h_TF, fixed, adapters)
     ((weight, *_),) = fixed
-    return gate.new_empty((*lead, weight.shape[0]), dtype=ctx.dtype), down_TR, seeds
+    return gate.new_empty((*lead, weight.shape[0]), dtype=ctx.dtype), *made
 
 
 def lora_gradients(

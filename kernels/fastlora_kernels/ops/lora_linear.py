@@ -17,7 +17,7 @@ Shapes: T tokens, K inputs, N outputs, R rank, or the ranks together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +153,8 @@ class LoraLinears(torch.autograd.Function):
             ys, *made = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters)
             attention.taken(LoraLinears, ys)
         else:
-            ys, made = list(given), without_outputs(ctx, x_TK, fixed, adapters)
+            made = without_outputs(ctx, len(x_TK), lambda: x_TK, fixed, adapters)
+            ys = list(given)
         ctx.save_for_backward(x, *made, *adapters)
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -193,13 +194,17 @@ def outputs(
 
 
 def without_outputs(
-    ctx: Any, x_TK: torch.Tensor, fixed: Any, adapters: Sequence[Any]
+    ctx: Any,
+    tokens: int,
+    make_x_TK: Callable[[], torch.Tensor],
+    fixed: Any,
+    adapters: Sequence[Any],
 ) -> list[torch.Tensor | None]:
-    """What `outputs` leaves for backward beside the y_i. With a fold nothing is computed."""
-    remember(ctx, x_TK.shape[0], fixed, adapters)
+    """S and the seeds: what `outputs` makes besides the y_i. With a fold nothing is computed, x neither."""
+    remember(ctx, tokens, fixed, adapters)
     if ctx.fold:
         return [None, None]
-    down_TR, seeds, _ = low_rank(ctx, x_TK, adapters)
+    down_TR, seeds, _ = low_rank(ctx, make_x_TK(), adapters)
     return [down_TR, seeds]
 
 
