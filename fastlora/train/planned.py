@@ -20,7 +20,7 @@ from fastlora.plan.show import time_said
 from fastlora.plan.working import CONTEXT
 from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
-from fastlora.train.shapes import choose_shapes, mean_tokens
+from fastlora.train.shapes import shapes_and_mean
 from fastlora.train.steps import count_steps
 
 if TYPE_CHECKING:
@@ -102,12 +102,12 @@ def micro_batches_of(data: Prepared, recipe: Recipe) -> MicroBatches:
     from fastlora.train.graphs import WARM_UPS
 
     size, longest = recipe.train.micro_batch, recipe.model.seq_len_tokens
-    shapes = choose_shapes(data.train, size, longest)
+    shapes, tokens = shapes_and_mean(data.train, size, longest)
     steps, _ = count_steps(recipe, data)
     rows, most = len(data.train), min(size, len(data.train))
     full = 1.0 if recipe.data.packing else rows / (most * math.ceil(rows / most))
     return MicroBatches(
-        tokens=mean_tokens(data.train, size),
+        tokens=tokens,
         padding=1 - (1 - shapes.padding) * full,
         count=steps * recipe.train.accumulation_steps,
         rehearsed=(WARM_UPS + 1) * len(shapes.lengths),

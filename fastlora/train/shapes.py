@@ -62,11 +62,20 @@ def choose_shapes(rows: Dataset, micro_batch: int, most_tokens: int) -> Shapes:
 
     `rows`: as Prepared.train. `most_tokens`: of a row, or of a packed one.
     """
+    return shapes_and_mean(rows, micro_batch, most_tokens)[0]
+
+
+def shapes_and_mean(rows: Dataset, micro_batch: int, most_tokens: int) -> tuple[Shapes, int]:
+    """choose_shapes, and the tokens of a micro-batch's longest row on average; of a packed row, where they are."""
     import numpy as np
 
     packed = "seq_lengths" in rows.column_names
     rows_each = min(micro_batch, len(rows))
-    widths, counts, longest = _drawn(rows, rows_each)
+    tokens, labels = row_sizes(rows)
+    grid = _order(len(rows), rows_each)
+    widths = tokens[grid].sum(axis=1) if packed else tokens[grid].max(axis=1)
+    counts = labels[grid].sum(axis=1)
+    longest = int(widths.max() if packed else tokens.max())
     most_tokens *= rows_each if packed else 1
     histogram = Counter(
         {
@@ -91,38 +100,20 @@ def choose_shapes(rows: Dataset, micro_batch: int, most_tokens: int) -> Shapes:
     most_rows = 0
     if packed:
         column = rows.select_columns(["seq_lengths"]).with_format("arrow")[:].column("seq_lengths")
-        there = (
-            column.combine_chunks().value_lengths().to_numpy()[_order(rows, rows_each)].sum(axis=1)
-        )
+        there = column.combine_chunks().value_lengths().to_numpy()[grid].sum(axis=1)
         # Padding that is longer than a row can be is several rows.
         most_rows = _up(int(np.quantile(there, _FITTING, method="higher")) + rows_each, 8)
-    return Shapes(tuple(lengths), tuple(bounds), padding, most_rows)
+    mean = float(widths.mean()) / (rows_each if packed else 1)
+    return Shapes(tuple(lengths), tuple(bounds), padding, most_rows), round(mean)
 
 
-def mean_tokens(rows: Dataset, micro_batch: int) -> int:
-    """Of the longest row of a micro-batch, in the order that choose_shapes takes; of a packed row, where they are."""
-    rows_each = min(micro_batch, len(rows))
-    mean = float(_drawn(rows, rows_each)[0].mean())
-    return round(mean / rows_each if "seq_lengths" in rows.column_names else mean)
-
-
-def _drawn(rows: Dataset, rows_each: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(tokens, labels, the most tokens there can be) of micro-batches in a random order. Tokens: of the longest row, or
-    of all where they are packed."""
-    packed = "seq_lengths" in rows.column_names
-    tokens, labels = row_sizes(rows)
-    grid = _order(rows, rows_each)
-    widths = tokens[grid].sum(axis=1) if packed else tokens[grid].max(axis=1)
-    return widths, labels[grid].sum(axis=1), int(widths.max() if packed else tokens.max())
-
-
-def _order(rows: Dataset, rows_each: int) -> np.ndarray:
-    """Places of each micro-batch's rows, (micro-batches, rows_each); the same at every call."""
+def _order(rows: int, rows_each: int) -> np.ndarray:
+    """Places of each micro-batch's rows in a random order, (micro-batches, rows_each); the same at every call."""
     import numpy as np
 
-    complete = len(rows) // rows_each
+    complete = rows // rows_each
     draw = np.random.default_rng(0)
-    orders = [draw.permutation(len(rows)) for _ in range(math.ceil(_DRAWN / complete))]
+    orders = [draw.permutation(rows) for _ in range(math.ceil(_DRAWN / complete))]
     drawn = np.concatenate([order[: complete * rows_each] for order in orders])
     return drawn.reshape(-1, rows_each)
 
