@@ -41,7 +41,7 @@ KINDS = {
 FIGURES = (
     "wall_ms", "host_ms", "computes_ms", "only_copies_ms", "idle_ms", "launches", "peak_reserved_gib",
 )  # fmt: skip
-SHOWN_KERNELS = 12
+SHOWN_KERNELS = 40
 
 
 class Span(NamedTuple):

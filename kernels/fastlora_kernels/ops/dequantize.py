@@ -7,7 +7,7 @@ QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3; see ops/four_bit.py f
 The fold is right only here: code times absmax lies off the 16-bit grid, so that the rounding of the sum dithers
 and a small delta survives on average; on a 16-bit base it would be rounded away.
 
-Shapes: N outputs, K inputs, R rank, H bytes of a row.
+Shapes: N outputs, K inputs, R rank, J scales; H bytes and W words of a row.
 """
 
 from __future__ import annotations
@@ -48,56 +48,72 @@ def _scale(
 
 
 @jit
+def _codes(
+    weight_ptr, row_N, start_k, inside_N, n_columns, WORDS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """A tile of codes, (N, BLOCK_K), as int32. A byte's high half is the first of its two."""
+    if WORDS:
+        # Eight codes at once: a thread stores the 16 bytes that it makes of its word, and nothing changes threads.
+        w_W = start_k // 8 + tl.arange(0, BLOCK_K // 8)
+        words_ptr = weight_ptr.to(tl.pointer_type(tl.int32))
+        inside_NW = inside_N & (w_W[None, :] < n_columns // 8)
+        word_NW = tl.load(
+            words_ptr + row_N * (n_columns // 8) + w_W[None, :], mask=inside_NW, other=0
+        )
+        even_NX = tl.interleave(
+            tl.interleave((word_NW >> 4) & 15, (word_NW >> 20) & 15),
+            tl.interleave((word_NW >> 12) & 15, (word_NW >> 28) & 15),
+        )
+        odd_NX = tl.interleave(
+            tl.interleave(word_NW & 15, (word_NW >> 16) & 15),
+            tl.interleave((word_NW >> 8) & 15, (word_NW >> 24) & 15),
+        )
+        return tl.interleave(even_NX, odd_NX)
+    h_H = start_k // 2 + tl.arange(0, BLOCK_K // 2)
+    inside_NH = inside_N & (h_H[None, :] < n_columns // 2)
+    byte_NH = tl.load(weight_ptr + row_N * (n_columns // 2) + h_H[None, :], mask=inside_NH, other=0)
+    byte_NH = byte_NH.to(tl.int32)
+    return tl.interleave(byte_NH >> 4, byte_NH & 15)
+
+
+@jit
 def _weight(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-    n_N, start_h, n_rows, n_bytes,
-    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, SCALES: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    n_N, start_k, n_rows, n_columns,
+    KIND: tl.constexpr, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    SCALES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the frozen weight in float32, (N, 2 BLOCK_H); zero outside. KIND: dense, 4bit or nested."""
-    h_H = start_h + tl.arange(0, BLOCK_H)
-    inside_NH = (n_N[:, None] < n_rows) & (h_H[None, :] < n_bytes)
-    byte_NH = n_N.to(tl.int64)[:, None] * n_bytes + h_H[None, :]  # 64 bits: 2^31 weights are 16 GB
+    """A tile of the frozen weight in float32, (N, BLOCK_K); zero outside. KIND: dense, 4bit or nested."""
+    BLOCK_N: tl.constexpr = n_N.shape[0]
+    k_K = start_k + tl.arange(0, BLOCK_K)
+    row_N = n_N.to(tl.int64)[:, None]  # 64 bits: 2^31 weights are 4 GB
+    inside_N = n_N[:, None] < n_rows
+    inside_NK = inside_N & (k_K[None, :] < n_columns)
     if KIND == "dense":
-        first_NH = tl.load(weight_ptr + 2 * byte_NH, mask=inside_NH, other=0.0).to(tl.float32)
-        second_NH = tl.load(weight_ptr + 2 * byte_NH + 1, mask=inside_NH, other=0.0).to(tl.float32)
+        dense_NK = tl.load(weight_ptr + row_N * n_columns + k_K[None, :], mask=inside_NK, other=0.0)
+        return dense_NK.to(tl.float32)
+    # The table goes to shared memory: an address there is one number of 32 bits, where a pointer takes as many
+    # instructions as all else that is done for a weight.
+    code_NK = _codes(weight_ptr, row_N, start_k, inside_N, n_columns, WORDS, BLOCK_K)
+    table = tl.load(table_ptr + tl.arange(0, 16))
+    value_X = tl.gather(table, tl.reshape(code_NK, (BLOCK_N * BLOCK_K,)), 0)
+    value_NK = tl.reshape(value_X, (BLOCK_N, BLOCK_K))
+    if SCALES == 0:
+        scale_NK = _scale(
+            absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
+            (row_N * n_columns + k_K[None, :]) // BLOCKSIZE, inside_NK, KIND, NESTED_BLOCKSIZE,
+        )  # fmt: skip
     else:
-        if SCALES > 0:
-            # A thread takes 4 bytes, which become the 8 weights of 16 bits that it stores at once: with as many as it
-            # could load, they would change threads before they are stored. 43 us became 23 at 4096 x 4096.
-            byte_NH = tl.max_contiguous(tl.multiple_of(byte_NH, [1, 4]), [1, 4])
-        packed_NH = tl.load(weight_ptr + byte_NH, mask=inside_NH, other=0).to(tl.int32)
-        if SCALES == 0:
-            # Both weights of a byte have the same scale: blocks are even.
-            scale_NH = _scale(
-                absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, byte_NH * 2 // BLOCKSIZE, inside_NH,
-                KIND, NESTED_BLOCKSIZE,
-            )  # fmt: skip
-        else:
-            # A row has whole blocks, and so has the tile, or a part of one: each scale is loaded once.
-            j = start_h * 2 // BLOCKSIZE
-            blocks = n_bytes * 2 // BLOCKSIZE
-            if SCALES == 1:
-                # The tile lies in one block, and no tile begins outside the row.
-                scale_NH = _scale(
-                    absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-                    n_N.to(tl.int64) * blocks + j, n_N < n_rows, KIND, NESTED_BLOCKSIZE,
-                )[:, None]  # fmt: skip
-            else:
-                j_J = j + tl.arange(0, SCALES)
-                scale_NJ = _scale(
-                    absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-                    n_N.to(tl.int64)[:, None] * blocks + j_J[None, :],
-                    (n_N[:, None] < n_rows) & (j_J[None, :] < blocks), KIND, NESTED_BLOCKSIZE,
-                )  # fmt: skip
-                BLOCK_N: tl.constexpr = n_N.shape[0]
-                scale_NJH = tl.broadcast_to(
-                    scale_NJ[:, :, None], (BLOCK_N, SCALES, BLOCK_H // SCALES)
-                )
-                scale_NH = tl.reshape(scale_NJH, (BLOCK_N, BLOCK_H))
-        first_NH = tl.load(table_ptr + (packed_NH >> 4)) * scale_NH
-        second_NH = tl.load(table_ptr + (packed_NH & 15)) * scale_NH
-    return tl.interleave(first_NH, second_NH)
+        # A row has whole blocks, and so has the tile, or a part of one: each scale is loaded once.
+        blocks = n_columns // BLOCKSIZE
+        j_J = start_k // BLOCKSIZE + tl.arange(0, SCALES)
+        scale_NJ = _scale(
+            absmax_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
+            row_N * blocks + j_J[None, :], inside_N & (j_J[None, :] < blocks), KIND, NESTED_BLOCKSIZE,
+        )  # fmt: skip
+        scale_NJX = tl.broadcast_to(scale_NJ[:, :, None], (BLOCK_N, SCALES, BLOCK_K // SCALES))
+        scale_NK = tl.reshape(scale_NJX, (BLOCK_N, BLOCK_K))
+    return value_NK * scale_NK
 
 
 @jit
@@ -126,49 +142,52 @@ def _product(
 @jit
 def _dequantize(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, row_scale_ptr,
-    out_ptr, n_rows, n_bytes, scaling,
-    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, SCALES: tl.constexpr,
+    out_ptr, n_rows, n_columns, scaling,
+    KIND: tl.constexpr, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    SCALES: tl.constexpr,
     FOLD: tl.constexpr, ROW_SCALE: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_K = tl.program_id(1) * (2 * BLOCK_H) + tl.arange(0, 2 * BLOCK_H)
+    k_K = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     weight_NK = _weight(
         weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-        n_N, tl.program_id(1) * BLOCK_H, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_H,
+        n_N, tl.program_id(1) * BLOCK_K, n_rows, n_columns,
+        KIND, WORDS, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_K,
     )  # fmt: skip
     if FOLD:
         weight_NK += _product(
-            a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
+            a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
         )
     if ROW_SCALE:
         weight_NK *= tl.load(row_scale_ptr + n_N, mask=n_N < n_rows, other=0.0)[:, None]
-    out_NK = out_ptr + n_N.to(tl.int64)[:, None] * (2 * n_bytes) + k_K[None, :]
-    inside_NK = (n_N[:, None] < n_rows) & (k_K[None, :] < 2 * n_bytes)
+    out_NK = out_ptr + n_N.to(tl.int64)[:, None] * n_columns + k_K[None, :]
+    inside_NK = (n_N[:, None] < n_rows) & (k_K[None, :] < n_columns)
     tl.store(out_NK, weight_NK.to(dtype), mask=inside_NK)
 
 
 @jit
 def _row_norms(
     weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr, a_ptr, b_ptr, like_ptr,
-    out_ptr, n_rows, n_bytes, scaling,
-    KIND: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, SCALES: tl.constexpr,
+    out_ptr, n_rows, n_columns, scaling,
+    KIND: tl.constexpr, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    SCALES: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = like_ptr.dtype.element_ty
     squares_N = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, n_bytes, BLOCK_H):
-        k_K = 2 * start + tl.arange(0, 2 * BLOCK_H)
+    for start in range(0, n_columns, BLOCK_K):
+        k_K = start + tl.arange(0, BLOCK_K)
         weight_NK = _weight(
             weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
-            n_N, start, n_rows, n_bytes, KIND, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_H,
+            n_N, start, n_rows, n_columns, KIND, WORDS, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_K,
         )  # fmt: skip
         weight_NK += _product(
-            a_ptr, b_ptr, n_N, k_K, n_rows, 2 * n_bytes, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
+            a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
         )
         squares_N += tl.sum(weight_NK * weight_NK, axis=1)
     tl.store(out_ptr + n_N, tl.sqrt(squares_N), mask=n_N < n_rows)
@@ -178,9 +197,10 @@ def _frozen(
     weight: FourBit | torch.Tensor, tile: tuple[int, int]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the kernels are told of the frozen weight and the tile: pointers, and what is compiled in."""
-    compiled: dict[str, Any] = {"BLOCK_N": tile[0], "BLOCK_H": tile[1] // 2}
+    compiled: dict[str, Any] = {"BLOCK_N": tile[0], "BLOCK_K": tile[1]}
     if isinstance(weight, torch.Tensor):
-        compiled |= {"KIND": "dense", "BLOCKSIZE": 2, "NESTED_BLOCKSIZE": 1, "SCALES": 0}
+        compiled |= {"KIND": "dense", "WORDS": False, "SCALES": 0}
+        compiled |= {"BLOCKSIZE": 1, "NESTED_BLOCKSIZE": 1}
         return (weight,) * 6, compiled
     nested = weight.nested_absmax is not None
     pointers = (
@@ -193,6 +213,7 @@ def _frozen(
     )
     return pointers, compiled | {
         "KIND": "nested" if nested else "4bit",
+        "WORDS": weight.shape[1] % 8 == 0 and weight.codes.data_ptr() % 4 == 0,
         "BLOCKSIZE": weight.blocksize,
         "NESTED_BLOCKSIZE": weight.nested_blocksize,
         "SCALES": _scales(weight, tile[1]),
@@ -200,7 +221,7 @@ def _frozen(
 
 
 def _scales(weight: FourBit, columns: int) -> int:
-    """How many scales a row of a tile has, if that is known before; else 0, and each byte looks for its own."""
+    """How many scales a row of a tile has, if that is known before; else 0, and each weight looks for its own."""
     size = weight.blocksize
     whole = weight.shape[1] % size == 0 and (columns % size == 0 or size % columns == 0)
     return max(1, columns // size) if whole else 0
@@ -242,7 +263,7 @@ def dequantize(
         _dequantize,
         (cdiv(n, tile[0]), cdiv(k, tile[1])),
         (*pointers, a, b, weight.table if row_scale is None else row_scale, out_NK),
-        (n, k // 2, float(scaling)),
+        (n, k, float(scaling)),
         compiled | {"FOLD": fold is not None, "ROW_SCALE": row_scale is not None},
     )
     return out_NK
@@ -266,7 +287,7 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
         _row_norms,
         (cdiv(n, NORM_TILE[0]),),
         (*pointers, a, b, like, out_N),
-        (n, k // 2, float(scaling)),
+        (n, k, float(scaling)),
         compiled | _ranks(a.shape[0]),
     )
     return out_N
