@@ -14,7 +14,7 @@ from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
-from fastlora.engines.kept import keep_as_asked, transformers_own
+from fastlora.engines.kept import dense_as_asked, keep_as_asked, transformers_own
 from fastlora.engines.packed import keep_rows_apart
 from fastlora.engines.unsloth import attach_own_loss, fused_layers
 from fastlora.errors import EngineError
@@ -145,7 +145,9 @@ class Loaded:
         packing = self.recipe.data.packing
         if reason := why_not(self.model, self.engine, own_loss=True, packing=packing):
             raise EngineError(f"+record: {reason}")
-        self.graphs = Graphs(CudaRecorder(), [parameter for _, parameter in self.adapter()])
+        dense = dense_as_asked(self.model, self.recipe, self.notes.append)
+        parameters = [parameter for _, parameter in self.adapter()]
+        self.graphs = Graphs(CudaRecorder(), parameters, weights=dense)
 
     def adapter(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name as PEFT saves it, parameter) of all that is trained."""

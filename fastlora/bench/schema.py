@@ -31,6 +31,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "+attention": (("peft", "unsloth"), "layers that keep their attention"),
     "+stream": (("unsloth",), "layers whose weights are in host memory"),
     "+record": (("peft", "unsloth"), "micro-batches as CUDA graphs (memory.cuda_graphs)"),
+    "+dense": (("peft", "unsloth"), "layers that are dequantized once a step"),
     "+budget": (("peft", "unsloth"), "memory.vram = --vram-cap, or what is free"),
     "+packing": (("peft", "liger", "unsloth"), "rows packed instead of padded"),
     "-kernels": (("unsloth",), "without fused LoRA kernels"),
@@ -41,6 +42,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 NUMBERED = {
     "+keep": "keep_layers", "+attention": "keep_attention_layers", "+stream": "stream_layers",
+    "+dense": "dense_layers",
 }  # fmt: skip
 """Key of [memory]."""
 _CHECKPOINTS = {"-checkpointing": "none", "-offload": "full", "+offload": "offload"}

@@ -12,6 +12,7 @@ from fastlora.plan import setup
 from fastlora.recipe.schema import MemorySection, Recipe
 
 if TYPE_CHECKING:
+    from fastlora_kernels import DenseWeights
     from fastlora_kernels.recompute import Mode
     from peft import PeftModel
 
@@ -49,6 +50,18 @@ def keep_as_asked(model: PeftModel, engine: Engine, recipe: Recipe, announce: An
                 f'train.checkpointing: {error}; set train.checkpointing = "full" and leave [memory] out'
             ) from error
         _fall_back(model, error, announce)
+
+
+def dense_as_asked(model: PeftModel, recipe: Recipe, announce: Announce) -> DenseWeights | None:
+    """What of `model` is to be dequantized once a step, for its recorded micro-batches (train/graphs.py)."""
+    from fastlora_kernels import DenseWeights
+    from fastlora_kernels.recompute import decoder_layers
+
+    if not (wanted := recipe.memory.dense_layers):
+        return None
+    layers = decoder_layers(model)
+    count = at_most("memory.dense_layers", wanted, len(layers), announce)
+    return DenseWeights(layers[len(layers) - count :])
 
 
 def recompute_all(model: PeftModel, engine: Engine, announce: Announce, *, offload: bool) -> None:

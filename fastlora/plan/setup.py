@@ -204,6 +204,14 @@ def memory_problems(
             "memory.keep_attention_layers: unsloth's own checkpointing keeps a layer or computes all of it again; "
             'set train.checkpointing = "offload", which is fastlora\'s'
         )
+    if memory.dense_layers and recipe.model.quantization != "nf4":
+        yield (
+            'memory.dense_layers: only 4-bit weights are dequantized; set model.quantization = "nf4", or leave it out'
+        )
+    if memory.dense_layers and memory.cuda_graphs is False:
+        yield (
+            "memory.dense_layers: it is for recorded micro-batches; set memory.cuda_graphs = true, or leave it out"
+        )
     if not memory.stream_layers:
         return
     if not streams:

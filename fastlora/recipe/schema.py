@@ -230,6 +230,9 @@ class MemorySection(Section):
     """Record a micro-batch's forward and backward once for each shape, and replay them, so that the GPU never waits
     for Python. Rows are then padded to few lengths. Unset, a run on a GPU does so where it is predicted to save more
     time than the padding costs."""
+    dense_layers: int | None = Field(default=None, ge=0)
+    """So many of the last layers' 4-bit weights are dequantized once a step, and not in each micro-batch: 2 bytes a
+    weight. With fastlora's kernels (kernels.mode) and memory.cuda_graphs alone."""
 
     @model_validator(mode="after")
     def _check(self) -> MemorySection:

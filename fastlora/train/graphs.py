@@ -32,6 +32,8 @@ from fastlora.engines.memory import is_out_of_memory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastlora_kernels import DenseWeights
+
     Inputs = Mapping[str, torch.Tensor]
     Function = Callable[[Inputs], torch.Tensor]
 
@@ -65,7 +67,8 @@ class Recorder(Protocol):
 class Graphs:
     """Calls a function on tensors; as a replay, where it was recorded for their shapes.
 
-    `parameters`: whose gradients the function adds to. `record`: MOST and WARM_UPS.
+    `parameters`: whose gradients the function adds to. `weights`: what is dequantized once for all calls between two
+    of `stepped`, which then has to be called; it holds for what is recorded, and its warm-ups.
     """
 
     def __init__(
@@ -73,10 +76,12 @@ class Graphs:
         recorder: Recorder,
         parameters: Iterable[torch.nn.Parameter],
         *,
+        weights: DenseWeights | None = None,
         most: int = MOST,
         warm_ups: int = WARM_UPS,
     ) -> None:
         self.recorder, self.most, self.warm_ups = recorder, most, warm_ups
+        self.weights = weights
         self.parameters = list(parameters)
         self.why_not = ""
         """Why nothing is recorded any more, for the user."""
@@ -86,6 +91,11 @@ class Graphs:
         self._begun = 0
         """Records since the last `drop`, the one that ran out of memory among them."""
         self._gradients: list[torch.Tensor | None] = []
+        self._stepped = False
+
+    def stepped(self) -> None:
+        """The optimizer has changed the parameters."""
+        self._stepped = True
 
     @property
     def recorded(self) -> int:
@@ -104,6 +114,9 @@ class Graphs:
         key = (baked, *shapes)
         if self._records and not self._gradients_stayed():
             self.drop()
+        if self._stepped and self.weights is not None:
+            self.weights.refresh()
+        self._stepped = False
         if key not in self._records:
             if self.recorded >= self.most:
                 return function(inputs)
@@ -119,8 +132,10 @@ class Graphs:
         """Forget every graph; shapes are recorded again once they have come often enough. How many there were, with one
         that ran out of memory while it was recorded."""
         dropped, self._begun = self._begun, 0
-        if dropped:
+        if dropped or self.weights:
             self.recorder.forget()
+        if self.weights is not None:
+            self.weights.forget()
         self._records.clear()
         self._seen.clear()
         self._gradients = []
@@ -134,7 +149,7 @@ class Graphs:
     def _warm_up(self, key: Hashable, function: Function, inputs: Inputs) -> torch.Tensor:
         self._seen[key] += 1
         last = self._seen[key] == self.warm_ups
-        loss, why_not = self.recorder.warm_up(function, inputs, last=last)
+        loss, why_not = self.recorder.warm_up(self._dense(function), inputs, last=last)
         if why_not:
             self.stop(why_not)
         return loss
@@ -144,7 +159,7 @@ class Graphs:
         before = [parameter.grad for parameter in self.parameters]
         static = {name: tensor.clone() for name, tensor in inputs.items()}
         try:
-            replay = self.recorder.record(function, static)
+            replay = self.recorder.record(self._dense(function), static)
         except Exception as error:
             self._restore(before)
             if is_out_of_memory(error):
@@ -158,6 +173,16 @@ class Graphs:
             return
         self._gradients = before
         self._records[key] = _Record(static, replay)
+
+    def _dense(self, function: Function) -> Function:
+        if (weights := self.weights) is None:
+            return function
+
+        def with_them(inputs: Inputs) -> torch.Tensor:
+            with weights.used():
+                return function(inputs)
+
+        return with_them
 
     def _restore(self, gradients: list[torch.Tensor | None]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

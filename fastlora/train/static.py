@@ -19,6 +19,7 @@ from fastlora_kernels.recompute import BEFORE, decoder_layers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.engines.base import CUMULATIVE_LENGTHS, Engine
+from fastlora.engines.kept import dense_as_asked
 from fastlora.engines.unsloth import streamed_layers
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
@@ -91,7 +92,8 @@ class StaticSteps(TrainerCallback):
         on without them."""
         self.model, self.run, self.notes, self.pad_token_id = model, run, notes, pad_token_id
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.graphs = Graphs(graphs.CudaRecorder(), self.trained)
+        dense = dense_as_asked(model, recipe, notes)
+        self.graphs = Graphs(graphs.CudaRecorder(), self.trained, weights=dense)
         self.count_labels = is_attached(model)
         # unsloth, given labels, takes all padding for such already.
         self.unmasked = right_padded if engine.name != "unsloth" else nullcontext
@@ -186,6 +188,11 @@ class StaticSteps(TrainerCallback):
 
     def _remember(self, why: str) -> None:
         self.run.update(cuda_graphs=self.run.manifest["cuda_graphs"] | {"stopped": why})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.graphs.stepped()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastlora_kernels.apply import Attached, attach, detach
+    from fastlora_kernels.dense import DenseWeights
     from fastlora_kernels.layers.head import attach_head, detach_head
     from fastlora_kernels.ops.dora_linear import dora_linear
     from fastlora_kernels.ops.embedding import lora_embedding
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Attached": "apply",
+    "DenseWeights": "dense",
     "attach": "apply",
     "attach_head": "layers.head",
     "detach": "apply",
@@ -40,8 +42,8 @@ _HOMES = {
     "recompute_layers": "recompute",
 }
 __all__ = [
-    "Attached", "attach", "attach_head", "detach", "detach_head", "dora_linear", "glu", "glu_lora_linear",
-    "keep_layers", "lora_embedding", "lora_head_loss", "lora_linear", "lora_linears", "recompute_layers",
+    "Attached", "DenseWeights", "attach", "attach_head", "detach", "detach_head", "dora_linear", "glu",
+    "glu_lora_linear", "keep_layers", "lora_embedding", "lora_head_loss", "lora_linear", "lora_linears", "recompute_layers",
 ]  # fmt: skip
 
 

@@ -267,3 +267,42 @@ def test_without_a_mask_for_padding_rows_see_what_they_saw(
     assert model.config._attn_implementation == "sdpa"
     again = model(input_ids=ids, attention_mask=attention).logits
     assert torch.equal(again, theirs)
+
+
+def test_dense_weights_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over micro-batches, steps, and a shape that comes first when others are replayed already."""
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    import bitsandbytes as bnb
+    from fastlora_kernels import DenseWeights, lora_linear
+
+    def trained(dense: bool) -> tuple[list[torch.Tensor], DenseWeights]:
+        torch.manual_seed(0)
+        weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4")
+        model = nn.ParameterDict(
+            {"w": weight.to("cpu"), "a": torch.randn(4, 64) * 0.1, "b": torch.randn(64, 4) * 0.1}
+        )
+        adapter = [model["a"], model["b"]]
+        weights = DenseWeights([model])
+        graphs = Graphs(Reruns(), adapter, weights=weights if dense else None)
+        optimizer = torch.optim.SGD(adapter, lr=0.1)
+
+        def step(given: Any) -> torch.Tensor:
+            loss = lora_linear(given["x"], model["w"], None, *adapter, 1.0).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        losses = []
+        for call, rows in enumerate((64, 64, 64, 64, 80, 64, 80, 80, 64, 80)):
+            x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(call))
+            losses.append(graphs(step, {"x": x}))
+            if call % 2:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+                graphs.stepped()
+        assert graphs.replays == 6
+        return losses, weights
+
+    (plain, _), (dense, weights) = trained(dense=False), trained(dense=True)
+    assert len({float(loss) for loss in plain}) == len(plain)
+    assert all(torch.equal(one, other) for one, other in zip(dense, plain, strict=True))
+    assert len(weights) == 1

@@ -244,17 +244,19 @@ def dequantize(
     dtype: torch.dtype,
     fold: Fold | None = None,
     row_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The dense (N, K) matrix in `dtype`; with `fold`, W + scaling B A; with `row_scale` c (N, float32), its rows
-    times c.
+    times c. Written into `out`, contiguous, if given.
 
     Computed in float32, rounded once. A and B are rounded to `dtype` first.
     Raises ValueError: a backend that is not there (see dispatch).
     """
     if choose_backend(weight.codes.device, BACKENDS) == "reference":
-        return reference.dequantize(weight, dtype, fold, row_scale)
+        made_NK = reference.dequantize(weight, dtype, fold, row_scale)
+        return made_NK if out is None else out.copy_(made_NK)
     n, k = weight.shape
-    out_NK = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
+    out_NK = torch.empty((n, k), dtype=dtype, device=weight.codes.device) if out is None else out
     tile = FOLD_TILE if fold else PLAIN_TILE
     pointers, compiled = _frozen(weight, tile)
     a, b, scaling = _contiguous(fold) if fold else (weight.table, weight.table, 0.0)

@@ -24,6 +24,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import attention
+from fastlora_kernels.dense import kept_matrix
 from fastlora_kernels.ops.dequantize import Fold, dequantize
 from fastlora_kernels.ops.dropout import draw_seeds, dropout
 from fastlora_kernels.ops.eight_bit import EightBit
@@ -130,7 +131,8 @@ def dense(
 ) -> torch.Tensor:
     """The matrix (N, K); `fold` and `row_scale` (see dequantize) are for 4-bit weights alone."""
     if isinstance(weight, FourBit):
-        return dequantize(weight, dtype, fold, row_scale)
+        kept_NK = kept_matrix(weight, dtype, fold) if row_scale is None else None
+        return dequantize(weight, dtype, fold, row_scale) if kept_NK is None else kept_NK
     assert fold is None
     assert row_scale is None
     return weight.dense(dtype) if isinstance(weight, EightBit) else weight.to(dtype)

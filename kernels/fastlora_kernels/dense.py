@@ -1,0 +1,86 @@
+"""4-bit weights dequantized once for all micro-batches between two steps of the optimizer.
+
+    weights = DenseWeights(layers)
+    with weights.used():      # forward and backward
+        ...
+    weights.refresh()         # once the adapters have changed
+
+Between two steps neither W nor s B A changes, so that each micro-batch makes the same matrix to the last bit, twice or
+three times. Kept it takes 2 bytes a weight (8B: 14 GB). Only while `used` is open: a call that knows nothing of
+the steps, an evaluation or an answer, makes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora_kernels.ops.dequantize import Fold, dequantize
+from fastlora_kernels.ops.four_bit import FourBit
+
+_now: DenseWeights | None = None
+"""Not one for each thread: backward runs in a thread of its own."""
+
+
+class Kept(NamedTuple):
+    dense_NK: torch.Tensor
+    source: Any
+    """The Params4bit."""
+    fold: Fold | None
+
+
+class DenseWeights:
+    """Of the 4-bit weights within `modules`, those that are asked for while it is used."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        parameters = [one for module in modules for one in module.parameters()]
+        self._wanted = {id(one): one for one in parameters if FourBit.of(one) is not None}
+        self._kept: dict[int, Kept] = {}
+
+    def __len__(self) -> int:
+        """How many matrices there are by now."""
+        return len(self._kept)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within it a matrix is made once. It stays what it is until `refresh`, whatever becomes of its adapter."""
+        global _now
+        before, _now = _now, self
+        try:
+            yield
+        finally:
+            _now = before
+
+    def refresh(self) -> None:
+        """Make each anew, in its place, of its adapter as that is now."""
+        for kept in self._kept.values():
+            weight = FourBit.of(kept.source)
+            assert weight is not None
+            dequantize(weight, kept.dense_NK.dtype, kept.fold, out=kept.dense_NK)
+
+    def forget(self) -> None:
+        """Give their memory back."""
+        self._kept.clear()
+
+    def matrix(self, weight: FourBit, dtype: torch.dtype, fold: Fold | None) -> torch.Tensor | None:
+        """(N, K), of an earlier call or made now; None: not to be kept, or kept as another, in another type or with a
+        fold where there is none now (which goes by the number of tokens)."""
+        name = id(weight.source)
+        if name not in self._wanted:
+            return None
+        if (kept := self._kept.get(name)) is None:
+            # What is no parameter may be another tensor at the next call.
+            if fold is not None and not all(isinstance(one, nn.Parameter) for one in fold[:2]):
+                return None
+            kept = self._kept[name] = Kept(dequantize(weight, dtype, fold), weight.source, fold)
+        same = kept.dense_NK.dtype == dtype and (kept.fold is None) == (fold is None)
+        return kept.dense_NK if same else None
+
+
+def kept_matrix(weight: FourBit, dtype: torch.dtype, fold: Fold | None) -> torch.Tensor | None:
+    """Of the weights that are used now, if any; see DenseWeights.matrix."""
+    return None if _now is None else _now.matrix(weight, dtype, fold)
