@@ -43,7 +43,8 @@ _HOMES = {
 }
 __all__ = [
     "Attached", "DenseWeights", "attach", "attach_head", "detach", "detach_head", "dora_linear", "glu",
-    "glu_lora_linear", "keep_layers", "lora_embedding", "lora_head_loss", "lora_linear", "lora_linears", "recompute_layers",
+    "glu_lora_linear", "keep_layers", "lora_embedding", "lora_head_loss", "lora_linear", "lora_linears",
+    "recompute_layers",
 ]  # fmt: skip
 
 
