@@ -6,6 +6,10 @@ the first step, and for the gradients that a step's later micro-batches find. Th
 is, to the last bit, the run without a probe; on a GPU as far as kernels that are tuned or compiled for the first shape
 they see do not round otherwise for another.
 
+They do so twice: only the first backward makes what stays from then on, such as the workspace in which its thread's
+products are computed (32 MiB on an H100 or H200), so that only the second forward comes to its loss as those of steps
+do. The loss of ours takes the labelled tokens alone; where other rows have more of them, these are tried in between.
+
 What is counted: the most that PyTorch reserves from the probe on, after what nobody held was given back, without the
 CUDA context. Steps reserve some more: micro-batches of other lengths leave holes in the allocator's memory, which it
 gives back where it would run out. The counters go on from there, so that the peak that a run reports is that of its
@@ -24,6 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from fastlora_kernels.layers.head import is_attached
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.engines.memory import (
@@ -123,6 +128,11 @@ class Probe(TrainerCallback):
     def _trainer(self) -> Trainer:
         return self.continuation.trainer
 
+    @property
+    def _gradients_stay(self) -> bool:
+        """From one micro-batch to the next."""
+        return self.job.recipe.train.accumulation_steps > 1 or self.continuation.static is not None
+
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self._trainer.model.parameters() if p.requires_grad]
 
@@ -131,15 +141,22 @@ class Probe(TrainerCallback):
     ) -> Figures:
         trainer, recipe, continuation = self._trainer, self.job.recipe, self.continuation
         data = trainer.train_dataset
-        rows = [data[at] for at in longest(data, min(recipe.train.micro_batch, len(data)))]
-        batch, items = self._batch(rows)
+        count = min(recipe.train.micro_batch, len(data))
+        rows = [data[at] for at in longest(data, count)]
+        batches = [self._batch(rows)] * 2
+        if self._labels_weigh() and (places := most_labelled(data, count)):
+            batches.insert(1, self._batch([data[at] for at in places]))
         free_memory()
         while True:
             known = self._ooms()
             with self._taken_back(args, state, control):
                 forget_peak()
                 held = self._hold_what_steps_do(args, state, control)
-                trainer.training_step(trainer.model_wrapped, batch, items)
+                for batch, items in batches:
+                    self.job.signals.raise_pending()
+                    if not self._gradients_stay:
+                        trainer.model.zero_grad()
+                    trainer.training_step(trainer.model_wrapped, batch, items)
                 optimizer = self._optimizer_peak_gib()
                 peak, allocated = (max(one(), optimizer) for one in (peak_gib, peak_allocated_gib))
                 missing = sum(len(state) for state in held) / GIB
@@ -191,6 +208,10 @@ class Probe(TrainerCallback):
             return 0.0
         return peak
 
+    def _labels_weigh(self) -> bool:
+        """Whether the loss takes the labelled tokens alone; with CUDA graphs, as many of them in every micro-batch."""
+        return self.continuation.static is None and is_attached(self._trainer.model)
+
     def _batch(self, rows: list[dict[str, torch.Tensor]]) -> tuple[Any, Any]:
         """On the device, and its tokens counted, as the trainer's loop has it; unsloth counts in its own way."""
         trainer = self._trainer
@@ -238,7 +259,7 @@ class Probe(TrainerCallback):
         """
         train, there = self.job.recipe.train, self._trainer.optimizer.state
         self.continuation.on_pre_optimizer_step(args, state, control)
-        if train.accumulation_steps > 1 or self.continuation.static is not None:
+        if self._gradients_stay:
             for parameter in self._trained():
                 parameter.grad = torch.zeros_like(parameter)
         held = []
@@ -293,11 +314,29 @@ def longest(rows: Dataset, count: int) -> list[int]:
     """Places of the `count` rows that need the most memory together: the longest, of equally long ones those with more
     labels, for which a loss can need more.
 
-    `rows`: as Prepared.train. Of all of them only the lengths are read, which Arrow keeps beside what they hold.
+    `rows`: as Prepared.train. Labels are read of as long ones alone.
     """
-    column = rows.select_columns(["labels"]).with_format("arrow")[:].column("labels")
-    tokens = np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks])
+    tokens = _tokens(rows)
     candidates = np.flatnonzero(tokens >= np.partition(tokens, -count)[-count])
     _, labels = row_sizes(rows.select(candidates))
     order = np.lexsort((labels, tokens[candidates]))[::-1][:count]
     return [int(place) for place in candidates[order]]
+
+
+def most_labelled(rows: Dataset, count: int) -> list[int]:
+    """Places of the `count` rows with the most tokens and labels together, if they have more labels than the longest:
+    for a loss that takes the labelled tokens alone. What it takes for a label is about what all layers keep of a token
+    when they are computed again (8B: 128,256 and 32 x 4,096 numbers). Empty: they have not.
+    """
+    best, labels = row_sizes(rows.select(longest(rows, count)))
+    # No row has more labels than tokens.
+    candidates = np.flatnonzero(2 * _tokens(rows) >= (best + labels).min())
+    tokens, more = row_sizes(rows.select(candidates))
+    order = np.lexsort((tokens, tokens + more))[::-1][:count]
+    return candidates[order].tolist() if more[order].sum() > labels.sum() else []
+
+
+def _tokens(rows: Dataset) -> np.ndarray:
+    """Of each row; only the lengths are read, which Arrow keeps beside what the rows hold."""
+    column = rows.select_columns(["labels"]).with_format("arrow")[:].column("labels")
+    return np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks])

@@ -58,8 +58,9 @@ def test_no_bit_changes_also_when_resumed(
     whole = place.run(*SETTINGS)
     assert_same(place, whole, plain)
     assert steps.done[:2] == [(1, 4), (1, 4)]
-    assert len(steps.done) == 1 + 10
-    (lengths,) = probes.tried
+    assert len(steps.done) == 2 + 10
+    lengths, again = probes.tried
+    assert lengths == again
     assert len(lengths) == 4
     assert lengths[0] == plain["data"]["train"]["longest_row_tokens"]
     crash = Crash(monkeypatch, at=4)
@@ -68,7 +69,7 @@ def test_no_bit_changes_also_when_resumed(
     crash.at = 0
     resumed = place.run(*SETTINGS, resume=True)
     assert_same(place, resumed, plain)
-    assert probes.tried == [lengths] * 3
+    assert probes.tried == [lengths] * 6
     found, later = whole["plan"]["probe"], resumed["plan"]["probe"]
     assert (found["step"], later["step"]) == (1, 3)
     assert (found["rows"], found["rows_in_forward"], found["tokens"]) == (4, 4, lengths[0])
@@ -76,6 +77,50 @@ def test_no_bit_changes_also_when_resumed(
     trained = sum(tensor.numel() for tensor in place.adapter(last(whole)).values())
     assert probes.held == [8 * trained, 8 * trained, 0]
     assert "probe: the 4 longest rows" in place.said
+
+
+def test_what_the_first_backward_leaves_is_there_in_a_second_forward(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the workspace of its thread's products, and unsloth's buffers: a loss then is beside them."""
+    probes, step, there = Probes(monkeypatch), Trainer.training_step, []
+
+    def training_step(trainer: Any, *rest: Any, **named: Any) -> Any:
+        found.append((len(there), [p.grad is not None for p in trainer.model.parameters()]))
+        loss = step(trainer, *rest, **named)
+        there.append("workspace")
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    found: list[tuple[int, list[bool]]] = []
+    monkeypatch.setattr(
+        "fastlora.train.probe.peak_allocated_gib", lambda: max(1 + 0.25 * left for left, _ in found)
+    )
+    manifest = place.run(*SETTINGS, "train.steps=1", "train.effective_batch=4")
+    assert manifest["plan"]["probe"]["peak_allocated_gib"] == 1.25
+    # And none of its gradients, where a step begins without.
+    assert [left for left, _ in found] == [0, 1, 2]
+    assert not any(any(gradients) for _, gradients in found)
+    assert len(probes.tried) == 2
+
+
+def test_a_loss_of_labelled_tokens_is_tried_where_there_are_most(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In between, so that the longest rows come last, when all is there that stays."""
+    letters = "abcdefghijkl"  # no two alike, which would be left out
+    long = [{"prompt": one * 40, "completion": "be"} for one in letters]
+    full = [{"prompt": "a", "completion": one * 30} for one in letters]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in [*long, *full]))
+    sources = (f'data.sources=["{few}"]', "data.eval_split=2", "train.steps=1")
+    probes = Probes(monkeypatch)
+    for chunked, tried in (("true", [0, 1, 0]), ("false", [0, 0])):
+        probes.tried.clear()
+        manifest = place.run(*SETTINGS, *sources, f"train.chunked_loss={chunked}")
+        longest = manifest["data"]["train"]["longest_row_tokens"]
+        assert [int(max(lengths) < longest) for lengths in probes.tried] == tried
+        assert manifest["plan"]["probe"]["tokens"] == longest
 
 
 def test_a_run_that_is_over_tries_nothing(
@@ -91,7 +136,7 @@ def test_a_run_that_is_over_tries_nothing(
             place.run(*SETTINGS)
     resumed = place.run(*SETTINGS, resume=True)
     assert_same(place, resumed, plain)
-    assert len(probes.tried) == 1
+    assert len(probes.tried) == 2
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
@@ -118,7 +163,7 @@ def test_out_of_memory_in_it_the_run_is_that_of_the_smaller_micro_batch(
         (1, 4, 2), (1, 2, 1),
     ]  # fmt: skip
     # What did not fit is no measure: it is tried once more, in forwards that fit.
-    assert len(probes.tried) == 2
+    assert len(probes.tried) == 2 + 2
     assert shrunk["plan"]["probe"]["rows_in_forward"] == 2
     assert not shrunk["plan"]["probe"]["as_planned"]
     assert_same(place, shrunk, place.run(*common, "train.micro_batch=1"))
@@ -174,7 +219,6 @@ def test_interrupted_in_it_no_step_is_begun(
     assert len(hit) == 1
     stopped = newest(place)
     assert stopped["status"] == "interrupted"
-    assert "probe" in stopped["plan"]
     resumed = place.run(*SETTINGS, resume=True)
     assert resumed["path"] == stopped["path"]
     assert_same(place, resumed, plain)
@@ -204,8 +248,8 @@ def test_graphs_are_recorded_before_the_first_step(
     assert found["recorded"] == len(lengths)
     assert found["of"] == without["cuda_graphs"]["of"]
     assert found["replayed"] == found["of"]
-    assert len(probes.tried) == 1 + 3 * len(lengths)
-    widths = [max(tried) for tried in probes.tried[1 : 1 + len(lengths)]]
+    assert len(probes.tried) == 2 + 3 * len(lengths)
+    widths = [max(tried) for tried in probes.tried[2 : 2 + len(lengths)]]
     if packing == "false":
         assert widths[1:] == list(lengths[-2::-1])  # the longest is as long as its rows are
     assert f"; CUDA graphs: {len(lengths)}" in place.said
@@ -229,14 +273,14 @@ def test_interrupted_while_graphs_are_recorded_it_does_not_go_through_them(
     probes, step = Probes(monkeypatch), Trainer.training_step
 
     def training_step(*rest: Any, **named: Any) -> Any:
-        if len(probes.tried) == 2:
+        if len(probes.tried) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return step(*rest, **named)
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
     with pytest.raises(Interrupted):
         place.run(*GRAPHS)
-    assert len(probes.tried) == 2
+    assert len(probes.tried) == 3
     assert newest(place)["status"] == "interrupted"
 
 
@@ -247,7 +291,7 @@ def test_where_recording_fails_nothing_more_is_tried(
     probes = Probes(monkeypatch)
     stopped = place.run(*GRAPHS)
     assert stopped["cuda_graphs"]["stopped"].endswith("operation not permitted")
-    assert len(probes.tried) == 1 + len(made.last.warm_ups) + 1
+    assert len(probes.tried) == 2 + len(made.last.warm_ups) + 1
 
 
 @pytest.mark.parametrize("fails", ["record", "warm up"])
@@ -261,7 +305,8 @@ def test_out_of_memory_while_graphs_are_recorded(
     monkeypatch.setattr("fastlora.train.probe.peak_gib", lambda: next(peaks, 80.0))
     Recorders(monkeypatch, fail={1: oom} if fails == "record" else {})
     if fails == "warm up":
-        Ooms(monkeypatch, {1: ["none", "none", "backward"]})
+        # The longest rows have more labels than provided for: two forwards, twice.
+        Ooms(monkeypatch, {1: ["none"] * 4 + ["backward"]})
     disturbed = place.run(*GRAPHS)
     ((step, rows, graphs),) = [(o["step"], o["rows"], o.get("graphs")) for o in disturbed["oom"]]
     assert (step, rows, graphs) == (1, 4, False)
