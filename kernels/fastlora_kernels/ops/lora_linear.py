@@ -8,7 +8,8 @@ LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; D_i is dropout, if any (op
 B_i. The products of rank R are taken first, so that no (N, K) delta is formed; the A_i stand one below the other, so
 that x is read once for all S_i and once for all dA_i, and dx is summed up in place. A 4-bit W_i is dequantized in each
 direction; above a number of tokens s B A is folded into it, which makes y and dx a product each, and S is first
-made in backward. An 8-bit W_i is bitsandbytes' own product forward.
+made in backward. There one read of each g_i gives U_i and dB_i, or one read of x, where it is wider, S and dA_i
+(ops/skinny.py). An 8-bit W_i is bitsandbytes' own product forward.
 
 Saved for backward: x once, A and B as they are, and, where there was no fold, S (tokens x ranks) and a seed for each
 dropout.
