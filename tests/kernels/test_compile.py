@@ -27,7 +27,7 @@ KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
     ("skinny._up_and_gradient", ONE_PASS | {"RANK": 16, "BLOCK_R": 16}, {}, {"num_warps": 8, "num_stages": 2}),
     ("skinny._up_and_gradient", ONE_PASS | {"RANK": 32, "BLOCK_R": 32}, {}, {"num_warps": 8, "num_stages": 2}),
-    ("skinny._sum_parts", {"RANK": 16, "BLOCK": 1024}, {}, {}),
+    ("skinny._sum_parts", {"RANK": 16, "BLOCK": 256, "AT_ONCE": 16}, {}, {}),
     ("glu._glu", GLU, {}, {}),
     ("glu._glu_backward", GLU, {}, {}),
     ("dropout._dropout", {"BLOCK": 2048}, {}, {}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import choose_backend
+from fastlora_kernels.ops import lora_linear as lora_linear_module
 from fastlora_kernels.ops import skinny
 from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.lora_linear import Projection, lora_linear, lora_linears
@@ -169,6 +170,52 @@ def test_several_err_no_more_than_torch(
         assert found.dtype == torchs.dtype
         error, allowed = (float((t.double() - truth.double()).norm()) for t in (found, torchs))
         assert error <= 2 * allowed + 1e-6 * float(truth.norm()), (i, error, allowed)
+
+
+@pytest.mark.parametrize(("k", "once"), [(192, True), (64, False)])
+@pytest.mark.parametrize("frozen_a", [False, True])
+def test_of_x_and_the_outputs_the_wider_is_read_once(
+    k: int, once: bool, frozen_a: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where S is made in backward. The outputs that are used are 70 + 48 wide."""
+    if backend == "reference":
+        pytest.skip("has no such kernel")
+    monkeypatch.setattr(skinny, "one_pass", lambda *sizes: True)
+    read = []
+
+    def in_one_pass(g: torch.Tensor, *rest: Any) -> torch.Tensor:
+        read.append(g.shape[1])
+        return one_read(g, *rest)
+
+    one_read = skinny.in_one_pass
+    monkeypatch.setattr(skinny, "in_one_pass", in_one_pass)
+    monkeypatch.setattr(lora_linear_module, "in_one_pass", in_one_pass)
+    dtype = torch.float16
+    projections = three(k, 16, True, dtype)
+    for one in projections[:2] if frozen_a else ():
+        one.lora_a.requires_grad_(False)
+    x = torch.randn(200, k, device=DEVICE).to(dtype).requires_grad_()
+
+    def gradients(ys: Any) -> list[torch.Tensor]:
+        inputs = [
+            x,
+            *(t for one in projections for t in (one.lora_a, one.lora_b) if t.requires_grad),
+        ]
+        torch.manual_seed(1)
+        gs = [torch.randn(y.shape).to(y) for y in ys[::2]]
+        return [*torch.autograd.grad(ys[::2], inputs, gs, allow_unused=True)]
+
+    found = gradients(lora_linears(x, projections))
+    assert read == ([k] if once else [70, 48])
+    theirs = gradients([plain(x, one, dtype) for one in projections])
+    truths = gradients([plain(x.double(), one, torch.float64) for one in projections])
+    for ours, torchs, truth in zip(found, theirs, truths, strict=True):
+        if torchs is None:
+            assert ours is None
+            continue
+        assert ours.is_contiguous()
+        error, allowed = (float((t.double() - truth.double()).norm()) for t in (ours, torchs))
+        assert error <= 2 * allowed + 1e-6 * float(truth.norm())
 
 
 def test_finite_differences_of_several() -> None:

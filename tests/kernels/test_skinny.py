@@ -12,10 +12,12 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytes
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 8, 16, 40, 64])
-@pytest.mark.parametrize(("tokens", "n"), [(1, 1), (63, 70), (257, 300)])
+@pytest.mark.parametrize(
+    ("tokens", "n", "transposed"), [(1, 1, False), (63, 70, True), (257, 300, False)]
+)
 def test_one_pass_is_both_products(
-    tokens: int, n: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tokens: int, n: int, rank: int, transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     if CUDA:
         if dtype == torch.float32:
             pytest.skip("16-bit types alone")
@@ -23,15 +25,20 @@ def test_one_pass_is_both_products(
         if dtype == torch.bfloat16:
             pytest.skip("needs a CUDA GPU")
         monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
-    monkeypatch.setattr(skinny, "PROGRAMS", 6)  # several chunks of tokens, at these sizes too
+    # Several chunks of tokens, and several blocks of parts, at these sizes too.
+    monkeypatch.setattr(skinny, "processors", lambda device: 6)
+    monkeypatch.setattr(skinny, "PARTS_AT_ONCE", 2)
     torch.manual_seed(0)
     g, b = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((tokens, n), (n, rank)))
+    if transposed:
+        b = b.T.contiguous().T
     wide = torch.randn(tokens, rank + 16, device=DEVICE).to(dtype)
     down, ups = wide[:, 8 : 8 + rank], torch.full_like(wide, torch.nan)
     up = ups[:, 8 : 8 + rank]
     db = in_one_pass(g, b, down, 0.5, up, torch.float32)
     again = in_one_pass(g, b, down, 0.5, torch.empty_like(up), torch.float32)
     assert torch.equal(db, again)
+    assert db.T.is_contiguous() if transposed else db.is_contiguous()
     assert ups[:, :8].isnan().all()
     assert ups[:, 8 + rank :].isnan().all()
     plain_up, plain_db = 0.5 * (g @ b), g.T @ down
@@ -46,7 +53,8 @@ def test_one_pass_is_both_products(
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one_pass(16384, 4096, 16)
     assert not one_pass(16384, 4096, 64)
-    assert not one_pass(4096, 4096, 16)
+    assert one_pass(4096, 4096, 16)
+    assert not one_pass(4096, 1024, 16)
     monkeypatch.setattr(skinny, "one_pass", lambda *sizes: False)
     g, b, down = torch.randn(5, 4), torch.randn(4, 2), torch.randn(5, 2)
     up = torch.empty(5, 2)

@@ -8,7 +8,8 @@ LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; D_i is dropout, if any (op
 B_i. The products of rank R are taken first, so that no (N, K) delta is formed; the A_i stand one below the other, so
 that x is read once for all S_i and once for all dA_i, and dx is summed up in place. A 4-bit W_i is dequantized in each
 direction; above a number of tokens s B A is folded into it, which makes y and dx a product each, and S is first
-made in backward. An 8-bit W_i is bitsandbytes' own product forward.
+made in backward. There one read of each g_i gives U_i and dB_i, or one read of x, where it is wider, S and dA_i
+(ops/skinny.py). An 8-bit W_i is bitsandbytes' own product forward.
 
 Saved for backward: x once, A and B as they are, and, where there was no fold, S (tokens x ranks) and a seed for each
 dropout.
@@ -29,7 +30,7 @@ from fastlora_kernels.ops.dequantize import Fold, dequantize
 from fastlora_kernels.ops.dropout import draw_seeds, dropout
 from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.four_bit import FourBit
-from fastlora_kernels.ops.skinny import product, up_and_gradient
+from fastlora_kernels.ops.skinny import in_one_pass, product, served, up_and_gradient
 
 Weight = torch.Tensor | FourBit | EightBit
 """Frozen, (N, K): dense in any float dtype, a Params4bit or its FourBit, or a layer of 8-bit weights."""
@@ -307,11 +308,18 @@ class Gradients:
         ctx, found = self.ctx, self.found
         if not self.given:
             return found
-        if self.down_TR is None and any(self.wants):
+        da_RK = None
+        if self._reads_x_once(x_TK):
+            up_TR = self._up()  # without dB, since S is not there: each g is read once more below
+            self.down_TR = torch.empty_like(up_TR)
+            da_RK = in_one_pass(
+                x_TK, self.a_RK.T, up_TR, ctx.scalings[0], self.down_TR, torch.float32
+            ).T
+        elif self.down_TR is None and any(self.wants):
             self.down_TR = down(ctx, x_TK, self.a_RK, self.seeds)
         up_TR = self._up()
-        # One product for all, unless each has a dropout of its own.
-        da_RK = product(up_TR.T, x_TK) if self.seeds is None and any(self.wants[::3]) else None
+        if da_RK is None and self.seeds is None and any(self.wants[::3]):
+            da_RK = product(up_TR.T, x_TK)  # for all, unless each has a dropout of its own
         for i, (g_TN, block) in enumerate(zip(self.gs, ctx.blocks, strict=True)):
             if g_TN is None:
                 continue
@@ -329,6 +337,15 @@ class Gradients:
                 dbeta_N = ctx.scalings[i] * g_TN.sum(dim=0, dtype=torch.float32)
                 found[3 * i + 2] = dbeta_N.to(beta_N.dtype)
         return found
+
+    def _reads_x_once(self, x_TK: torch.Tensor) -> bool:
+        """Whether S and dA come of one read of x, as it is the wider one in front of down_proj. Else U and dB come of
+        one of each g: not both, since dB takes S and dA takes U."""
+        if self.down_TR is not None or self.seeds is not None or not any(self.wants[::3]):
+            return False
+        if len(set(self.ctx.scalings)) > 1 or x_TK.shape[1] <= sum(g.shape[1] for g in self.given):
+            return False
+        return served(x_TK, self.a_RK.shape[0])
 
     def _up(self) -> torch.Tensor:
         """U, (T, R); and each dB with it, of the same read of g, if S is there by then."""

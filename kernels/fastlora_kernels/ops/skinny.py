@@ -1,14 +1,17 @@
 """The products of an adapter that read a large matrix: tall, and no wider than the rank.
 
-    U = s g B,  dB = g^T S
+    U = s g B,  dB = g^T S,  and with x, A^T and U in the places of g, B and S:  S = s x A^T,  dA^T = x^T U
 
-Both read g, (T, N), which is most of their time. One kernel takes both from a single read: a program walks down some
-tokens of a strip of outputs, keeps its part of dB in registers, and writes its part of U for each block of tokens.
-The parts are then summed up in a fixed order, in float32: no atomics, so that a result is the same each time.
-Cf. LoRAFusion (arXiv:2510.00206), which fuses them too. Shapes: T tokens, N outputs, R rank, P parts.
+Both of a pair read the same matrix, (T, N), which is most of their time. One kernel takes both from a single read: a
+program walks down some tokens of a strip of outputs, keeps its part of dB in registers, and writes its part of U for
+each block of tokens. A second kernel sums up the parts of both in a fixed order, in float32: no atomics, so that a
+result is the same each time. Cf. LoRAFusion (arXiv:2510.00206), which fuses them too.
+Shapes: T tokens, N outputs, R rank, P parts.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 
@@ -17,21 +20,24 @@ from fastlora_kernels.launch import cdiv, launch, power_of_2
 from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
-BLOCK_T, BLOCK_N, BLOCK_SUM = 64, 256, 1024
-STAGES, PROGRAMS = 3, 132
-"""The fastest of those tried on an H100 (docs/log.md): one program for each of its processors."""
+BLOCK_T, BLOCK_N = 64, 256
+WARPS, STAGES = 8, 3
+"""The fastest of those tried on an H100 (docs/log.md), with one program for each of its processors."""
+BLOCK_SUM, PARTS_AT_ONCE = 256, 16
+"""Loads that wait for nothing: one part after the other would take the memory's latency for each."""
 
 
 @jit
 def _up_and_gradient(
-    g_ptr, b_ptr, down_ptr, up_parts_ptr, db_parts_ptr, n_tokens, n_columns, down_stride, tokens_each,
+    g_ptr, b_ptr, down_ptr, up_parts_ptr, db_parts_ptr,
+    n_tokens, n_columns, down_stride, b_stride_n, b_stride_r, tokens_each,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r_R = tl.arange(0, BLOCK_R)
     inside_NR = (n_N[:, None] < n_columns) & (r_R[None, :] < RANK)
-    place_NR = n_N.to(tl.int64)[:, None] * RANK + r_R[None, :]
-    b_NR = tl.load(b_ptr + place_NR, mask=inside_NR, other=0.0)
+    b_place_NR = n_N.to(tl.int64)[:, None] * b_stride_n + r_R[None, :] * b_stride_r
+    b_NR = tl.load(b_ptr + b_place_NR, mask=inside_NR, other=0.0)
     up_part = up_parts_ptr + tl.program_id(0).to(tl.int64) * n_tokens * RANK
     db_NR = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     first = tl.program_id(1) * tokens_each
@@ -53,27 +59,60 @@ def _up_and_gradient(
         up_place_TR = t_T.to(tl.int64)[:, None] * RANK + r_R[None, :]
         tl.store(up_part + up_place_TR, up_TR, mask=inside_TR)
     db_part = db_parts_ptr + tl.program_id(1).to(tl.int64) * n_columns * RANK
-    tl.store(db_part + place_NR, db_NR, mask=inside_NR)
+    db_place_NR = n_N.to(tl.int64)[:, None] * RANK + r_R[None, :]
+    tl.store(db_part + db_place_NR, db_NR, mask=inside_NR)
+
+
+@jit
+def _sum_block(
+    parts_ptr, out_ptr, block, parts, size, row_stride, column_stride, scaling,
+    RANK: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    place_B = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total_B = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        part_P = first + tl.arange(0, AT_ONCE)
+        part_PB = tl.load(
+            parts_ptr + part_P.to(tl.int64)[:, None] * size + place_B[None, :],
+            mask=(part_P[:, None] < parts) & (place_B[None, :] < size),
+            other=0.0,
+        )
+        total_B += tl.sum(part_PB, axis=0)
+    out_B = (scaling * total_B).to(out_ptr.dtype.element_ty)
+    out_place_B = place_B // RANK * row_stride + place_B % RANK * column_stride
+    tl.store(out_ptr + out_place_B, out_B, mask=place_B < size)
 
 
 @jit
 def _sum_parts(
-    parts_ptr, out_ptr, parts, size, out_stride, scaling, RANK: tl.constexpr, BLOCK: tl.constexpr
+    up_parts_ptr, db_parts_ptr, up_ptr, db_ptr,
+    up_blocks, up_parts, up_size, up_stride, db_parts, db_size, db_stride_n, db_stride_r, scaling,
+    RANK: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    part_ptr = parts_ptr + place
-    for _ in range(parts):
-        total += tl.load(part_ptr, mask=place < size, other=0.0)
-        part_ptr += size
-    out = (tl.cast(scaling, tl.float32) * total).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place // RANK * out_stride + place % RANK, out, mask=place < size)
+    """Both sums in one launch: the first programs U's, the others dB's."""
+    block = tl.program_id(0)
+    if block < up_blocks:
+        scaling = tl.cast(scaling, tl.float32)
+        _sum_block(up_parts_ptr, up_ptr, block, up_parts, up_size, up_stride, 1, scaling,
+                   RANK, BLOCK, AT_ONCE)  # fmt: skip
+    else:
+        block -= up_blocks
+        _sum_block(db_parts_ptr, db_ptr, block, db_parts, db_size, db_stride_n, db_stride_r, 1.0,
+                   RANK, BLOCK, AT_ONCE)  # fmt: skip
 
 
 def one_pass(tokens: int, n: int, rank: int) -> bool:
-    """Whether one read of g with parts to sum up beats two products of cuBLAS: on an H100 0.077 ms against 0.125 at
-    16384 x 4096 and rank 16, nothing at rank 64; below that size its third launch costs the host more than it wins."""
-    return rank <= 32 and tokens * n >= 2**26
+    """Whether one read of g with parts to sum up beats two products of cuBLAS, by the GPU's time: on an H100 0.077 ms
+    against 0.125 at 16384 x 4096 and rank 16, nothing at rank 64. Both ways are two launches for the host."""
+    return rank <= 32 and tokens * n >= 2**24
+
+
+def served(g: torch.Tensor, rank: int) -> bool:
+    """Whether in_one_pass is the way for g, (T, N)."""
+    backend = choose_backend(g.device, BACKENDS)
+    # In float32 its tiles do not fit into shared memory; the interpreter has no such limit, and no bfloat16.
+    fits = backend == "interpret" or (backend == "triton" and g.element_size() == 2)
+    return fits and g.is_contiguous() and one_pass(g.shape[0], g.shape[1], rank)
 
 
 def up_and_gradient(
@@ -89,13 +128,10 @@ def up_and_gradient(
     g (T, N) and b (N, R) contiguous; down, S (T, R), and up may be strips of columns of a wider matrix; all in one
     dtype. Summed in float32. Without S, or with dtype None, dB is None.
     """
-    backend = choose_backend(g.device, BACKENDS)
-    # In float32 its tiles do not fit into shared memory; the interpreter has no such limit, and no bfloat16.
-    served = backend == "interpret" or (backend == "triton" and g.element_size() == 2)
     if down is None or dtype is None:
         up.addmm_(g, b, beta=0, alpha=scaling)
         return None
-    if served and one_pass(g.shape[0], *b.shape):
+    if served(g, b.shape[1]):
         return in_one_pass(g, b, down, scaling, up, dtype)
     up.addmm_(g, b, beta=0, alpha=scaling)
     return product(g.T, down).to(dtype)
@@ -110,6 +146,14 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.mm(left, right).float()
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once, one on each; of a CPU, an H100's."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def in_one_pass(
     g: torch.Tensor,
     b: torch.Tensor,
@@ -118,10 +162,11 @@ def in_one_pass(
     up: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See up_and_gradient; for 16-bit types and ranks up to 64."""
+    """See up_and_gradient; for 16-bit types and ranks up to 64. Here b may be a transposed matrix, and dB is then
+    one, too."""
     (tokens, n), rank = g.shape, b.shape[1]
     strips = cdiv(n, BLOCK_N)
-    chunks = max(1, min(cdiv(tokens, BLOCK_T), PROGRAMS // strips))
+    chunks = max(1, min(cdiv(tokens, BLOCK_T), processors(g.device) // strips))
     tokens_each = cdiv(cdiv(tokens, chunks), BLOCK_T) * BLOCK_T
     chunks = cdiv(tokens, tokens_each)
     up_parts = torch.empty((strips, tokens, rank), dtype=torch.float32, device=g.device)
@@ -135,19 +180,19 @@ def in_one_pass(
         _up_and_gradient,
         (strips, chunks),
         (g, b, down, up_parts, db_parts),
-        (tokens, n, down.stride(0), tokens_each),
+        (tokens, n, down.stride(0), *b.stride(), tokens_each),
         {"RANK": rank} | blocks,
-        num_warps=8,
+        num_warps=WARPS,
         num_stages=STAGES,
     )
-    db = torch.empty((n, rank), dtype=dtype, device=g.device)
-    for parts, out, factor in ((up_parts, up, scaling), (db_parts, db, 1.0)):
-        size = parts[0].numel()
-        launch(
-            _sum_parts,
-            (cdiv(size, BLOCK_SUM),),
-            (parts, out),
-            (len(parts), size, out.stride(0), float(factor)),
-            {"RANK": rank, "BLOCK": BLOCK_SUM},
-        )
+    db = torch.empty_strided((n, rank), b.stride(), dtype=dtype, device=g.device)
+    up_blocks, db_blocks = (cdiv(size, BLOCK_SUM) for size in (tokens * rank, n * rank))
+    launch(
+        _sum_parts,
+        (up_blocks + db_blocks,),
+        (up_parts, db_parts, up, db),
+        (up_blocks, strips, tokens * rank, up.stride(0),
+         chunks, n * rank, *db.stride(), float(scaling)),
+        {"RANK": rank, "BLOCK": BLOCK_SUM, "AT_ONCE": PARTS_AT_ONCE},
+    )  # fmt: skip
     return db
