@@ -167,7 +167,8 @@ def test_a_great_batch_takes_no_longer() -> None:
 
 def test_micro_batches_by_default_are_chosen_too() -> None:
     """Resumed under another budget, they are to stay."""
-    choice = chosen(30, SMALL, engine="unsloth", train={"accumulation": 1})
+    memory = {"vram": "30GiB"}
+    choice = chosen(30, SMALL, engine="unsloth", train={"accumulation": 1}, memory=memory)
     assert choice
     assert choice.settings["train.micro_batch"] == choice.result.setup.micro_batch == 2
 
