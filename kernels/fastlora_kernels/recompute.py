@@ -384,9 +384,8 @@ def _entered(
     inputs: Sequence[torch.Tensor], wanted: Sequence[bool], found: list[torch.Tensor | None]
 ) -> list[torch.Tensor]:
     """`inputs` as the recomputation takes them; the gradient of each that is wanted comes to its place in `found`."""
-    anchor = torch.empty(0, requires_grad=True)
     return [
-        Entered.apply(anchor, (x,), found, place) if want else x.detach()
+        Entered.apply(x.new_empty(0).requires_grad_(), (x,), found, place) if want else x.detach()
         for place, (x, want) in enumerate(zip(inputs, wanted, strict=True))
     ]
 
