@@ -40,6 +40,8 @@ class ArmTask(BaseModel):
     gradients: str
     """Where the gradients of the parity step go; those of the whole model beside it, as NAME.depth.*."""
     work: Work
+    compared_rows: int = 2
+    """Of a micro-batch whose gradients are compared with other arms'."""
     vram_cap_gib: float | None = None
 
     def load(self) -> Loaded:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fastlora.plan.advise import Again, batches, possible, with_settings
 from fastlora.plan.gpus import GUESSED
 from fastlora.plan.predict import Prediction
+from fastlora.plan.speed import Speed, speed
 from fastlora.plan.working import keeps_projections
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
@@ -83,10 +84,15 @@ class Choice:
 NONE_FITS = "with what the recipe leaves open nothing fits into"
 
 
-def choose(now: Prediction, again: Again) -> Choice | None:
+RowTokens = Callable[[Recipe], float]
+"""Of a micro-batch as that recipe has it, the tokens that a row of it takes: of its longest, on average."""
+
+
+def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -> Choice | None:
     """What the open keys of a recipe become on the card of `now`, whose size is the budget. None: nothing fits.
 
-    now: the recipe as it stands, with the card's speed.
+    now: the recipe as it stands, with the card's speed. row_tokens: what time is reckoned by, since rows of one
+    micro-batch are padded to the longest and more of them need more padding; None: all rows are full.
     """
     recipe, engine = now.recipe, now.setup.engine
     starts = list(_starts(now))
@@ -98,7 +104,8 @@ def choose(now: Prediction, again: Again) -> Choice | None:
     if recipe.memory.cuda_graphs:  # policies that can be recorded, if there is one
         found = [one for one in found if one[1].setup.graphs] or found
     # The host's speed is a guess, so among those that it holds back alike the GPU's own decides.
-    alike = _within(_within(found, _time), _gpu_time)
+    alike = _within(found, lambda one: row_seconds(one[1], row_tokens))
+    alike = _within(alike, lambda one: row_seconds(one[1], row_tokens, host=False))
     least = min(one[1].memory.comfortable_gib for one in alike)
     near = [one for one in alike if one[1].memory.comfortable_gib <= least * (1 + _NEAR)]
     settings, result = min(near, key=lambda one: (len(one[0]), one[1].memory.comfortable_gib))
@@ -119,7 +126,8 @@ def _stated(recipe: Recipe, key: str, value: Any) -> bool:
     """Whether the recipe means that already. A micro-batch by default does not count: resumed, it may not change."""
     section, _, name = key.partition(".")
     part = getattr(recipe, section)
-    if name == "micro_batch" and name not in part.model_fields_set:
+    asked = recipe.memory.vram is not None
+    if asked and name == "micro_batch" and name not in part.model_fields_set:
         return False
     return bool(getattr(part, name) == value or (value == 0 and not getattr(part, name)))
 
@@ -206,17 +214,23 @@ def _fits(found: Found) -> bool:
     return found[1].verdict == "fits"
 
 
-def _time(found: Found) -> float:
-    """Seconds a token."""
-    speed = found[1].speed
-    assert speed is not None
-    return 1 / speed.tokens_per_s
+def row_seconds(
+    found: Prediction, row_tokens: RowTokens | None = None, *, host: bool = True
+) -> float:
+    """Of training on one row. `host`: where the host takes longer than the GPU, its time."""
+    took = speed_of(found, row_tokens)
+    gpu_s = took.gpu_s + took.waits_s
+    return (max(gpu_s, took.host_s) if host else gpu_s) / found.setup.micro_batch
 
 
-def _gpu_time(found: Found) -> float:
-    speed = found[1].speed
-    assert speed is not None
-    return (speed.gpu_s + speed.waits_s) / found[1].setup.tokens
+def speed_of(found: Prediction, row_tokens: RowTokens | None = None) -> Speed:
+    """With rows of so many tokens."""
+    assert found.speed is not None
+    assert found.card.gpu is not None
+    if row_tokens is None:
+        return found.speed
+    setup = replace(found.setup, row_tokens=max(1, round(row_tokens(found.recipe))))
+    return speed(found.shape, setup, found.card.gpu)
 
 
 def setting_said(one: Filled) -> str:

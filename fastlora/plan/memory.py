@@ -106,11 +106,7 @@ def memory(
     kept = _kept(shape, setup)
     free = vram_gib * GIB - context - _sum((*lasting, *kept))
     loss = Term("loss", working.loss_bytes(shape, setup, free), _LOSSES[setup.loss])
-    layer = [
-        Term("a layer's work", working.layer_works(shape, setup), "gradients of its widest part")
-    ]
-    if setup.engine != "unsloth":
-        layer.append(dequantized)
+    layer = [] if setup.engine == "unsloth" else [dequantized]
     step = [Term("optimizer's work", _optimizer_work(shape, setup), "of its largest operation")]
     moments: dict[Moment, tuple[Term, ...]] = {
         "loss": (*lasting, *kept, loss),
@@ -161,7 +157,9 @@ def _kept(
         saves = working.layer_saves(shape, setup)
         terms.append(Term("activations", whole * saves, f"of {whole} whole layers"))
     if setup.inputs_on_host:
-        return terms  # what is left of the others is among the copy buffers
+        if stays := working.stays_bytes(shape, setup):
+            terms.append(Term("checkpoints", stays, "input of the last layer computed again"))
+        return terms  # what is left of unsloth's is among the copy buffers
     if attention:
         each = working.attention_bytes(shape, setup)
         terms.append(Term("attention's activations", attention * each, f"of {attention} layers"))
@@ -178,23 +176,38 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
     """
     between = setup.policy == "unsloth"
     attention = working.attention_layers(setup)
-    stages = [_kept(shape, setup)]
+    item = setup.tokens * shape.hidden * setup.item
+    coming = Term("copies", working.coming_bytes(shape, setup), "back, for the next layer")
+
+    def work(again: bool) -> Term:
+        made = working.layer_works(shape, setup, again=again)
+        return Term("a layer's work", made, "gradients of its widest part")
+
+    stages = [[*_kept(shape, setup), work(again=False)]] if setup.keep_layers else []
     if attention:
-        saves = working.attention_again_bytes(shape, setup)
+        # Its input is among what is kept of it.
+        saves = working.attention_again_bytes(shape, setup) - item
         again = Term("a layer computed again", saves, "what it saves, but for its attention")
-        stages.append([*_kept(shape, setup, whole=None if setup.stream_layers else 0), again])
+        still = _kept(shape, setup, whole=None if setup.stream_layers else 0)
+        if setup.policy == "offload":
+            still = [one for one in still if one.name != "checkpoints"]
+            stays = working.attention_stays_bytes(shape, setup)
+            still += [Term("attention's activations", stays, "of the layer, from the host"), coming]
+        stages.append([*still, again, work(again=True)])
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
-        # Its input is among the checkpoints; with fastlora's its output is there as well.
-        if setup.engine == "liger":
-            saves -= setup.tokens * shape.hidden * setup.item
+        # Its input is among the checkpoints; with unsloth's its output is there instead.
+        if not between:
+            saves -= item
         again = Term("a layer computed again", saves, "what it saves")
         if setup.stream_layers > attention:
             still = _kept(shape, setup, attention=0)
         else:
             whole = max(0, setup.keep_layers - 1) if between else 0
             still = _kept(shape, setup, whole=whole, attention=0)
-        stages.append([*still, again])
+        if setup.policy == "offload":
+            still.append(coming)
+        stages.append([*still, again, work(again=True)])
     return max(stages, key=lambda terms: _sum((*terms,)))
 
 

@@ -4,8 +4,8 @@ A micro-batch takes the longer of two times: the GPU's, for its products at a sh
 ceiling, for what only reads and writes its activations, for dequantizing weights, and waiting for copies between host
 and GPU memory; and the host's, which hands over the kernels of one layer after the other, unless it is recorded.
 Copies of a layer's forward have to be hidden behind that forward, and those of its backward behind the backward of a
-layer. The constants come from the committed reports, a test holding them to those, and from measurements on an H200
-(docs/plan.md).
+layer, which for fastlora's begins once that layer is computed again. The constants come from the committed reports, a
+test holding them to those, and from measurements on an H200 (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastlora.plan.working import (
     attention_layers,
     copied,
     keeps_projections,
+    recomputed_by_us,
 )
 
 _EFFICIENCY = {"peft": 0.635, "liger": 0.665, "unsloth": 0.88}
@@ -105,9 +106,7 @@ def _again_flops(shape: Shape, setup: Setup) -> tuple[float, float]:
     attention = whole - _attention_flops(shape, setup)
     if keeps_projections(setup):
         attention = 2.0 * setup.tokens * sum(sizes[name] for name in sizes if name in MLP)
-    compiled = setup.engine == "unsloth" and not setup.graphs
-    ours = setup.kernels and setup.policy in ("full", "offload")
-    if ours and shape.layer_norms == 2 and not compiled:
+    if recomputed_by_us(setup) and shape.layer_norms == 2:
         unused = 2.0 * setup.tokens * sizes["down_proj"]
         whole, attention = whole - unused, attention - unused
     return whole, attention
@@ -133,7 +132,9 @@ def speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed:
         copy_s = one.bytes / (gpu.host_gb_s * 1e9)
         back_s += one.layers * copy_s
         waits_out_s += one.layers * max(0.0, copy_s - layer_s)
-        behind_s = (2 * _layer_flops(shape, setup) + again) / rate + 3 * pass_s
+        behind_s = 2 * _layer_flops(shape, setup) / rate + 2 * pass_s
+        if setup.policy == "unsloth":
+            behind_s += again / rate + pass_s
         waits_back_s += one.layers * max(0.0, copy_s - behind_s)
     waits_s = max(weights_s - forward_s, waits_out_s)
     waits_s += max(weights_s + back_s - backward_s, waits_back_s)

@@ -152,7 +152,7 @@ class TrainSection(Section):
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     micro_batch: int = Field(default=2, ge=1)
-    """Sequences per forward pass."""
+    """Sequences per forward pass. Not given, a run on a GPU may choose others with as many per optimizer step."""
     accumulation: int | None = Field(default=None, ge=1)
     effective_batch: int | None = Field(default=None, ge=1)
     """Sequences per optimizer step: micro_batch x accumulation. Give one of the two."""

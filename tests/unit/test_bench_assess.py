@@ -106,6 +106,10 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
         update={"train": recipe.train.model_copy(update={"chunked_loss": True})}
     )
     assert Arm.parse("peft").recipe(chunked).train.chunked_loss is None
+    larger = Arm.parse("unsloth+batch4").recipe(recipe).train
+    assert (recipe.train.micro_batch, recipe.train.accumulation_steps) == (2, 2)
+    assert (larger.micro_batch, larger.accumulation_steps) == (4, 1)
+    assert Arm.parse("unsloth").micro_batch is None
     assert Arm.parse("unsloth+keep007+keep7") == Arm.parse("unsloth+keep7")
     assert Arm.parse("unsloth+budget").recipe(recipe, 7.5).memory.vram_gib == 7.5
     assert Arm.parse("unsloth+budget").recipe(recipe).memory.vram == "auto"

@@ -167,7 +167,8 @@ def test_a_great_batch_takes_no_longer() -> None:
 
 def test_micro_batches_by_default_are_chosen_too() -> None:
     """Resumed under another budget, they are to stay."""
-    choice = chosen(30, SMALL, engine="unsloth", train={"accumulation": 1})
+    memory = {"vram": "30GiB"}
+    choice = chosen(30, SMALL, engine="unsloth", train={"accumulation": 1}, memory=memory)
     assert choice
     assert choice.settings["train.micro_batch"] == choice.result.setup.micro_batch == 2
 
@@ -211,9 +212,8 @@ def test_kept_layers_are_gone_before_others_are_computed_again() -> None:
     bare, two = peak(), peak(keep_layers=2)
     assert two["backward of a layer"] < bare["backward of a layer"] + 2.1 * (two["loss"] - bare["loss"])  # fmt: skip
     one = peak(keep_layers=1)
-    # The last layer's own, which would have been made again for its backward, and its output with it.
-    output = 8 * 2048 * 4096 * 2
-    assert bare["backward of a layer"] - one["backward of a layer"] == pytest.approx(output)
+    # The last layer's own, its input among it, which would have been made again for its backward.
+    assert bare["backward of a layer"] == pytest.approx(one["backward of a layer"])
     parts = peak(keep_attention_layers=32)
     assert bare["loss"] < parts["loss"] < peak(keep_layers=32)["loss"]
 
@@ -255,20 +255,22 @@ def test_kept_layers_are_still_there_when_a_streamed_one_behind_them_is_computed
 
 
 @pytest.mark.parametrize(
-    ("policy", "kept", "staged", "on_host"),
+    ("policy", "kept", "staged", "stays", "coming", "on_host"),
     [
-        ("unsloth", 0, 2, 32), ("unsloth", 32, 0, 0), ("offload", 0, 3, 31), ("offload", 30, 2, 1),
-        ("offload", 31, 1, 0), ("offload", 32, 0, 0),
+        ("unsloth", 0, 2, 0, 0, 32), ("unsloth", 32, 0, 0, 0, 0), ("offload", 0, 0, 1, 1, 31),
+        ("offload", 30, 0, 1, 1, 1), ("offload", 31, 0, 1, 0, 0), ("offload", 32, 0, 0, 0, 0),
     ],
 )  # fmt: skip
 def test_copies_of_inputs_are_as_many_as_there_are_layers_for(
-    policy: str, kept: int, staged: int, on_host: int
+    policy: str, kept: int, staged: int, stays: int, coming: int, on_host: int
 ) -> None:
     """In inputs of a layer; fastlora leaves the last one's where it is."""
     train = {"checkpointing": policy}
     found = predicted(engine="unsloth", train=train, memory={"keep_layers": kept})
     one = found.setup.tokens * 4096 * 2
     assert working.staging_bytes(found.shape, found.setup) == staged * one
+    assert working.stays_bytes(found.shape, found.setup) == stays * one
+    assert working.coming_bytes(found.shape, found.setup) == coming * one
     assert working.host_kept_bytes(found.shape, found.setup) == on_host * one
     pinned = [term.bytes for term in found.memory.host if term.name == "pinned checkpoints"]
     assert pinned == ([on_host * one] if on_host else [])
@@ -399,15 +401,40 @@ def test_gemmas_norm_has_down_proj_made_again_there_too() -> None:
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 3, 30, 32])
 def test_kept_attention_waits_in_host_memory(layers: int) -> None:
-    """Of all but the last, of which the input stays alone; two are on their way."""
+    """Of all but the last, of which the input stays alone; one is on its way while another is read."""
     found = keeping(layers, "offload", **ALL)
     one, given = working.attention_bytes(found.shape, found.setup), 4096 * 4096 * 2
     on_host = [one] * (layers - 1) + [given] * (31 - max(0, layers - 1))
-    pinned, staged = sum(on_host), sum(on_host[:2]) + given
-    assert working.host_kept_bytes(found.shape, found.setup) == pinned
-    assert working.staging_bytes(found.shape, found.setup) == staged
-    names = [term.name for term in found.memory.moments["loss"]]
-    assert "attention's activations" not in names
+    assert working.host_kept_bytes(found.shape, found.setup) == sum(on_host)
+    assert working.coming_bytes(found.shape, found.setup) == on_host[0]
+    assert working.stays_bytes(found.shape, found.setup) == given
+    before, back = (found.memory.moments[moment] for moment in ("loss", "backward of a layer"))
+    sizes = {term.name: term.bytes for term in before}
+    assert "attention's activations" not in sizes
+    assert sizes["checkpoints"] == given
+    there = {term.name: term.bytes for term in back}
+    assert there["copies"] == on_host[0]
+    # Of the layer itself: its input, or that, attention's output with its log-sum-exp, and v.
+    own = {"checkpoints": given, "attention's activations": 2 * given + given // 4 + 4096 * 32 * 4}
+    assert [there[name] for name in own if name in there] in ([own[name]] for name in own)
+
+
+def test_gate_and_up_are_written_over_where_they_were_made_again() -> None:
+    """The gradient of down_proj's input is beside them, and theirs only where layers are kept, compiled or DoRA's."""
+
+    def work(config: Any = LLAMA_8B, **sections: Any) -> float:
+        asked = {"train": {"checkpointing": "full"}, "memory": {"cuda_graphs": True}, **ALL}
+        found = predicted(config=config, **{**asked, **sections})
+        terms = found.memory.moments["backward of a layer"]
+        (one,) = [term.bytes for term in terms if term.name == "a layer's work"]
+        return one / 4096 / 2
+
+    h, i = 4096, 14336
+    assert work() == work(engine="peft") == h + i
+    for sections in (
+        {"train": {"checkpointing": "none"}}, {"memory": {"cuda_graphs": False}}, {"lora": {"dora": True}},
+    ):  # fmt: skip
+        assert work(**sections) == h + 3 * i
 
 
 def test_pinned_memory_comes_in_powers_of_two() -> None:

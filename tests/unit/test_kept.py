@@ -276,5 +276,5 @@ def test_a_micro_batch_that_was_chosen_stays_on_resume(tmp_path: Path) -> None:
         run.update(status="interrupted", recipe=began, memory={"filled": [chosen]})
     open_for_resume(asked()).close()
     open_for_resume(asked(micro_batch=4)).close()
-    with pytest.raises(RunDirError, match=r"train\.micro_batch: memory\.vram chose 4, now 8"):
+    with pytest.raises(RunDirError, match=r"train\.micro_batch: the run chose 4, now 8"):
         open_for_resume(asked(micro_batch=8))
