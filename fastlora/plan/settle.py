@@ -48,11 +48,12 @@ class MicroBatches:
 
 def without_budget(recipe: Recipe) -> Recipe:
     """The recipe of a run without memory.vram, in which the rest is to be chosen: whether layers are computed again,
-    unless train.checkpointing says it. Micro-batches stay, and weights are streamed only as asked."""
+    unless train.checkpointing says it. Micro-batches stay, and weights are in host memory only as asked."""
     memory = recipe.memory
     stated = {
         "train.micro_batch": recipe.train.micro_batch,
         "memory.stream_layers": memory.stream_layers or 0,
+        "memory.embedding": memory.embedding or "gpu",
     }
     if recipe.train.checkpointing != "auto":
         for key in ("keep_layers", "keep_attention_layers"):
