@@ -31,6 +31,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "+keep": (("peft", "unsloth"), "layers that are kept whole"),
     "+attention": (("peft", "unsloth"), "layers that keep their attention"),
     "+stream": (("unsloth",), "layers whose weights are in host memory"),
+    "+hostembed": (("peft", "liger", "unsloth"), "the input embedding in host memory"),
     "+record": (("peft", "unsloth"), "micro-batches as CUDA graphs (memory.cuda_graphs)"),
     "+dense": (("peft", "unsloth"), "layers that are dequantized once a step"),
     "+budget": (("peft", "unsloth"), "memory.vram = --vram-cap, or what is free"),
@@ -133,6 +134,8 @@ class Arm(BaseModel):
             train |= {key.removeprefix("train."): value for key, value in given.items()}
         if "-optimizer" in self.options:
             train["optimizer"] = "adamw"
+        if "+hostembed" in self.options:
+            memory["embedding"] = "host"
         if "+record" in self.options:
             memory["cuda_graphs"] = True
         if "+budget" in self.options:

@@ -2,7 +2,8 @@
 
 Every choice leaves what is learnt as it is. Tried are micro-batches at the recipe's effective batch, checkpoint
 policies and, for each, every number of layers that are kept whole, with as many more that keep their attention as
-there is then room for. Where nothing of it fits, as few layers as need be have their frozen weights in host memory.
+there is then room for; each with the input embedding on the GPU, and in host memory, which is taken where it makes for
+more than its time. Where nothing of it fits, as few layers as need be have their frozen weights there as well.
 The same recipe, budget, card and host memory choose the same, until a run on this GPU has corrected the predictions.
 """
 
@@ -17,15 +18,16 @@ from typing import Any
 from fastlora.plan.advise import Again, batches, possible, with_settings
 from fastlora.plan.gpus import GUESSED
 from fastlora.plan.predict import Prediction
+from fastlora.plan.setup import why_embedding_stays
 from fastlora.plan.speed import Speed, speed
-from fastlora.plan.working import keeps_projections
+from fastlora.plan.stored import host_embedding_bytes
+from fastlora.plan.working import GIB, keeps_projections
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
 
-OPEN = (
-    "train.micro_batch", "train.checkpointing", "memory.keep_layers", "memory.keep_attention_layers",
-    "memory.stream_layers",
-)  # fmt: skip
+_COUNTS = ("memory.keep_layers", "memory.keep_attention_layers", "memory.stream_layers")
+_EMBEDDING = "memory.embedding"
+OPEN = ("train.micro_batch", "train.checkpointing", *_COUNTS, _EMBEDDING)
 """What may be chosen, where the recipe does not say it."""
 
 _OURS = ("none", "offload", "full")
@@ -98,7 +100,10 @@ def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -
     starts = list(_starts(now))
     found = [one for start in starts for one in _kept(now, start, again)]
     if not found and engine == "unsloth" and _given(recipe, "memory.stream_layers") is None:
-        found = [one for start in starts for one in _streamed(now, start, again)]
+        # After the embedding, of which less crosses the bus.
+        first = [start for start in starts if _EMBEDDING in start]
+        found = [one for start in first for one in _streamed(now, start, again)]
+        found = found or [one for start in starts for one in _streamed(now, start, again)]
     if not found:
         return None
     if recipe.memory.cuda_graphs:  # policies that can be recorded, if there is one
@@ -106,6 +111,8 @@ def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -
     # The host's speed is a guess, so among those that it holds back alike the GPU's own decides.
     alike = _within(found, lambda one: row_seconds(one[1], row_tokens))
     alike = _within(alike, lambda one: row_seconds(one[1], row_tokens, host=False))
+    # Host memory is left to others where it is worth nothing.
+    alike = [one for one in alike if not one[1].setup.host_embedding] or alike
     least = min(one[1].memory.comfortable_gib for one in alike)
     near = [one for one in alike if one[1].memory.comfortable_gib <= least * (1 + _NEAR)]
     settings, result = min(near, key=lambda one: (len(one[0]), one[1].memory.comfortable_gib))
@@ -114,7 +121,7 @@ def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -
         for key, value in settings.items()
         if not _stated(recipe, key, value)
     )
-    nothing = dict.fromkeys(OPEN[2:], 0)
+    nothing = dict.fromkeys(_COUNTS, 0)
     plain = with_settings(recipe, {"train.checkpointing": POLICIES[engine][1], **nothing})
     return Choice(filled, result, again(plain))
 
@@ -141,8 +148,11 @@ def _given(recipe: Recipe, key: str) -> Any:
 
 
 def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
-    """Micro-batch and policy."""
+    """Micro-batch, policy and place of the embedding."""
     recipe, setup = now.recipe, now.setup
+    places: list[dict[str, Any]] = [{}]
+    if _given(recipe, _EMBEDDING) is None and not why_embedding_stays(now.shape, setup):
+        places.append({_EMBEDDING: "host"})
     effective = setup.micro_batch * setup.accumulation
     sizes = [_given(recipe, "train.micro_batch")]
     if sizes == [None]:
@@ -152,7 +162,8 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
     for size in sizes:
         for policy in [given] if given else POLICIES[setup.engine]:
             rows = batches(recipe, size, effective) if size != recipe.train.micro_batch else {}
-            yield {"train.micro_batch": size, **rows, "train.checkpointing": policy}
+            for place in places:
+                yield {"train.micro_batch": size, **rows, "train.checkpointing": policy, **place}
 
 
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
@@ -268,4 +279,7 @@ def _why(key: str, result: Prediction) -> str:
         if keeps_projections(setup):
             return "of these q, k, v, o and attention are not computed again"
         return "of these attention is not computed again"
+    if key == _EMBEDDING:
+        size = host_embedding_bytes(shape, setup) / GIB
+        return f"{size:.2f} GiB, of which the GPU reads the rows that it needs over the bus"
     return f"of {shape.layers} layers; their frozen weights come from host memory"

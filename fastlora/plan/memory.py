@@ -32,6 +32,8 @@ class Memory:
     context: float
     """Bytes that the driver counts beside the allocator."""
     host: tuple[Term, ...]
+    loading: float = 0.0
+    """Bytes before the first step, where it may take more than one: an embedding is on the GPU first."""
     correction: float = 1.0
     """From this machine's own runs: what is not stored weights and state is multiplied by it."""
 
@@ -64,12 +66,12 @@ class Memory:
     def needed_gib(self) -> float:
         """The smallest card: near its limit the allocator gives its holes back, so that only what is
         allocated counts, and the context. (8B with PEFT at 24 GiB: 10,240 tokens went in, predicted 23.9.)"""
-        return self.allocated_gib + self.context / GIB
+        return max(self.allocated_gib, self.loading / GIB) + self.context / GIB
 
     @property
     def comfortable_gib(self) -> float:
         """The card on which the allocator need not give anything back."""
-        return self.reserved_gib + self.context / GIB
+        return max(self.reserved_gib, self.loading / GIB) + self.context / GIB
 
     @property
     def host_gib(self) -> float:
@@ -123,7 +125,12 @@ def memory(
         holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
     else:
         holes = working.HOLES * peak + working.SMALL_HOLES
-    return Memory(moments, holes, context, _host(shape, setup), correction)
+    loading = 0.0
+    if embedding := stored.host_embedding_bytes(shape, setup):
+        # Gradients and the optimizer's state come later; each weight comes in 16 bits to be quantized.
+        there = [one for one in always if one.name not in ("gradients", "optimizer state")]
+        loading = _sum((*there, dequantized)) + embedding
+    return Memory(moments, holes, context, _host(shape, setup), loading, correction)
 
 
 _LOSSES = {
@@ -232,6 +239,8 @@ def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
         terms.append(Term("pinned checkpoints", pinned, "what layers keep for their backward"))
     if streamed := stored.streamed_bytes(shape, setup):
         terms.append(Term("pinned weights", streamed, f"of {setup.stream_layers} layers"))
+    if embedding := stored.host_embedding_bytes(shape, setup):
+        terms.append(Term("pinned embedding", embedding, "its rows are read over the bus"))
     if paged := stored.optimizer_bytes(shape, setup, paged=True):
         terms.append(Term("paged optimizer state", paged, "where the card has no room"))
     return tuple(terms)

@@ -64,6 +64,7 @@ class Prediction:
                 "keep_layers": setup.keep_layers,
                 "keep_attention_layers": setup.keep_attention_layers,
                 "stream_layers": setup.stream_layers,
+                "embedding": "host" if setup.host_embedding else "gpu",
                 "loss": setup.loss,
                 "quantization": setup.quantization,
                 "micro_batch": setup.micro_batch,

@@ -52,10 +52,13 @@ class MicroBatches:
 
 def without_budget(recipe: Recipe, *, batches: bool = True) -> Recipe:
     """The recipe of a run without memory.vram, in which the rest is to be chosen: whether layers are computed again,
-    unless train.checkpointing says it, and with `batches` train.micro_batch, unless it is stated. Weights are streamed
-    only as asked."""
+    unless train.checkpointing says it, and with `batches` train.micro_batch, unless it is stated. Weights are in host
+    memory only as asked."""
     memory = recipe.memory
-    stated: dict[str, Any] = {"memory.stream_layers": memory.stream_layers or 0}
+    stated: dict[str, Any] = {
+        "memory.stream_layers": memory.stream_layers or 0,
+        "memory.embedding": memory.embedding or "gpu",
+    }
     if not batches:
         stated["train.micro_batch"] = recipe.train.micro_batch
     if recipe.train.checkpointing != "auto":

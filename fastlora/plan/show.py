@@ -60,7 +60,8 @@ def _kept(setup: Setup) -> str:
         "that keep their attention": setup.keep_attention_layers,
         "streamed": setup.stream_layers,
     }
-    return "".join(f", {count} layers {how}" for how, count in counts.items() if count)
+    layers = "".join(f", {count} layers {how}" for how, count in counts.items() if count)
+    return layers + ", embedding in host memory" * setup.host_embedding
 
 
 def _memory_table(found: Prediction) -> Table:

@@ -21,6 +21,7 @@ from fastlora.plan.working import (
     again_layers,
     attention_layers,
     copied,
+    input_bytes,
     keeps_projections,
     recomputed_by_us,
 )
@@ -138,7 +139,9 @@ def speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed:
         waits_back_s += one.layers * max(0.0, copy_s - behind_s)
     waits_s = max(weights_s - forward_s, waits_out_s)
     waits_s += max(weights_s + back_s - backward_s, waits_back_s)
-    gpu_s, host_s = forward_s + backward_s, _host_s(shape, setup)
+    # The lookup of an embedding in host memory is a kernel of the GPU that reads over the bus.
+    rows_s = setup.host_embedding * input_bytes(shape, setup) / (gpu.host_gb_s * 1e9)
+    gpu_s, host_s = rows_s + forward_s + backward_s, _host_s(shape, setup)
     bound = "host" if host_s > gpu_s + waits_s else "copies" if waits_s else "GPU"
     return Speed(setup.tokens / max(gpu_s + waits_s, host_s), bound, gpu_s, waits_s, host_s)
 

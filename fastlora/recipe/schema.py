@@ -216,9 +216,10 @@ class MemorySection(Section):
 
     vram: str | None = None
     """The most that the run may take of the GPU, context and all, such as "12GiB"; "auto" is what is free. What the
-    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next three
-    keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits. Unset, no limit is set, micro-batches
-    and streaming stay, and the others are chosen for 0.9 of what is free where train.checkpointing is auto."""
+    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next four
+    keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits. Unset, no limit is set, micro-batches,
+    streaming and embedding stay, and the others are chosen for 0.9 of what is free where train.checkpointing is
+    auto."""
     keep_layers: int | None = Field(default=None, ge=0)
     """So many of the last layers keep all that their backward needs, and compute nothing again."""
     keep_attention_layers: int | None = Field(default=None, ge=0)
@@ -226,6 +227,10 @@ class MemorySection(Section):
     and up alone are computed again; where fastlora's kernels do not run the projections, attention's output alone."""
     stream_layers: int | None = Field(default=None, ge=0)
     """So many layers' frozen weights are in host memory, and come to the GPU when their turn comes."""
+    embedding: Literal["gpu", "host"] | None = None
+    """Where the input embedding is. host: in pinned host memory, from which the GPU reads the rows of a micro-batch's
+    tokens over the bus. One that has an adapter, or is the output layer's weight too, stays on the GPU. Unset,
+    memory.vram chooses; without it, it is on the GPU, unless unsloth moves it in its own way (docs/memory.md)."""
     cuda_graphs: bool | None = None
     """Record a micro-batch's forward and backward once for each shape, and replay them, so that the GPU never waits
     for Python. Rows are then padded to few lengths. Unset, a run on a GPU does so where it is predicted to save more

@@ -83,6 +83,11 @@ def test_larger_micro_batches_are_the_same_work(
     assert recorders.last.records == 1
 
 
+def test_an_arm_whose_embedding_stays_is_no_arm(trained: Any) -> None:
+    with pytest.raises(EngineError, match=r"^\+hostembed: the embedding stays where it is: "):
+        trained("peft+hostembed")
+
+
 def test_a_recorded_arm_trains_alike(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = trained("peft+fastlora-checkpointing")
     with pytest.raises(EngineError, match="CUDA graphs need a CUDA GPU"):

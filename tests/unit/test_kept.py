@@ -218,6 +218,8 @@ def test_unsloth_does_not_compile_what_is_recorded(
     [
         ("offload", {"cuda_graphs": True}, True),  # a lookup in host memory waits for the GPU
         ("unsloth", {"vram": "12GiB"}, True),  # it has been counted in
+        ("unsloth", {"embedding": "gpu"}, True),  # the recipe says where it is
+        ("unsloth", {"embedding": "host"}, True),  # ours is done later
         ("unsloth", {}, False),
         ("unsloth", {"cuda_graphs": True}, False),  # not recorded, then
     ],
