@@ -17,7 +17,7 @@ from fastlora.engines.embedding import embedding_to_host
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
 from fastlora.engines.kept import dense_as_asked, keep_as_asked, transformers_own
 from fastlora.engines.packed import keep_rows_apart
-from fastlora.engines.unsloth import attach_own_loss, fused_layers
+from fastlora.engines.unsloth import attach_own_loss, fused_layers, rows_as_long_as_they_are
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.train.collate import Collator
@@ -197,7 +197,7 @@ class Loaded:
         def step(given: Any) -> torch.Tensor:
             labels = {} if self.graphs is None else {"most_labels": most_labels}
             inputs = {name: value for name, value in given.items() if name != "counted"}
-            with self.unmasked():
+            with self.rows_as_they_are():
                 loss = self.loss(inputs | labels, given["counted"])
                 self.scaler.scale(loss).backward()
             return loss.detach()
@@ -234,12 +234,15 @@ class Loaded:
             )
         return found
 
-    def unmasked(self) -> AbstractContextManager[None]:
+    def rows_as_they_are(self) -> AbstractContextManager[None]:
         """As in a run with memory.cuda_graphs."""
         from fastlora.train.causal import right_padded
 
-        own = self.graphs is not None and self.engine.name == "peft"
-        return right_padded(self.model) if own else nullcontext()
+        if self.graphs is None:
+            return nullcontext()
+        if self.engine.name == "unsloth":
+            return rows_as_long_as_they_are(self.model)
+        return right_padded(self.model) if self.engine.name == "peft" else nullcontext()
 
     def zero_gradients(self) -> None:
         """Graphs add to them where they are."""

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastlora.engines.base import CUMULATIVE_LENGTHS, Engine
 from fastlora.engines.kept import dense_as_asked
-from fastlora.engines.unsloth import streamed_layers
+from fastlora.engines.unsloth import rows_as_long_as_they_are, streamed_layers
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train import graphs
@@ -96,7 +96,9 @@ class StaticSteps(TrainerCallback):
         self.graphs = Graphs(graphs.CudaRecorder(), self.trained, weights=dense)
         self.count_labels = is_attached(model)
         # unsloth, given labels, takes all padding for such already.
-        self.unmasked = right_padded if engine.name != "unsloth" else nullcontext
+        self.rows_as_they_are = (
+            right_padded if engine.name != "unsloth" else rows_as_long_as_they_are
+        )
         self.eager = False
         """While it is set, nothing is recorded, replayed or counted; the shapes are the same."""
         self._most_rows = min(recipe.train.micro_batch, len(rows))
@@ -143,7 +145,7 @@ class StaticSteps(TrainerCallback):
         unpacked = "attention_mask" in inputs
 
         def padded_step(given: Any) -> torch.Tensor:
-            with self.unmasked(self.model) if unpacked else nullcontext():
+            with self.rows_as_they_are(self.model) if unpacked else nullcontext():
                 return step({**given, **absent, **more})
 
         rows = min(rows, self._most_rows) if unpacked else self.shapes.rows

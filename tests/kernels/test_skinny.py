@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastlora_kernels.ops import skinny
-from fastlora_kernels.ops.skinny import in_one_pass, one_pass, up_and_gradient
+from fastlora_kernels.ops.skinny import in_one_pass, one_pass, tile, up_and_gradient
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -54,7 +54,11 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one_pass(16384, 4096, 16)
     assert not one_pass(16384, 4096, 64)
     assert one_pass(4096, 4096, 16)
-    assert not one_pass(4096, 1024, 16)
+    assert one_pass(4096, 1024, 16)
+    assert not one_pass(512, 4096, 16)
+    assert tile(227 * 1024, 14336, 16) == (512, 3)
+    assert tile(227 * 1024, 4096, 16) == (256, 3)
+    assert tile(99 * 1024, 14336, 16) == (128, 3)
     monkeypatch.setattr(skinny, "one_pass", lambda *sizes: False)
     g, b, down = torch.randn(5, 4), torch.randn(4, 2), torch.randn(5, 2)
     up = torch.empty(5, 2)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from flash import pretend_to_have_it
 
 from fastlora.engines.kept import keep_as_asked, memory_problems, modes_of, recompute_all
 from fastlora.engines.peft import PeftEngine
-from fastlora.engines.unsloth import UnslothEngine
+from fastlora.engines.unsloth import UnslothEngine, rows_as_long_as_they_are
 from fastlora.errors import EngineError, RunDirError
 from fastlora.recipe.schema import MemorySection, Recipe
 from fastlora.rundir.store import RunDir
@@ -280,3 +280,22 @@ def test_a_micro_batch_that_was_chosen_stays_on_resume(tmp_path: Path) -> None:
     open_for_resume(asked(micro_batch=4)).close()
     with pytest.raises(RunDirError, match=r"train\.micro_batch: the run chose 4, now 8"):
         open_for_resume(asked(micro_batch=8))
+
+
+@pytest.mark.parametrize("word", [None, "64"])
+def test_rows_are_not_padded_in_attention_where_lengths_recur(
+    word: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch = ModuleType("unsloth.utils.attention_dispatch")
+    dispatch._CUDNN_LENGTH_BUCKET = 128  # type: ignore[attr-defined]
+    utils = ModuleType("unsloth.utils")
+    utils.attention_dispatch = dispatch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    monkeypatch.setitem(sys.modules, "unsloth.utils", utils)
+    monkeypatch.setitem(sys.modules, "unsloth.utils.attention_dispatch", dispatch)
+    if word is not None:  # the user's
+        monkeypatch.setenv("UNSLOTH_SDPA_CUDNN_BUCKET", word)
+    with rows_as_long_as_they_are(None):  # type: ignore[arg-type]
+        within = dispatch._CUDNN_LENGTH_BUCKET
+    assert within == (0 if word is None else 128)
+    assert vars(dispatch)["_CUDNN_LENGTH_BUCKET"] == 128

@@ -17,12 +17,13 @@ import torch
 
 from fastlora_kernels.dispatch import Backend, choose_backend
 from fastlora_kernels.launch import cdiv, launch, power_of_2
-from fastlora_kernels.triton_or_not import jit, tl
+from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
-BLOCK_T, BLOCK_N = 64, 256
-WARPS, STAGES = 8, 3
-"""The fastest of those tried on an H100 (docs/log.md), with one program for each of its processors."""
+BLOCK_T, WARPS = 64, 8
+TILES = ((512, 3), (256, 3), (128, 3), (128, 2))
+"""Outputs, and blocks of tokens that are loaded ahead; the first that fits into a processor's shared memory, and the
+widest for 8,192 outputs and more alone: the fastest of 30 on an H200 (docs/log.md), one program for each processor."""
 BLOCK_SUM, PARTS_AT_ONCE = 256, 16
 """Loads that wait for nothing: one part after the other would take the memory's latency for each."""
 
@@ -102,9 +103,10 @@ def _sum_parts(
 
 
 def one_pass(tokens: int, n: int, rank: int) -> bool:
-    """Whether one read of g with parts to sum up beats two products of cuBLAS, by the GPU's time: on an H100 0.077 ms
-    against 0.125 at 16384 x 4096 and rank 16, nothing at rank 64. Both ways are two launches for the host."""
-    return rank <= 32 and tokens * n >= 2**24
+    """Whether one read of g with parts to sum up beats two products of cuBLAS, by the GPU's time: on an H200 9 us
+    against 14 at 4096 x 1024 and rank 16, 41 against 64 at 4096 x 14336, nothing at rank 64. Both ways are two launches
+    for the host."""
+    return rank <= 32 and tokens * n >= 2**22
 
 
 def served(g: torch.Tensor, rank: int) -> bool:
@@ -154,6 +156,25 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@cache
+def room(device: torch.device) -> int:
+    """Shared memory that a program may have, in bytes; of a CPU, an A100's."""
+    if device.type != "cuda":
+        return 163 * 1024
+    utils = triton.runtime.driver.active.utils  # who refuses a kernel that takes more
+    return int(utils.get_device_properties(device.index or 0)["max_shared_mem"])
+
+
+def tile(room: int, n: int, rank: int) -> tuple[int, int]:
+    """Of TILES, for N outputs in 16 bits. tests/kernels/test_compile.py holds it to what is compiled."""
+    wide = power_of_2(max(16, rank))
+    for block_n, stages in TILES:
+        ahead = stages * BLOCK_T * (block_n + wide)
+        if 2 * (ahead + block_n * wide) + 4096 <= room and (block_n <= 256 or n >= 8192):
+            return block_n, stages
+    return TILES[-1]
+
+
 def in_one_pass(
     g: torch.Tensor,
     b: torch.Tensor,
@@ -165,7 +186,8 @@ def in_one_pass(
     """See up_and_gradient; for 16-bit types and ranks up to 64. Here b may be a transposed matrix, and dB is then
     one, too."""
     (tokens, n), rank = g.shape, b.shape[1]
-    strips = cdiv(n, BLOCK_N)
+    block_n, stages = tile(room(g.device), n, rank)
+    strips = cdiv(n, block_n)
     chunks = max(1, min(cdiv(tokens, BLOCK_T), processors(g.device) // strips))
     tokens_each = cdiv(cdiv(tokens, chunks), BLOCK_T) * BLOCK_T
     chunks = cdiv(tokens, tokens_each)
@@ -174,7 +196,7 @@ def in_one_pass(
     blocks = {
         "BLOCK_R": max(16, power_of_2(rank)),
         "BLOCK_T": BLOCK_T,
-        "BLOCK_N": BLOCK_N,
+        "BLOCK_N": block_n,
     }
     launch(
         _up_and_gradient,
@@ -183,7 +205,7 @@ def in_one_pass(
         (tokens, n, down.stride(0), *b.stride(), tokens_each),
         {"RANK": rank} | blocks,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=stages,
     )
     db = torch.empty_strided((n, rank), b.stride(), dtype=dtype, device=g.device)
     up_blocks, db_blocks = (cdiv(size, BLOCK_SUM) for size in (tokens * rank, n * rank))
