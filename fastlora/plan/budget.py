@@ -1,8 +1,9 @@
 """The fastest way to train a recipe within so much memory: what `memory.vram` chooses.
 
 Every choice leaves what is learnt as it is. Tried are micro-batches at the recipe's effective batch, checkpoint
-policies and, for each, every number of layers that are kept whole, with as many more that keep their attention as
-there is then room for. Where nothing of it fits, as few layers as need be have their frozen weights in host memory.
+policies, with and without dequantized weights kept, and, for each, every number of layers that are kept whole, with as
+many more that keep their attention as there is then room for. Where nothing of it fits, as few layers as need be have
+their frozen weights in host memory.
 The same recipe, budget, card and host memory choose the same, until a run on this GPU has corrected the predictions.
 """
 
@@ -23,7 +24,7 @@ from fastlora.recipe.schema import Recipe
 
 OPEN = (
     "train.micro_batch", "train.checkpointing", "memory.keep_layers", "memory.keep_attention_layers",
-    "memory.stream_layers",
+    "memory.stream_layers", "memory.keep_dequantized",
 )  # fmt: skip
 """What may be chosen, where the recipe does not say it."""
 
@@ -133,7 +134,7 @@ def _given(recipe: Recipe, key: str) -> Any:
 
 
 def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
-    """Micro-batch and policy."""
+    """Micro-batch, policy and, where it may help, dequantized weights that are kept."""
     recipe, setup = now.recipe, now.setup
     effective = setup.micro_batch * setup.accumulation
     sizes = [_given(recipe, "train.micro_batch")]
@@ -141,10 +142,16 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
         most = max(1, min(effective, _MOST_TOKENS // setup.row_tokens))
         sizes = [size for size in range(1, most + 1) if effective % size == 0]
     given = _given(recipe, "train.checkpointing")
+    key = "memory.keep_dequantized"
+    helps = setup.kernels and setup.quantization == "nf4" and not setup.dora
+    helps = helps and _given(recipe, key) is None
     for size in sizes:
         for policy in [given] if given else POLICIES[setup.engine]:
             rows = batches(recipe, size, effective) if size != recipe.train.micro_batch else {}
-            yield {"train.micro_batch": size, **rows, "train.checkpointing": policy}
+            start = {"train.micro_batch": size, **rows, "train.checkpointing": policy}
+            yield start
+            if helps and policy in ("full", "offload"):
+                yield start | {key: True}
 
 
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
@@ -250,6 +257,8 @@ def _why(key: str, result: Prediction) -> str:
         }[setup.policy]
     if key == "memory.keep_layers":
         return f"of {shape.layers} layers, nothing of them is computed again"
+    if key == "memory.keep_dequantized":
+        return "what a layer that is computed again dequantizes stays for its backward"
     if key == "memory.keep_attention_layers":
         if keeps_projections(setup):
             return "of these q, k, v, o and attention are not computed again"

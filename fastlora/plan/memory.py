@@ -178,11 +178,13 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
     """
     between = setup.policy == "unsloth"
     attention = working.attention_layers(setup)
+    of_layer, of_attention = working.dequantized_kept(shape, setup)
     stages = [_kept(shape, setup)]
     if attention:
         saves = working.attention_again_bytes(shape, setup)
         again = Term("a layer computed again", saves, "what it saves, but for its attention")
         stages.append([*_kept(shape, setup, whole=None if setup.stream_layers else 0), again])
+        stages[-1] += _dequantized(setup, of_attention)
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
         # Its input is among the checkpoints; with fastlora's its output is there as well.
@@ -195,7 +197,13 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
             whole = max(0, setup.keep_layers - 1) if between else 0
             still = _kept(shape, setup, whole=whole, attention=0)
         stages.append([*still, again])
+        stages[-1] += _dequantized(setup, of_layer)
     return max(stages, key=lambda terms: _sum((*terms,)))
+
+
+def _dequantized(setup: Setup, weights: int) -> list[Term]:
+    about = "of the layer computed again, until its backward"
+    return [Term("dequantized weights kept", weights * setup.item, about)] if weights else []
 
 
 def _optimizer_work(shape: Shape, setup: Setup) -> float:

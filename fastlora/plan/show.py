@@ -60,7 +60,8 @@ def _kept(setup: Setup) -> str:
         "that keep their attention": setup.keep_attention_layers,
         "streamed": setup.stream_layers,
     }
-    return "".join(f", {count} layers {how}" for how, count in counts.items() if count)
+    layers = "".join(f", {count} layers {how}" for how, count in counts.items() if count)
+    return layers + ", dequantized weights kept" * setup.keep_dequantized
 
 
 def _memory_table(found: Prediction) -> Table:

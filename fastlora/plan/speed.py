@@ -21,7 +21,9 @@ from fastlora.plan.working import (
     again_layers,
     attention_layers,
     copied,
+    dequantized_kept,
     keeps_projections,
+    recomputed_by_us,
 )
 
 _EFFICIENCY = {"peft": 0.635, "liger": 0.665, "unsloth": 0.88}
@@ -75,14 +77,16 @@ def flops(shape: Shape, setup: Setup) -> tuple[float, float]:
 
 def dequantized(shape: Shape, setup: Setup) -> tuple[float, float]:
     """Weights that a forward dequantizes, and a backward with what it computes again: each product its own, however
-    many tokens it has."""
+    many tokens it has, but for those that stay from the repetition (memory.keep_dequantized)."""
     if setup.quantization != "nf4":
         return 0.0, 0.0
     whole, attention = _again_flops(shape, setup)
     layers = float(shape.layers * sum(one.weights for one in shape.linears))
     again = again_layers(shape, setup) * (whole - _attention_flops(shape, setup))
     again += attention_layers(setup) * attention
-    return layers, layers + again / (2.0 * setup.tokens)
+    kept, of_attention = dequantized_kept(shape, setup)
+    stay = again_layers(shape, setup) * kept + attention_layers(setup) * of_attention
+    return layers, layers + again / (2.0 * setup.tokens) - stay
 
 
 def _attention_flops(shape: Shape, setup: Setup) -> float:
@@ -105,9 +109,7 @@ def _again_flops(shape: Shape, setup: Setup) -> tuple[float, float]:
     attention = whole - _attention_flops(shape, setup)
     if keeps_projections(setup):
         attention = 2.0 * setup.tokens * sum(sizes[name] for name in sizes if name in MLP)
-    compiled = setup.engine == "unsloth" and not setup.graphs
-    ours = setup.kernels and setup.policy in ("full", "offload")
-    if ours and shape.layer_norms == 2 and not compiled:
+    if recomputed_by_us(setup) and shape.layer_norms == 2:
         unused = 2.0 * setup.tokens * sizes["down_proj"]
         whole, attention = whole - unused, attention - unused
     return whole, attention

@@ -104,6 +104,13 @@ def _adapters_save(linears: Sequence[Linear], setup: Setup) -> int:
     return setup.item * elements + (inputs if masked else 0)
 
 
+def recomputed_by_us(setup: Setup) -> bool:
+    """What is computed again is so by fastlora, its kernels know it, and no compiled layer is in between: as where
+    unsloth compiles them, which it does not if micro-batches are recorded."""
+    compiled = setup.engine == "unsloth" and not setup.graphs
+    return setup.kernels and setup.policy in ("full", "offload") and not compiled
+
+
 def layer_works(shape: Shape, setup: Setup) -> int:
     """What the backward of a layer makes beside what is saved, at its largest. In the MLP the gradient of its output
     (h), and unsloth's copies of gate, up and product (4 i), peft's gradients of product and activation (2 i; with an
@@ -132,6 +139,17 @@ def dequantized_bytes(shape: Shape, setup: Setup) -> int:
     if setup.quantization == "none":
         return 0
     return setup.item * max(one.weights for one in shape.linears)
+
+
+def dequantized_kept(shape: Shape, setup: Setup) -> tuple[int, int]:
+    """How many weights of a layer that is computed again stay dequantized until its backward: of one whose input alone
+    is kept, and of one that keeps its attention. down_proj's, whose backward is the first, is made for it alone."""
+    kept = setup.keep_dequantized and setup.quantization == "nf4" and not setup.dora
+    if not (kept and recomputed_by_us(setup)):
+        return 0, 0
+    sizes = {one.name: one.weights for one in shape.linears if setup.adapted(one)}
+    sizes.pop("down_proj", None)
+    return sum(sizes.values()), sum(sizes[name] for name in sizes if name in MLP)
 
 
 def attention_layers(setup: Setup) -> int:
