@@ -91,10 +91,9 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
         f"loaded in {load_s:.1f} s: imports {loaded.imports_s:.1f}, model and adapter {loaded.weights_s:.1f}",
         file=sys.stderr,
     )
-    whole = rows[: train.micro_batch]
-    short = parity_rows(
-        rows, max(2, train.micro_batch)
-    )  # two, or packing has no boundary to leak through
+    whole = rows[: task.compared_rows]
+    # Two, or packing has no boundary to leak through.
+    short = parity_rows(rows, max(2, task.compared_rows))
     if task.arm.packed:
         # In one sequence, and still the gradients of rows apart.
         whole, short = (works.pack(some, sum(map(_length, some))) for some in (whole, short))

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from fastlora.bench.schema import Arm, Work
 from fastlora.engines import Engine, choose_engine
 from fastlora.engines.base import resolve_checkpointing, resolve_dtype, target_problems
+from fastlora.engines.embedding import embedding_to_host
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
 from fastlora.engines.kept import dense_as_asked, keep_as_asked, transformers_own
 from fastlora.engines.packed import keep_rows_apart
@@ -40,6 +41,8 @@ class ArmTask(BaseModel):
     gradients: str
     """Where the gradients of the parity step go; those of the whole model beside it, as NAME.depth.*."""
     work: Work
+    compared_rows: int = 2
+    """Of a micro-batch whose gradients are compared with other arms'."""
     vram_cap_gib: float | None = None
 
     def load(self) -> Loaded:
@@ -78,6 +81,8 @@ class Loaded:
         began = time.perf_counter()
         self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
         self.weights_s = time.perf_counter() - began
+        if self.recipe.memory.embedding == "host" and (why := embedding_to_host(self.model)):
+            raise EngineError(f"+hostembed: the embedding stays where it is: {why}")
         self.checkpointing = resolve_checkpointing(self.recipe, self.engine)
         self._engage(task.arm)
         memory = self.recipe.memory

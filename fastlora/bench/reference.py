@@ -26,7 +26,7 @@ def run_reference(task: ReferenceTask) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
 
-    rows = parity_rows(works.load(Path(task.rows)), max(2, task.recipe.train.micro_batch))
+    rows = parity_rows(works.load(Path(task.rows)), max(2, task.compared_rows))
     torch.backends.cuda.matmul.allow_tf32 = False
     plain = parity_step(task.load_for_parity(), rows)
     free_memory()

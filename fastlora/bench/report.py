@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fastlora.bench.schema import Report, Spread
+from fastlora.bench.schema import Arm, Report, Spread
 from fastlora.bench.summary import METRICS, Row, rows, verdict
 from fastlora.bench.tables import Table, arms_table, frontier_table, ledger_table
 from fastlora.rundir.store import write_atomic
@@ -58,8 +58,7 @@ def _frame_row(report: Report, row: Row, metric: str, figures: Spread | None) ->
         "quantization": model.get("quantization"),
         "rank": lora.get("rank"),
         "targets": " ".join(targets) if isinstance(targets, list) else targets,
-        "micro_batch": train.get("micro_batch"),
-        "accumulation": _accumulation(train),
+        **_batches(arm.arm, train),
         "seq_len_tokens": model.get("seq_len_tokens"),
         "lengths": (report.settings.get("work") or {}).get("lengths"),
         "metric": metric,
@@ -80,6 +79,14 @@ def _frame_row(report: Report, row: Row, metric: str, figures: Spread | None) ->
         "dirty": environment.get("dirty"),
         "timestamp": report.started,
     }
+
+
+def _batches(arm: str, train: dict[str, Any]) -> dict[str, int | None]:
+    size, accumulation = train.get("micro_batch"), _accumulation(train)
+    own = Arm.parse(arm).micro_batch
+    if own is not None and size and accumulation:
+        size, accumulation = own, size * accumulation // own
+    return {"micro_batch": size, "accumulation": accumulation}
 
 
 def _accumulation(train: dict[str, Any]) -> int | None:

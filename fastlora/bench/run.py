@@ -199,7 +199,12 @@ class Bench:
         return replace(plan, recipe=recipe, arms=arms, work=settings, shape=shape)
 
     def _cannot_keep(self, arm: Arm, recipe: Recipe) -> Iterator[str]:
-        """Where [memory] would do nothing, or not what the arm's name says."""
+        """Where [memory] would do nothing, or not what the arm's name says, and where a step is no multiple of its
+        micro-batches."""
+        rows = recipe.train.micro_batch * recipe.train.accumulation_steps
+        if (size := arm.micro_batch) is not None and (size < 1 or rows % size):
+            yield f"--arms {arm.name}: a step has {rows} rows, which micro-batches of {size} do not make"
+            return
         made = arm.recipe(recipe, self.request.vram_cap_gib)
         policy = policy_of(made, arm.engine)
         for line in memory_problems(made, arm.engine, policy, streams=arm.engine == "unsloth"):
@@ -230,6 +235,7 @@ class Bench:
             "parity_checkpoint": str(small),
             "rows": str(rows),
             "work": plan.work.model_dump(mode="json"),
+            "compared_rows": plan.recipe.train.micro_batch,
             "vram_cap_gib": self.request.vram_cap_gib,
         }
         peft = Arm.parse("peft")

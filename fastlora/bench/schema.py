@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastlora.errors import UsageError
+from fastlora.plan.advise import batches
 from fastlora.recipe.schema import (
     DataSection,
     KernelsSection,
@@ -31,9 +32,11 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "+attention": (("peft", "unsloth"), "layers that keep their attention"),
     "+dequantized": (("peft", "unsloth"), "dequantized weights kept until backward"),
     "+stream": (("unsloth",), "layers whose weights are in host memory"),
+    "+hostembed": (("peft", "liger", "unsloth"), "the input embedding in host memory"),
     "+record": (("peft", "unsloth"), "micro-batches as CUDA graphs (memory.cuda_graphs)"),
     "+dense": (("peft", "unsloth"), "layers that are dequantized once a step"),
     "+budget": (("peft", "unsloth"), "memory.vram = --vram-cap, or what is free"),
+    "+batch": (("peft", "liger", "unsloth"), "rows of a micro-batch, at the same rows a step"),
     "+packing": (("peft", "liger", "unsloth"), "rows packed instead of padded"),
     "-kernels": (("unsloth",), "without fused LoRA kernels"),
     "-loss": (("unsloth",), "logits kept, loss taken from them"),
@@ -41,11 +44,12 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "-checkpointing": (("peft", "liger", "unsloth"), "no gradient checkpointing"),
     "-optimizer": (("peft", "liger", "unsloth"), "AdamW with 32-bit state"),
 }
-NUMBERED = {
+_MEMORY = {
     "+keep": "keep_layers", "+attention": "keep_attention_layers", "+stream": "stream_layers",
     "+dense": "dense_layers",
 }  # fmt: skip
 """Key of [memory]."""
+NUMBERED = frozenset({*_MEMORY, "+batch"})
 _CHECKPOINTS = {"-checkpointing": "none", "-offload": "full", "+offload": "offload"}
 """train.checkpointing"""
 ENGINES = ("peft", "liger", "unsloth")
@@ -115,6 +119,12 @@ class Arm(BaseModel):
     def packed(self) -> bool:
         return "+packing" in self.options
 
+    @property
+    def micro_batch(self) -> int | None:
+        """None: the suite's."""
+        found = [one.removeprefix("+batch") for one in self.options if kind_of(one) == "+batch"]
+        return int(found[0]) if found else None
+
     def recipe(self, recipe: Recipe, vram_cap_gib: float | None = None) -> Recipe:
         """The recipe as this arm trains it, on a GPU of that size. (Its engine is not the recipe's to name: there is no
         liger in recipes.)"""
@@ -124,12 +134,18 @@ class Arm(BaseModel):
             kind = kind_of(option)
             if kind in _CHECKPOINTS:
                 train["checkpointing"] = _CHECKPOINTS[kind]
-            if kind in NUMBERED:
-                memory[NUMBERED[kind]] = int(option.removeprefix(kind))
+            if kind in _MEMORY:
+                memory[_MEMORY[kind]] = int(option.removeprefix(kind))
+        if self.micro_batch is not None:
+            rows = recipe.train.micro_batch * recipe.train.accumulation_steps
+            given = batches(recipe, self.micro_batch, rows)
+            train |= {key.removeprefix("train."): value for key, value in given.items()}
         if "-optimizer" in self.options:
             train["optimizer"] = "adamw"
         if "+dequantized" in self.options:
             memory["keep_dequantized"] = True
+        if "+hostembed" in self.options:
+            memory["embedding"] = "host"
         if "+record" in self.options:
             memory["cuda_graphs"] = True
         if "+budget" in self.options:

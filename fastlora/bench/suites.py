@@ -132,7 +132,9 @@ def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:
     others = []
     for option, (engines, _) in OPTIONS.items():
         # What has no one value, needs another option, or is asked for.
-        left_out = {*NUMBERED, "+dequantized", "+budget", "+record", "+packing", "+fastlora"}
+        left_out = {
+            *NUMBERED, "+dequantized", "+hostembed", "+budget", "+record", "+packing", "+fastlora",
+        }  # fmt: skip
         if arm.engine not in engines or option in {*arm.options, *left_out}:
             continue
         checkpoints = {"-checkpointing", "-offload", "+offload"}

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from fastlora.engines.base import Announce, Engine, resolve_dtype
+from fastlora.engines.embedding import embedding_line, embedding_to_host
 from fastlora.engines.kept import keep_as_asked
 from fastlora.engines.memory import GIB, cap_memory
 from fastlora.engines.packed import keep_rows_apart
@@ -75,6 +76,8 @@ def load_model(
     """
     cap_memory(recipe.memory.vram_gib, CONTEXT[engine.name] / GIB)
     model = engine.load(recipe, announce)
+    if recipe.memory.embedding == "host":
+        announce(embedding_line(model, embedding_to_host(model)))
     rows = engage(model, engine.name, plan_kernels(recipe))
     for line in lines(rows):
         announce(line)

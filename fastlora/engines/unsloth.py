@@ -68,9 +68,11 @@ class UnslothEngine:
         checkpointing: Any = {"unsloth": "unsloth", "none": False}.get(wanted, True)
         streaming = {"offload_layers": memory.stream_layers} if memory.stream_layers else {}
         recorded = records(recipe, self.name, wanted)
-        # By its own estimate of a step unsloth moves the embedding to host memory. There a lookup waits for the GPU,
-        # which no graph can record, and memory.vram has counted it in.
-        stays = {"offload_embedding": False} if recorded or memory.vram is not None else {}
+        # By its own estimate of a step unsloth moves the embedding to host memory. There the host looks rows up, for
+        # which it waits for the GPU, so that no graph can record it. memory.vram has counted where it is, and what the
+        # recipe says of it is done by engines/embedding.py.
+        ours = recorded or memory.vram is not None or memory.embedding is not None
+        stays = {"offload_embedding": False} if ours else {}
         try:
             base, _ = FastLanguageModel.from_pretrained(
                 name,

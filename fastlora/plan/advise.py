@@ -10,6 +10,7 @@ from typing import Any
 
 from fastlora.errors import RecipeError
 from fastlora.plan.predict import Prediction
+from fastlora.plan.setup import why_embedding_stays
 from fastlora.recipe.schema import Recipe
 
 Again = Callable[[Recipe], Prediction]
@@ -158,12 +159,17 @@ def _same_policy(now: Prediction) -> list[dict[str, Any]]:
 
 
 def _same_weights(now: Prediction) -> list[dict[str, Any]]:
-    """More of the frozen weights in host memory, a quarter of the layers at a time."""
+    """More of the frozen weights in host memory: the embedding, of which a step reads little, then a quarter of the
+    layers at a time."""
     layers, already = now.shape.layers, now.setup.stream_layers
+    stays = now.setup.host_embedding or why_embedding_stays(now.shape, now.setup)
+    first: dict[str, Any] = {} if stays else {"memory.embedding": "host"}
+    levels = [first] if first else []
     if now.setup.engine != "unsloth" or now.setup.policy == "none":
-        return []
+        return levels
     counts = dict.fromkeys(min(ceil(layers * part / 4), layers - 1) for part in range(1, 5))
-    return [{"memory.stream_layers": count} for count in counts if count > already]
+    more = ({"memory.stream_layers": count} for count in counts if count > already)
+    return levels + [first | one for one in more]
 
 
 def _same_batch(now: Prediction) -> list[dict[str, Any]]:

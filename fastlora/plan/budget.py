@@ -2,8 +2,9 @@
 
 Every choice leaves what is learnt as it is. Tried are micro-batches at the recipe's effective batch, checkpoint
 policies, with and without dequantized weights kept, and, for each, every number of layers that are kept whole, with as
-many more that keep their attention as there is then room for. Where nothing of it fits, as few layers as need be have
-their frozen weights in host memory.
+many more that keep their attention as there is then room for; each with the input embedding on the GPU, and in host
+memory, which is taken where it makes for more than its time. Where nothing of it fits, as few layers as need be have
+their frozen weights there as well.
 The same recipe, budget, card and host memory choose the same, until a run on this GPU has corrected the predictions.
 """
 
@@ -12,20 +13,23 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fastlora.plan.advise import Again, batches, possible, with_settings
 from fastlora.plan.gpus import GUESSED
 from fastlora.plan.predict import Prediction
-from fastlora.plan.working import keeps_projections
+from fastlora.plan.setup import why_embedding_stays
+from fastlora.plan.speed import Speed, speed
+from fastlora.plan.stored import host_embedding_bytes
+from fastlora.plan.working import GIB, keeps_projections
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
 
-OPEN = (
-    "train.micro_batch", "train.checkpointing", "memory.keep_layers", "memory.keep_attention_layers",
-    "memory.stream_layers", "memory.keep_dequantized",
-)  # fmt: skip
+_COUNTS = ("memory.keep_layers", "memory.keep_attention_layers", "memory.stream_layers")
+_DEQUANTIZED = "memory.keep_dequantized"
+_EMBEDDING = "memory.embedding"
+OPEN = ("train.micro_batch", "train.checkpointing", *_COUNTS, _DEQUANTIZED, _EMBEDDING)
 """What may be chosen, where the recipe does not say it."""
 
 _OURS = ("none", "offload", "full")
@@ -84,22 +88,33 @@ class Choice:
 NONE_FITS = "with what the recipe leaves open nothing fits into"
 
 
-def choose(now: Prediction, again: Again) -> Choice | None:
+RowTokens = Callable[[Recipe], float]
+"""Of a micro-batch as that recipe has it, the tokens that a row of it takes: of its longest, on average."""
+
+
+def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -> Choice | None:
     """What the open keys of a recipe become on the card of `now`, whose size is the budget. None: nothing fits.
 
-    now: the recipe as it stands, with the card's speed.
+    now: the recipe as it stands, with the card's speed. row_tokens: what time is reckoned by, since rows of one
+    micro-batch are padded to the longest and more of them need more padding; None: all rows are full.
     """
     recipe, engine = now.recipe, now.setup.engine
     starts = list(_starts(now))
     found = [one for start in starts for one in _kept(now, start, again)]
     if not found and engine == "unsloth" and _given(recipe, "memory.stream_layers") is None:
-        found = [one for start in starts for one in _streamed(now, start, again)]
+        # After the embedding, of which less crosses the bus.
+        first = [start for start in starts if _EMBEDDING in start]
+        found = [one for start in first for one in _streamed(now, start, again)]
+        found = found or [one for start in starts for one in _streamed(now, start, again)]
     if not found:
         return None
     if recipe.memory.cuda_graphs:  # policies that can be recorded, if there is one
         found = [one for one in found if one[1].setup.graphs] or found
     # The host's speed is a guess, so among those that it holds back alike the GPU's own decides.
-    alike = _within(_within(found, _time), _gpu_time)
+    alike = _within(found, lambda one: row_seconds(one[1], row_tokens))
+    alike = _within(alike, lambda one: row_seconds(one[1], row_tokens, host=False))
+    # Host memory is left to others where it is worth nothing.
+    alike = [one for one in alike if not one[1].setup.host_embedding] or alike
     least = min(one[1].memory.comfortable_gib for one in alike)
     near = [one for one in alike if one[1].memory.comfortable_gib <= least * (1 + _NEAR)]
     settings, result = min(near, key=lambda one: (len(one[0]), one[1].memory.comfortable_gib))
@@ -108,7 +123,7 @@ def choose(now: Prediction, again: Again) -> Choice | None:
         for key, value in settings.items()
         if not _stated(recipe, key, value)
     )
-    nothing = dict.fromkeys(OPEN[2:], 0)
+    nothing = dict.fromkeys(_COUNTS, 0)
     plain = with_settings(recipe, {"train.checkpointing": POLICIES[engine][1], **nothing})
     return Choice(filled, result, again(plain))
 
@@ -120,7 +135,8 @@ def _stated(recipe: Recipe, key: str, value: Any) -> bool:
     """Whether the recipe means that already. A micro-batch by default does not count: resumed, it may not change."""
     section, _, name = key.partition(".")
     part = getattr(recipe, section)
-    if name == "micro_batch" and name not in part.model_fields_set:
+    asked = recipe.memory.vram is not None
+    if asked and name == "micro_batch" and name not in part.model_fields_set:
         return False
     return bool(getattr(part, name) == value or (value == 0 and not getattr(part, name)))
 
@@ -134,24 +150,27 @@ def _given(recipe: Recipe, key: str) -> Any:
 
 
 def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
-    """Micro-batch, policy and, where it may help, dequantized weights that are kept."""
+    """Micro-batch, policy, place of the embedding and, where it may help, dequantized weights that are kept."""
     recipe, setup = now.recipe, now.setup
+    places: list[dict[str, Any]] = [{}]
+    if _given(recipe, _EMBEDDING) is None and not why_embedding_stays(now.shape, setup):
+        places.append({_EMBEDDING: "host"})
     effective = setup.micro_batch * setup.accumulation
     sizes = [_given(recipe, "train.micro_batch")]
     if sizes == [None]:
         most = max(1, min(effective, _MOST_TOKENS // setup.row_tokens))
         sizes = [size for size in range(1, most + 1) if effective % size == 0]
     given = _given(recipe, "train.checkpointing")
-    key = "memory.keep_dequantized"
     helps = setup.kernels and setup.quantization == "nf4" and not setup.dora
-    helps = helps and _given(recipe, key) is None
+    helps = helps and _given(recipe, _DEQUANTIZED) is None
     for size in sizes:
         for policy in [given] if given else POLICIES[setup.engine]:
             rows = batches(recipe, size, effective) if size != recipe.train.micro_batch else {}
-            start = {"train.micro_batch": size, **rows, "train.checkpointing": policy}
-            yield start
-            if helps and policy in ("full", "offload"):
-                yield start | {key: True}
+            for place in places:
+                start = {"train.micro_batch": size, **rows, "train.checkpointing": policy, **place}
+                yield start
+                if helps and policy in ("full", "offload"):
+                    yield start | {_DEQUANTIZED: True}
 
 
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
@@ -213,17 +232,23 @@ def _fits(found: Found) -> bool:
     return found[1].verdict == "fits"
 
 
-def _time(found: Found) -> float:
-    """Seconds a token."""
-    speed = found[1].speed
-    assert speed is not None
-    return 1 / speed.tokens_per_s
+def row_seconds(
+    found: Prediction, row_tokens: RowTokens | None = None, *, host: bool = True
+) -> float:
+    """Of training on one row. `host`: where the host takes longer than the GPU, its time."""
+    took = speed_of(found, row_tokens)
+    gpu_s = took.gpu_s + took.waits_s
+    return (max(gpu_s, took.host_s) if host else gpu_s) / found.setup.micro_batch
 
 
-def _gpu_time(found: Found) -> float:
-    speed = found[1].speed
-    assert speed is not None
-    return (speed.gpu_s + speed.waits_s) / found[1].setup.tokens
+def speed_of(found: Prediction, row_tokens: RowTokens | None = None) -> Speed:
+    """With rows of so many tokens."""
+    assert found.speed is not None
+    assert found.card.gpu is not None
+    if row_tokens is None:
+        return found.speed
+    setup = replace(found.setup, row_tokens=max(1, round(row_tokens(found.recipe))))
+    return speed(found.shape, setup, found.card.gpu)
 
 
 def setting_said(one: Filled) -> str:
@@ -257,10 +282,13 @@ def _why(key: str, result: Prediction) -> str:
         }[setup.policy]
     if key == "memory.keep_layers":
         return f"of {shape.layers} layers, nothing of them is computed again"
-    if key == "memory.keep_dequantized":
+    if key == _DEQUANTIZED:
         return "what a layer that is computed again dequantizes stays for its backward"
     if key == "memory.keep_attention_layers":
         if keeps_projections(setup):
             return "of these q, k, v, o and attention are not computed again"
         return "of these attention is not computed again"
+    if key == _EMBEDDING:
+        size = host_embedding_bytes(shape, setup) / GIB
+        return f"{size:.2f} GiB, of which the GPU reads the rows that it needs over the bus"
     return f"of {shape.layers} layers; their frozen weights come from host memory"

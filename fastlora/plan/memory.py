@@ -32,6 +32,8 @@ class Memory:
     context: float
     """Bytes that the driver counts beside the allocator."""
     host: tuple[Term, ...]
+    loading: float = 0.0
+    """Bytes before the first step, where it may take more than one: an embedding is on the GPU first."""
     correction: float = 1.0
     """From this machine's own runs: what is not stored weights and state is multiplied by it."""
 
@@ -64,12 +66,12 @@ class Memory:
     def needed_gib(self) -> float:
         """The smallest card: near its limit the allocator gives its holes back, so that only what is
         allocated counts, and the context. (8B with PEFT at 24 GiB: 10,240 tokens went in, predicted 23.9.)"""
-        return self.allocated_gib + self.context / GIB
+        return max(self.allocated_gib, self.loading / GIB) + self.context / GIB
 
     @property
     def comfortable_gib(self) -> float:
         """The card on which the allocator need not give anything back."""
-        return self.reserved_gib + self.context / GIB
+        return max(self.reserved_gib, self.loading / GIB) + self.context / GIB
 
     @property
     def host_gib(self) -> float:
@@ -106,11 +108,7 @@ def memory(
     kept = _kept(shape, setup)
     free = vram_gib * GIB - context - _sum((*lasting, *kept))
     loss = Term("loss", working.loss_bytes(shape, setup, free), _LOSSES[setup.loss])
-    layer = [
-        Term("a layer's work", working.layer_works(shape, setup), "gradients of its widest part")
-    ]
-    if setup.engine != "unsloth":
-        layer.append(dequantized)
+    layer = [] if setup.engine == "unsloth" else [dequantized]
     step = [Term("optimizer's work", _optimizer_work(shape, setup), "of its largest operation")]
     moments: dict[Moment, tuple[Term, ...]] = {
         "loss": (*lasting, *kept, loss),
@@ -127,7 +125,12 @@ def memory(
         holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
     else:
         holes = working.HOLES * peak + working.SMALL_HOLES
-    return Memory(moments, holes, context, _host(shape, setup), correction)
+    loading = 0.0
+    if embedding := stored.host_embedding_bytes(shape, setup):
+        # Gradients and the optimizer's state come later; each weight comes in 16 bits to be quantized.
+        there = [one for one in always if one.name not in ("gradients", "optimizer state")]
+        loading = _sum((*there, dequantized)) + embedding
+    return Memory(moments, holes, context, _host(shape, setup), loading, correction)
 
 
 _LOSSES = {
@@ -161,7 +164,9 @@ def _kept(
         saves = working.layer_saves(shape, setup)
         terms.append(Term("activations", whole * saves, f"of {whole} whole layers"))
     if setup.inputs_on_host:
-        return terms  # what is left of the others is among the copy buffers
+        if stays := working.stays_bytes(shape, setup):
+            terms.append(Term("checkpoints", stays, "input of the last layer computed again"))
+        return terms  # what is left of unsloth's is among the copy buffers
     if attention:
         each = working.attention_bytes(shape, setup)
         terms.append(Term("attention's activations", attention * each, f"of {attention} layers"))
@@ -179,25 +184,40 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
     between = setup.policy == "unsloth"
     attention = working.attention_layers(setup)
     of_layer, of_attention = working.dequantized_kept(shape, setup)
-    stages = [_kept(shape, setup)]
+    item = setup.tokens * shape.hidden * setup.item
+    coming = Term("copies", working.coming_bytes(shape, setup), "back, for the next layer")
+
+    def work(again: bool) -> Term:
+        made = working.layer_works(shape, setup, again=again)
+        return Term("a layer's work", made, "gradients of its widest part")
+
+    stages = [[*_kept(shape, setup), work(again=False)]] if setup.keep_layers else []
     if attention:
-        saves = working.attention_again_bytes(shape, setup)
+        # Its input is among what is kept of it.
+        saves = working.attention_again_bytes(shape, setup) - item
         again = Term("a layer computed again", saves, "what it saves, but for its attention")
-        stages.append([*_kept(shape, setup, whole=None if setup.stream_layers else 0), again])
-        stages[-1] += _dequantized(setup, of_attention)
+        still = _kept(shape, setup, whole=None if setup.stream_layers else 0)
+        if setup.policy == "offload":
+            still = [one for one in still if one.name != "checkpoints"]
+            stays = working.attention_stays_bytes(shape, setup)
+            still += [Term("attention's activations", stays, "of the layer, from the host"), coming]
+        still += _dequantized(setup, of_attention)
+        stages.append([*still, again, work(again=True)])
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
-        # Its input is among the checkpoints; with fastlora's its output is there as well.
-        if setup.engine == "liger":
-            saves -= setup.tokens * shape.hidden * setup.item
+        # Its input is among the checkpoints; with unsloth's its output is there instead.
+        if not between:
+            saves -= item
         again = Term("a layer computed again", saves, "what it saves")
         if setup.stream_layers > attention:
             still = _kept(shape, setup, attention=0)
         else:
             whole = max(0, setup.keep_layers - 1) if between else 0
             still = _kept(shape, setup, whole=whole, attention=0)
-        stages.append([*still, again])
-        stages[-1] += _dequantized(setup, of_layer)
+        if setup.policy == "offload":
+            still.append(coming)
+        still += _dequantized(setup, of_layer)
+        stages.append([*still, again, work(again=True)])
     return max(stages, key=lambda terms: _sum((*terms,)))
 
 
@@ -227,6 +247,8 @@ def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
         terms.append(Term("pinned checkpoints", pinned, "what layers keep for their backward"))
     if streamed := stored.streamed_bytes(shape, setup):
         terms.append(Term("pinned weights", streamed, f"of {setup.stream_layers} layers"))
+    if embedding := stored.host_embedding_bytes(shape, setup):
+        terms.append(Term("pinned embedding", embedding, "its rows are read over the bus"))
     if paged := stored.optimizer_bytes(shape, setup, paged=True):
         terms.append(Term("paged optimizer state", paged, "where the card has no room"))
     return tuple(terms)

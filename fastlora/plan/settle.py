@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastlora.plan.advise import Again, with_settings
-from fastlora.plan.budget import Choice, choose
+from fastlora.plan.budget import Choice, RowTokens, choose, row_seconds, speed_of
 from fastlora.plan.predict import Prediction
 from fastlora.plan.setup import FUSED
-from fastlora.plan.speed import Speed, speed
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
 
@@ -41,19 +40,27 @@ class MicroBatches:
     """Computed as usual before them, to be recorded."""
 
     @property
+    def padded(self) -> float:
+        """Of the longest row, with its part of what is added."""
+        return self.tokens / (1 - self.padding)
+
+    @property
     def more(self) -> float:
         """Those that are rehearsed, for each of the run."""
         return self.rehearsed / max(1, self.count)
 
 
-def without_budget(recipe: Recipe) -> Recipe:
+def without_budget(recipe: Recipe, *, batches: bool = True) -> Recipe:
     """The recipe of a run without memory.vram, in which the rest is to be chosen: whether layers are computed again,
-    unless train.checkpointing says it. Micro-batches stay, and weights are streamed only as asked."""
+    unless train.checkpointing says it, and with `batches` train.micro_batch, unless it is stated. Weights are in host
+    memory only as asked."""
     memory = recipe.memory
-    stated = {
-        "train.micro_batch": recipe.train.micro_batch,
+    stated: dict[str, Any] = {
         "memory.stream_layers": memory.stream_layers or 0,
+        "memory.embedding": memory.embedding or "gpu",
     }
+    if not batches:
+        stated["train.micro_batch"] = recipe.train.micro_batch
     if recipe.train.checkpointing != "auto":
         for key in ("keep_layers", "keep_attention_layers"):
             stated[f"memory.{key}"] = getattr(memory, key) or 0
@@ -72,20 +79,30 @@ def settle(
     """What the open keys become on the card of `now`; memory.cuda_graphs and with it kernels.mode among them, where
     `micro_batches` says what graphs are worth there. None: nothing fits."""
     asked = now.recipe.memory.cuda_graphs
-    if micro_batches is None or asked is False:
+    if micro_batches is None:
         return choose(now, again)
+    of_size: dict[int, MicroBatches] = {}
+
+    def of(recipe: Recipe) -> MicroBatches:
+        size = recipe.train.micro_batch
+        if size not in of_size:
+            of_size[size] = micro_batches(recipe)
+        return of_size[size]
+
+    plain = choose(now, again, lambda recipe: of(recipe).tokens)
+    if asked is False:
+        return plain
     refused = _refused(now, again)
-    recorded = None if refused else _recorded(now, again)
+    recorded = None if refused else _recorded(now, again, lambda recipe: of(recipe).padded)
     if asked and recorded:
         return recorded
-    plain = choose(now, again)
     if asked:
         return plain
     if plain is None:
         return recorded and _with(recorded, Filled(_KEY, True, "without them nothing fits"))
     if recorded is None:
         return _with(plain, Filled(_KEY, False, refused or "they need more memory"))
-    share, said = _compared(plain.result, recorded.result, micro_batches(recorded.result.recipe))
+    share, said = _compared(plain.result, recorded.result, of)
     chosen = Filled(_KEY, share < 1 - _WORTH, said)
     return _with(replace(recorded, plainest=plain.plainest) if chosen.value else plain, chosen)
 
@@ -115,7 +132,7 @@ def _why_not(recipe: Recipe, again: Again) -> str:
     return again(with_settings(recipe, settings)).setup.not_recorded
 
 
-def _recorded(now: Prediction, again: Again) -> Choice | None:
+def _recorded(now: Prediction, again: Again, row_tokens: RowTokens) -> Choice | None:
     """With fastlora's kernels in place of unsloth's, where kernels.mode is open: as calls they keep the host longer,
     which does not count here, and on the GPU they took 0.92 of the time (1B and 8B). None: nothing fits."""
     settings: dict[str, Any] = {_KEY: True}
@@ -125,7 +142,7 @@ def _recorded(now: Prediction, again: Again) -> Choice | None:
         settings["kernels.mode"] = "all"
         why = "recorded, fastlora's kernels take less of the GPU's time than unsloth's"
         more = (Filled("kernels.mode", "all", why),)
-    choice = choose(again(with_settings(now.recipe, settings)), again)
+    choice = choose(again(with_settings(now.recipe, settings)), again, row_tokens)
     if choice is None or not choice.result.setup.graphs:
         return None
     return replace(choice, filled=(*more, *choice.filled))
@@ -135,21 +152,19 @@ def _with(choice: Choice, one: Filled) -> Choice:
     return replace(choice, filled=(one, *choice.filled))
 
 
-def _compared(plain: Prediction, recorded: Prediction, of: MicroBatches) -> tuple[float, str]:
+def _compared(
+    plain: Prediction, recorded: Prediction, micro_batches: Callable[[Recipe], MicroBatches]
+) -> tuple[float, str]:
     """(the time with graphs over that without, a line that says why)."""
-    calls, replays = _speed(plain, of.tokens), _speed(recorded, of.tokens)
-    tokens = recorded.setup.micro_batch * of.tokens
-    calls_s, replay_s = calls.seconds(tokens), replays.seconds(tokens)
-    padded_s = (replay_s + of.more * calls_s) / (1 - of.padding)
-    share = padded_s / calls_s
+    of, size = micro_batches(recorded.recipe), recorded.setup.micro_batch
+
+    def tokens(recipe: Recipe) -> float:
+        return micro_batches(recipe).tokens
+
+    calls_s, replay_s = (size * row_seconds(one, tokens) for one in (plain, recorded))
+    share = (replay_s + of.more * calls_s) / (1 - of.padding) / calls_s
     rehearsed = f" and {of.rehearsed} of them to record before the {of.count:,}" if of.count else ""
     return share, (
-        f"{recorded.setup.micro_batch} x {of.tokens:,} tokens take {1e3 * replay_s:.0f} ms instead of "
-        f"{1e3 * calls_s:.0f} (bound by the {calls.bound_by}); with {of.padding:.1%} padding{rehearsed}, "
-        f"{share:.2f} of the time"
+        f"{size} x {of.tokens:,} tokens take {1e3 * replay_s:.0f} ms instead of {1e3 * calls_s:.0f} (bound by the "
+        f"{speed_of(plain, tokens).bound_by}); with {of.padding:.1%} padding{rehearsed}, {share:.2f} of the time"
     )
-
-
-def _speed(found: Prediction, row_tokens: int) -> Speed:
-    assert found.card.gpu is not None
-    return speed(found.shape, replace(found.setup, row_tokens=row_tokens), found.card.gpu)

@@ -46,6 +46,8 @@ class Setup:
     keep_dequantized: bool = False
     stream_layers: int = 0
     """As in [memory]. No layer keeps all and its attention, or keeps all and is streamed; one at least is not."""
+    host_embedding: bool = False
+    """The input embedding is in host memory: asked for, and possible."""
     graphs: bool = False
     """Micro-batches are recorded: asked for, and not refused (train/static.py)."""
     not_recorded: str = ""
@@ -140,8 +142,20 @@ def setup_of(
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
     if problems := list(_target_problems(setup, shape)):
         raise RecipeError("recipe", problems)
+    if memory.embedding == "host":
+        why = why_embedding_stays(shape, setup)
+        setup = replace(setup, host_embedding=not why)
+        if why:
+            notes.append(f"memory.embedding: it stays on the GPU ({why})")
     notes += _not_measured(setup, shape)
     return replace(setup, notes=tuple(notes))
+
+
+def why_embedding_stays(shape: Shape, setup: Setup) -> str:
+    """What of memory.embedding = "host" a run finds in its model and refuses (engines/embedding.py); "": nothing."""
+    if shape.tied:
+        return "it is the output layer's weight too"
+    return "it has an adapter" if setup.adapted(shape.embedding) else ""
 
 
 def records(recipe: Recipe, engine: str, policy: str) -> bool:
@@ -266,6 +280,8 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         found.append("keep_attention_layers and stream_layers: counted, not measured")
     if setup.keep_dequantized:
         found.append("keep_dequantized: counted, not measured")
+    if setup.host_embedding:
+        found.append("embedding in host memory: counted, not measured")
     if setup.dora or setup.dropout:
         found.append("DoRA and dropout keep more activations: counted, not measured")
     return found

@@ -61,7 +61,8 @@ def _kept(setup: Setup) -> str:
         "streamed": setup.stream_layers,
     }
     layers = "".join(f", {count} layers {how}" for how, count in counts.items() if count)
-    return layers + ", dequantized weights kept" * setup.keep_dequantized
+    layers += ", dequantized weights kept" * setup.keep_dequantized
+    return layers + ", embedding in host memory" * setup.host_embedding
 
 
 def _memory_table(found: Prediction) -> Table:

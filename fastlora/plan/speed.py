@@ -4,8 +4,8 @@ A micro-batch takes the longer of two times: the GPU's, for its products at a sh
 ceiling, for what only reads and writes its activations, for dequantizing weights, and waiting for copies between host
 and GPU memory; and the host's, which hands over the kernels of one layer after the other, unless it is recorded.
 Copies of a layer's forward have to be hidden behind that forward, and those of its backward behind the backward of a
-layer. The constants come from the committed reports, a test holding them to those, and from measurements on an H200
-(docs/plan.md).
+layer, which for fastlora's begins once that layer is computed again. The constants come from the committed reports, a
+test holding them to those, and from measurements on an H200 (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastlora.plan.working import (
     attention_layers,
     copied,
     dequantized_kept,
+    input_bytes,
     keeps_projections,
     recomputed_by_us,
 )
@@ -135,11 +136,15 @@ def speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed:
         copy_s = one.bytes / (gpu.host_gb_s * 1e9)
         back_s += one.layers * copy_s
         waits_out_s += one.layers * max(0.0, copy_s - layer_s)
-        behind_s = (2 * _layer_flops(shape, setup) + again) / rate + 3 * pass_s
+        behind_s = 2 * _layer_flops(shape, setup) / rate + 2 * pass_s
+        if setup.policy == "unsloth":
+            behind_s += again / rate + pass_s
         waits_back_s += one.layers * max(0.0, copy_s - behind_s)
     waits_s = max(weights_s - forward_s, waits_out_s)
     waits_s += max(weights_s + back_s - backward_s, waits_back_s)
-    gpu_s, host_s = forward_s + backward_s, _host_s(shape, setup)
+    # The lookup of an embedding in host memory is a kernel of the GPU that reads over the bus.
+    rows_s = setup.host_embedding * input_bytes(shape, setup) / (gpu.host_gb_s * 1e9)
+    gpu_s, host_s = rows_s + forward_s + backward_s, _host_s(shape, setup)
     bound = "host" if host_s > gpu_s + waits_s else "copies" if waits_s else "GPU"
     return Speed(setup.tokens / max(gpu_s + waits_s, host_s), bound, gpu_s, waits_s, host_s)
 

@@ -60,9 +60,14 @@ def resident_bytes(shape: Shape, setup: Setup) -> int:
 
 
 def rest_bytes(shape: Shape, setup: Setup) -> int:
-    """What is never quantized: embedding, output layer (one of them where they are tied) and norms."""
-    embeddings = shape.embedding.weights * (1 if shape.tied else 2)
+    """What is never quantized, on the GPU: embedding, output layer (one of them where they are tied) and norms."""
+    embeddings = shape.embedding.weights * (1 if shape.tied or setup.host_embedding else 2)
     return setup.item * (embeddings + shape.layers * shape.norms + shape.hidden)
+
+
+def host_embedding_bytes(shape: Shape, setup: Setup) -> int:
+    """In host memory."""
+    return setup.item * shape.embedding.weights if setup.host_embedding else 0
 
 
 def adapter_tensors(shape: Shape, setup: Setup) -> list[int]:

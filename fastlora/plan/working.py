@@ -111,18 +111,20 @@ def recomputed_by_us(setup: Setup) -> bool:
     return setup.kernels and setup.policy in ("full", "offload") and not compiled
 
 
-def layer_works(shape: Shape, setup: Setup) -> int:
+def layer_works(shape: Shape, setup: Setup, *, again: bool = False) -> int:
     """What the backward of a layer makes beside what is saved, at its largest. In the MLP the gradient of its output
     (h), and unsloth's copies of gate, up and product (4 i), peft's gradients of product and activation (2 i; with an
-    unquantized base's copies 4 h and i more), or fastlora's of product, gate and up (3 i). In attention, when the MLP's
-    have gone, the float32 sums of dq and the unshared dk and dv; in peft's norms their float32 gradients (10 h); those
-    of a norm behind the MLP while all that is saved is still there (13 h)."""
+    unquantized base's copies 4 h and i more), or fastlora's of product, gate and up (3 i; if the layer is computed
+    `again`, the latter two are written over what was made again). In attention, when the MLP's have gone, the float32
+    sums of dq and the unshared dk and dv; in peft's norms their float32 gradients (10 h); those of a norm behind the
+    MLP while all that is saved is still there (13 h)."""
     h, i, q = shape.hidden, shape.intermediate, shape.query
     others = 6 * q
     if fused_by_unsloth(shape, setup):
         mlp, saved = 4 * i, 2 * i
     elif setup.kernels:
-        mlp, saved = 3 * i, 2 * i
+        spent = again and recomputed_by_us(setup) and not setup.dora
+        mlp, saved = i if spent else 3 * i, 2 * i
     elif setup.engine == "peft":
         mlp, saved, others = 2 * i, 4 * i, max(others, 9 * h)
         if setup.quantization == "none":
@@ -219,12 +221,33 @@ def copied(shape: Shape, setup: Setup) -> tuple[Copied, Copied]:
 
 
 def staging_bytes(shape: Shape, setup: Setup) -> int:
-    """On the GPU, of what is copied: two buffers through which it comes back, each as large as what comes, and the
-    last one's input."""
-    whole, attention = copied(shape, setup)
-    buffers = [attention.bytes] * attention.layers + [whole.bytes] * whole.layers
+    """On the GPU all the time: unsloth's two buffers through which inputs come back. fastlora takes memory when they
+    come."""
+    whole, _ = copied(shape, setup)
+    return 0 if setup.policy == "offload" else min(2, whole.layers) * whole.bytes
+
+
+def stays_bytes(shape: Shape, setup: Setup) -> int:
+    """Of what fastlora copies to the host, the last such layer's input, which backward wants at once."""
     stays = setup.policy == "offload" and again_layers(shape, setup) > 0
-    return sum(buffers[:2]) + stays * whole.bytes
+    return stays * input_bytes(shape, setup)
+
+
+def coming_bytes(shape: Shape, setup: Setup) -> int:
+    """What comes back to the GPU while the backward of a layer runs: the next one's."""
+    if setup.policy != "offload":
+        return 0
+    return max((one.bytes for one in copied(shape, setup) if one.layers), default=0)
+
+
+def attention_stays_bytes(shape: Shape, setup: Setup) -> int:
+    """Of `attention_bytes`, what the backward of the MLP still finds: the layer's input, attention's output, its
+    log-sum-exp, and v. The rest was read when the layer was computed again; only what came from the host makes room."""
+    if setup.policy != "offload":
+        return attention_bytes(shape, setup)
+    value = shape.key_value if keeps_projections(setup) else 0
+    elements = shape.hidden + shape.query + value
+    return setup.tokens * (setup.item * elements + 4 * shape.heads)
 
 
 def host_kept_bytes(shape: Shape, setup: Setup) -> int:

@@ -152,7 +152,7 @@ class TrainSection(Section):
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     micro_batch: int = Field(default=2, ge=1)
-    """Sequences per forward pass."""
+    """Sequences per forward pass. Not given, a run on a GPU may choose others with as many per optimizer step."""
     accumulation: int | None = Field(default=None, ge=1)
     effective_batch: int | None = Field(default=None, ge=1)
     """Sequences per optimizer step: micro_batch x accumulation. Give one of the two."""
@@ -216,9 +216,10 @@ class MemorySection(Section):
 
     vram: str | None = None
     """The most that the run may take of the GPU, context and all, such as "12GiB"; "auto" is what is free. What the
-    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next four
-    keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits. Unset, no limit is set, micro-batches
-    and streaming stay, and the others are chosen for 0.9 of what is free where train.checkpointing is auto."""
+    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next five
+    keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits. Unset, no limit is set, micro-batches,
+    streaming and embedding stay, and the others are chosen for 0.9 of what is free where train.checkpointing is
+    auto."""
     keep_layers: int | None = Field(default=None, ge=0)
     """So many of the last layers keep all that their backward needs, and compute nothing again."""
     keep_attention_layers: int | None = Field(default=None, ge=0)
@@ -229,6 +230,10 @@ class MemorySection(Section):
     that they are dequantized twice a step and not three times. Where fastlora's kernels and checkpointing run."""
     stream_layers: int | None = Field(default=None, ge=0)
     """So many layers' frozen weights are in host memory, and come to the GPU when their turn comes."""
+    embedding: Literal["gpu", "host"] | None = None
+    """Where the input embedding is. host: in pinned host memory, from which the GPU reads the rows of a micro-batch's
+    tokens over the bus. One that has an adapter, or is the output layer's weight too, stays on the GPU. Unset,
+    memory.vram chooses; without it, it is on the GPU, unless unsloth moves it in its own way (docs/memory.md)."""
     cuda_graphs: bool | None = None
     """Record a micro-batch's forward and backward once for each shape, and replay them, so that the GPU never waits
     for Python. Rows are then padded to few lengths. Unset, a run on a GPU does so where it is predicted to save more

@@ -39,7 +39,8 @@ def fit_memory(
     """The recipe with what it leaves open chosen so that it fits into memory.vram, or without one into what is free
     (plan/settle.py), and the choice, for the manifest. None: there is no GPU, or without memory.vram nothing fits.
 
-    row_tokens: of the longest row; None: model.seq_len_tokens. micro_batches: what graphs cost; None: not chosen.
+    row_tokens: of the longest row; None: model.seq_len_tokens. micro_batches: what rows of the data take in them; None:
+    graphs are not chosen, nor without memory.vram micro-batches.
     Raises EngineError: memory.vram is given, and nothing fits, or the model's shape is not known.
     """
     import torch
@@ -63,7 +64,8 @@ def fit_memory(
         return predict(other, shape, card, engine=cast(EngineName, engine), row_tokens=row_tokens)
 
     try:
-        now = again(recipe if asked else without_budget(recipe))
+        batches = micro_batches is not None
+        now = again(recipe if asked else without_budget(recipe, batches=batches))
     except RecipeError:
         if asked:
             raise

@@ -33,7 +33,7 @@ def open_for_resume(recipe: Recipe, *, auto: bool = False) -> RunDir:
         given = recipe.train.micro_batch if "micro_batch" in recipe.train.model_fields_set else None
         for one in filled:
             if one.key == "train.micro_batch" and given not in (None, one.value):
-                return [f"{one.key}: memory.vram chose {one.value}, now {given}"]
+                return [f"{one.key}: the run chose {one.value}, now {given}"]
         return changed_keys(manifest.get("recipe"), now.model_dump(mode="json"), but=MEMORY_KEYS)
 
     return RunDir.open_unfinished(Path(recipe.output.dir), unlike)

@@ -35,12 +35,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastlora_kernels import replay
 from fastlora_kernels.attention import OPERATORS, Attention, Give, Keep
 from fastlora_kernels.layers.linear import DETACHED
-from fastlora_kernels.offload import Lanes
+from fastlora_kernels.offload import Lanes, Stash
 from fastlora_kernels.ops.lora_linear import LoraLinears
 from fastlora_kernels.unneeded import mlp_at_the_end, recomputing
 
@@ -90,9 +91,13 @@ def recompute_layers(
         if mode != "keep":
             to = lanes if place != again[-1] else None
             attention = mode == "attention" and (to is not None or not offload)
-            first = place == again[0]
             function = Region(
-                layer, to, first=first, attention=attention, keep_dequantized=keep_dequantized
+                layer,
+                to,
+                first=place == again[0],
+                attention=attention,
+                keep_dequantized=keep_dequantized,
+                ahead=lanes,
             )
         if mode == "attention":
             part = layer.self_attn
@@ -182,9 +187,12 @@ class Region:
         first: bool = False,
         attention: bool = False,
         keep_dequantized: bool = False,
+        ahead: Lanes | None = None,
     ) -> None:
         self.module, self.lanes, self.first = module, lanes, first
         self.attention, self.keep_dequantized = attention, keep_dequantized
+        self.ahead = ahead
+        """Where what backward wants after it waits, if its own does not."""
         self.random = False
         """Its last forward drew random numbers."""
         self.given: frozenset[str] = frozenset()
@@ -292,7 +300,7 @@ class Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, region: Region, call: _Call, anchor: torch.Tensor | None, *inputs: torch.Tensor
     ) -> Any:
-        ctx.region, ctx.call, ctx.stash, ctx.entries = region, call, None, []
+        ctx.region, ctx.call, ctx.stash, ctx.before, ctx.entries = region, call, None, None, []
         ctx.set_materialize_grads(False)
         device = inputs[0].device if inputs else torch.device("cpu")
         ctx.autocast = replay.autocast_now(device)
@@ -302,6 +310,8 @@ class Recomputed(torch.autograd.Function):
             ctx.stash = region.lanes.stash(device, first=region.first)
             put = ctx.stash.put
             put(inputs[0])
+        elif region.ahead is not None and not region.first:
+            ctx.before = region.ahead.newest(device)
         random = replay.random_now(device, draws=region.random)
         keep = Keep(put) if region.attention else None
         try:
@@ -334,27 +344,30 @@ class Recomputed(torch.autograd.Function):
                 "torch.autograd.grad() and backward(inputs=...) do not go through layers that are recomputed; call "
                 "backward()"
             )
-        saved, stash = ctx.saved_tensors, ctx.stash
-        with nullcontext(saved) if stash is None else stash.fetched() as there:
-            wanted = ctx.needs_input_grad[3:]
-            # Those of the stash are its first input and what was kept, else all of them are among the saved.
-            own = len(wanted) if stash is None else 1
-            inputs, kept = there[:own], there[own:]
-            if stash is not None:
-                inputs = (*inputs, *saved)
-            return None, None, None, *_gradients(ctx, inputs, kept, wanted, gradients)
+        wanted = ctx.needs_input_grad[3:]
+        inputs, kept, before = list(ctx.saved_tensors), [], ctx.before
+        if (stash := ctx.stash) is None:
+            inputs, kept = inputs[: len(wanted)], inputs[len(wanted) :]
+        else:
+            first, *kept = stash.fetch()
+            inputs.insert(0, first)
+            before = stash.before
+            del first
+        return None, None, None, *_gradients(ctx, inputs, kept, wanted, gradients, before)
 
 
 def _gradients(
     ctx: Any,
-    inputs: Sequence[torch.Tensor],
-    kept: Sequence[torch.Tensor],
+    inputs: list[torch.Tensor],
+    kept: list[torch.Tensor],
     wanted: Sequence[bool],
     gradients: Sequence[torch.Tensor | None],
+    before: Stash | None,
 ) -> list[torch.Tensor | None]:
-    """Of `inputs`; those of parameters are added to theirs. `kept`: of attention."""
+    """Of `inputs`; those of parameters are added to theirs. `kept`: of attention. Both lists are emptied, so that what
+    the recomputation alone reads makes room: for the MLP's gradients, and for `before`, which is sent for."""
     region: Region = ctx.region
-    leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+    found: list[torch.Tensor | None] = [None] * len(inputs)
     give = Give(ctx.entries, kept) if region.attention else None
     with ExitStack() as replayed:
         noted = replayed.enter_context(region.recomputing())
@@ -364,13 +377,14 @@ def _gradients(
         replayed.enter_context(torch.enable_grad())
         if give is not None:
             replayed.enter_context(give.around())
-        # Autocast remembers what it made of a leaf, so that its gradients would be added up in 16 bits; not of a view.
-        outputs = ctx.call.on(
-            [leaf.view_as(leaf) if leaf.requires_grad else leaf for leaf in leaves]
-        )
+        outputs = ctx.call.on(_entered(inputs, wanted, found))
+    inputs.clear()
+    kept.clear()
+    if before is not None:
+        before.send_for()
     if give is not None:
         region.given = give.whole
-    made = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    made = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     carrying = [
         (output, gradient)
         for output, gradient in zip(made, gradients, strict=True)
@@ -378,7 +392,38 @@ def _gradients(
     ]
     if noted is not None:
         region.decide([output for output, _ in carrying], noted)
-    if carrying:
-        roots, theirs = zip(*carrying, strict=True)
+    # Places in the graph alone: nobody reads what the outputs are.
+    roots = [get_gradient_edge(output) for output, _ in carrying]
+    theirs = [gradient for _, gradient in carrying]
+    del outputs, made, carrying
+    if roots:
         torch.autograd.backward(roots, theirs)
-    return [leaf.grad for leaf in leaves]
+    return found
+
+
+def _entered(
+    inputs: Sequence[torch.Tensor], wanted: Sequence[bool], found: list[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """`inputs` as the recomputation takes them; the gradient of each that is wanted comes to its place in `found`."""
+    return [
+        Entered.apply(x.new_empty(0).requires_grad_(), (x,), found, place) if want else x.detach()
+        for place, (x, want) in enumerate(zip(inputs, wanted, strict=True))
+    ]
+
+
+class Entered(torch.autograd.Function):
+    """An input of the recomputation. No leaf: it would stay to the end, whether backward reads it or not, and autocast
+    remembers what it made of a leaf, so that its gradients would be added up in 16 bits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: torch.Tensor, x: tuple[torch.Tensor], found: Any, place: int
+    ) -> torch.Tensor:
+        ctx.found, ctx.place = found, place
+        ctx.set_materialize_grads(False)
+        return x[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[None, ...]:
+        ctx.found[ctx.place] = gradient
+        return None, None, None, None

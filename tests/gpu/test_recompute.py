@@ -252,7 +252,7 @@ def test_memory_is_what_the_formulas_say() -> None:
     inputs = HIDDEN * 2 * TOKENS
     given = (2 * HIDDEN + 2 * HIDDEN // 2) * 2 * TOKENS
     assert kept["attention"] - kept["layer"] == pytest.approx(LAYERS * given, rel=0.1)
-    # All but the last one's; the two staging buffers were there before.
+    # All but the last one's.
     assert kept["layer"] - kept["offload"] == pytest.approx((LAYERS - 1) * inputs, rel=0.1)
     assert most["layer"] - most["offload"] > (LAYERS - 4) * inputs
 

@@ -107,6 +107,17 @@ def test_planted_faults_show_no_speed_and_dead_arms_are_rows(
     assert red(arms["peft+fastlora-checkpointing"]) == {"depth"}  # past the layers that parity sees
 
 
+@pytest.mark.usefixtures("forked")
+def test_gradients_are_compared_on_as_many_rows_whatever_an_arms_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, arms = bench(tmp_path, monkeypatch, {"peft+fastlora+batch4": ""})
+    own = arms["peft+fastlora+batch4"]
+    assert own.status == "ok", own.detail
+    assert {gate.name for gate in own.gates} >= {"work", "parity", "depth", "trajectory"}
+    assert running.results["peft"]["digest"] == running.results[own.arm]["digest"]
+
+
 def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
     script = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     with pytest.raises(Failed) as caught:
@@ -198,6 +209,7 @@ def test_a_recipe_is_measured_with_its_own_rows(
         (["tiny", "--vram-cap", "8GiB"], "no CUDA GPU here"),
         (["tiny", "--frontier"], "no CUDA GPU here"),
         (["--compare", "no.json", "no.json"], "no.json"),
+        (["tiny", "--arms", "peft+batch3"], "4 rows, which micro-batches of 3 do not make"),
     ],
 )
 def test_wrong_arguments_are_explained(

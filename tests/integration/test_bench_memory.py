@@ -30,11 +30,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cache: Path = tmp_path_factory.mktemp("checkpoints")
     checkpoint = random_checkpoint(plan.shape, plan.recipe.model, cache)
     train = plan.recipe.train
+    # As many rows a step as every arm has.
     rows = work.random_rows(
         plan.work.model_copy(update={"steps": STEPS, "lengths": "full"}), vocabulary=plan.shape["vocab_size"],
         seq_len_tokens=32, rows_per_step=train.micro_batch * train.accumulation_steps,
     )  # fmt: skip
-    steps = work.steps(rows, train.micro_batch, train.accumulation_steps)
 
     def run(name: str) -> dict[str, Any]:
         arm = Arm.parse(name)
@@ -44,6 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
         )
         loaded = task.load()
         loaded.set_adapter(0.02)
+        steps = work.steps(rows, recipe.train.micro_batch, recipe.train.accumulation_steps)
         found = timed_steps(loaded, steps)
         gradients = {n: p.grad.clone() for n, p in loaded.adapter() if p.grad is not None}
         empty(loaded)
@@ -63,6 +64,28 @@ def test_what_is_kept_changes_no_number(trained: Any) -> None:
         assert found["losses"] == plain["losses"], name
         for tensor, gradient in plain["gradients"].items():
             assert torch.equal(found["gradients"][tensor], gradient), (name, tensor)
+
+
+def test_larger_micro_batches_are_the_same_work(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of one, recorded or not: the rows, their order, losses and gradients of one of two."""
+    recorders = Recorders(monkeypatch)
+    plain = trained("peft+fastlora-checkpointing")
+    for name in ("peft+fastlora+batch4-checkpointing", "peft+fastlora+record+batch4-checkpointing"):
+        found = trained(name)
+        for same in ("digest", "order", "step_tokens", "step_supervised"):
+            assert found[same] == plain[same], (name, same)
+        assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        for tensor, gradient in plain["gradients"].items():
+            torch.testing.assert_close(found["gradients"][tensor], gradient, rtol=1e-3, atol=1e-6)
+    assert found["graphs"].replays == STEPS - found["graphs"].warm_ups
+    assert recorders.last.records == 1
+
+
+def test_an_arm_whose_embedding_stays_is_no_arm(trained: Any) -> None:
+    with pytest.raises(EngineError, match=r"^\+hostembed: the embedding stays where it is: "):
+        trained("peft+hostembed")
 
 
 def test_a_recorded_arm_trains_alike(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:

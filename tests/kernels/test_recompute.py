@@ -12,7 +12,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
-from fastlora_kernels import attach, attention, keep_layers, recompute_layers
+from fastlora_kernels import attach, attention, keep_layers, recompute, recompute_layers
 from fastlora_kernels.ops import glu, lora_linear
 from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.recompute import Mode, Region, decoder_layers
@@ -515,17 +515,92 @@ def test_host_buffers_are_taken_once() -> None:
     recompute_layers(peft, MODES["layer"], offload=True)
     assert_same(results(peft, (17, 17)), plain[17])
     lane = lane_of(peft)
-    first, staged = addresses(lane.free), addresses([one.buffer for one in lane.staging])
+    first = addresses(lane.free)
     assert len(first) == LAYERS - 1  # the last layer's input is needed at once
     assert_same(results(peft, (9, 9)), plain[9])
     assert_same(results(peft, (17, 17)), plain[17])
     assert addresses(lane.free) == first
-    assert addresses([one.buffer for one in lane.staging]) == staged
     # Longer rows: larger ones in their place, and not beside them.
     assert_same(results(peft, (30, 30)), plain[30])
     assert len(lane.free) == LAYERS - 1
     assert {buffer.numel() for buffer in lane.free} == {2 * 30 * HIDDEN * 4}
     assert_same(results(peft, (17, 17)), plain[17])
+
+
+def test_what_comes_back_makes_room_once_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the MLP's backward runs there is neither what the layer gave, nor q, k and o's output as they came back:
+    none of them is read any more. The next layer's tensors are sent for by then, and no sooner."""
+    peft = model("Llama", own={"attn_implementation": "sdpa"})
+    recompute_layers(peft, ["attention"] * LAYERS, offload=True)
+    results(peft)  # by now it is known what ends with an MLP
+    lane = lane_of(peft)
+    happened: list[tuple[str, Any]] = []
+    back: list[weakref.ref[torch.Tensor]] = []
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    send_for, edge = lane.send_for, recompute.get_gradient_edge
+
+    def sends(parts: Any) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = send_for(parts)
+        back[:] = [weakref.ref(one) for one in found]
+        happened.append(("sent for", len(found)))
+        return found
+
+    def rooted(output: torch.Tensor) -> Any:
+        outputs[:] = [weakref.ref(output)]
+        return edge(output)
+
+    monkeypatch.setattr(lane, "send_for", sends)
+    monkeypatch.setattr(recompute, "get_gradient_edge", rooted)
+    own: list[weakref.ref[torch.Tensor]] = []
+
+    def again(layer: int) -> Any:
+        def hook(*_: Any) -> None:
+            if torch.is_grad_enabled():
+                own[:] = back
+                happened.append(("again", layer))
+
+        return hook
+
+    def mlp_backward(layer: int) -> Any:
+        def hook(*_: Any) -> None:
+            there = [one() is not None for one in own]
+            happened.append(("backward", (layer, outputs[0]() is None, there)))
+
+        return hook
+
+    for place, layer in enumerate(layers_of(peft)):
+        layer.self_attn.register_forward_hook(again(place))
+        layer.mlp.down_proj.lora_B.default.weight.register_post_accumulate_grad_hook(
+            mlp_backward(place)
+        )
+    results(peft, lengths=(17,))
+    assert [name for name, _ in happened] == ["again", "sent for", "backward"] * (LAYERS - 1) + [
+        "again", "backward"
+    ]  # fmt: skip
+    for name, found in happened:
+        if name == "backward":
+            layer, output_gone, there = found
+            assert output_gone
+            if layer < LAYERS - 1:
+                _, q, k, *attentions, o = there
+                assert (q, k, o) == (False, False, False)
+                assert any(attentions)
+    assert happened[-1][1][0] == 0
+    assert lane.coming == []
+
+
+def test_what_nobody_fetches_is_not_given_to_another_before_the_copies_are_done() -> None:
+    peft = model("Llama")
+    recompute_layers(peft, MODES["layer"], offload=True)
+    loss = peft(input_ids=ids(2, 17), labels=ids(2, 17)).loss
+    lane = lane_of(peft)
+    stash = lane.newest()
+    stash.send_for()
+    (there,) = [weakref.ref(one) for one in lane.coming]
+    del stash, loss
+    assert there() is not None
+    lane.compute_waits()
+    assert there() is None
 
 
 def test_a_forward_without_backward_gives_its_memory_back() -> None:
@@ -592,7 +667,7 @@ def test_an_exception_leaves_nothing_behind(where: str, offload: bool) -> None:
     assert_same(results(peft), plain)
     if offload:
         assert len(lane_of(peft).free) == LAYERS - 1
-        assert not any(one.read for one in lane_of(peft).staging)
+        assert lane_of(peft).coming == []
 
 
 def test_a_second_backward() -> None:

@@ -122,10 +122,17 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
         update={"train": recipe.train.model_copy(update={"chunked_loss": True})}
     )
     assert Arm.parse("peft").recipe(chunked).train.chunked_loss is None
+    larger = Arm.parse("unsloth+batch4").recipe(recipe).train
+    assert (recipe.train.micro_batch, recipe.train.accumulation_steps) == (2, 2)
+    assert (larger.micro_batch, larger.accumulation_steps) == (4, 1)
+    assert Arm.parse("unsloth").micro_batch is None
     assert Arm.parse("unsloth+keep007+keep7") == Arm.parse("unsloth+keep7")
     assert Arm.parse("unsloth+budget").recipe(recipe, 7.5).memory.vram_gib == 7.5
     assert Arm.parse("unsloth+budget").recipe(recipe).memory.vram == "auto"
     assert Arm.parse("peft+record+fastlora").recipe(recipe).memory.cuda_graphs
+    assert Arm.parse("unsloth+hostembed+keep3").name == "unsloth+keep3+hostembed"
+    assert Arm.parse("peft+hostembed").recipe(recipe).memory.embedding == "host"
+    assert Arm.parse("peft").recipe(recipe).memory.embedding is None
     for checkpoints in ("+offload", "-offload", "-checkpointing", "+budget"):  # unsloth's waits
         assert Arm.parse(f"unsloth+record{checkpoints}").recipe(recipe).memory.cuda_graphs
     with pytest.raises(UsageError, match=r"cannot be recorded; add \+offload .* or -checkpointing"):

@@ -232,6 +232,8 @@ def test_unsloth_does_not_compile_what_is_recorded(
     [
         ("offload", {"cuda_graphs": True}, True),  # a lookup in host memory waits for the GPU
         ("unsloth", {"vram": "12GiB"}, True),  # it has been counted in
+        ("unsloth", {"embedding": "gpu"}, True),  # the recipe says where it is
+        ("unsloth", {"embedding": "host"}, True),  # ours is done later
         ("unsloth", {}, False),
         ("unsloth", {"cuda_graphs": True}, False),  # not recorded, then
     ],
@@ -290,5 +292,5 @@ def test_a_micro_batch_that_was_chosen_stays_on_resume(tmp_path: Path) -> None:
         run.update(status="interrupted", recipe=began, memory={"filled": [chosen]})
     open_for_resume(asked()).close()
     open_for_resume(asked(micro_batch=4)).close()
-    with pytest.raises(RunDirError, match=r"train\.micro_batch: memory\.vram chose 4, now 8"):
+    with pytest.raises(RunDirError, match=r"train\.micro_batch: the run chose 4, now 8"):
         open_for_resume(asked(micro_batch=8))

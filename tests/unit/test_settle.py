@@ -93,6 +93,40 @@ def test_micro_batches_stay_and_nothing_is_streamed(engine: str, free_gib: float
         assert taken.train.checkpointing != "unsloth"
 
 
+def test_a_micro_batch_that_is_left_open_is_as_large_as_pays() -> None:
+    """8B on an H200: weights are dequantized once for eight rows and not four times for two. Not where rows are padded
+    to the longest of eight; nor is one chosen that the recipe states, or without the rows' lengths."""
+    open_batch: dict[str, Any] = {"config": LLAMA_8B, "train": {"effective_batch": 8}}
+    full = settled(**open_batch)
+    assert full
+    setup = full.result.setup
+    assert (setup.micro_batch, setup.accumulation, setup.graphs) == (8, 1, True)
+    assert full.result.memory.comfortable_gib <= 0.9 * 139
+    stated = settled(LLAMA_8B, train={"effective_batch": 8, "micro_batch": 2})
+    assert stated
+    assert "train.micro_batch" not in stated.settings
+    assert full.result.speed
+    assert stated.result.speed
+    assert full.result.speed.tokens_per_s > 1.05 * stated.result.speed.tokens_per_s
+
+    def real(recipe: Recipe) -> MicroBatches:
+        """The benchmark's real lengths, roughly: 290 on average."""
+        longest = {1: 290, 2: 420, 4: 560, 8: 720}
+        return replace(FULL, tokens=longest[recipe.train.micro_batch])
+
+    shape, there = shape_of(LLAMA_8B), Card(gpu=gpus.gpu_named("NVIDIA H200"), vram_gib=125.0)
+
+    def again(other: Recipe) -> Prediction:
+        return predict(other, shape, there)
+
+    asked = recipe(train={"effective_batch": 8})
+    padded = settle.settle(again(without_budget(asked)), again, real)
+    assert padded
+    assert padded.result.setup.micro_batch < 8
+    closed = settle.settle(again(without_budget(asked, batches=False)), again, None)
+    assert "train.micro_batch" not in keys(closed)
+
+
 def test_padding_may_cost_more_than_graphs_save() -> None:
     """8B on a small GPU, which the host keeps busy anyway; a slow host's 1B is worth any padding."""
     roomy: dict[str, Any] = {"config": LLAMA_8B, "gpu": "NVIDIA A100", "free_gib": 79.0}
@@ -194,7 +228,7 @@ def test_what_the_recipe_says_stays() -> None:
     assert keys(stated) == {"memory.cuda_graphs": True}
     assert stated
     assert (stated.result.setup.policy, stated.result.setup.keep_layers) == ("full", 0)
-    kept = settled(LLAMA_8B, "NVIDIA L4", 16, memory={"keep_layers": 2})
+    kept = settled(LLAMA_8B, "NVIDIA L4", 16, memory={"keep_layers": 2}, train={"micro_batch": 2})
     assert kept
     assert kept.result.setup.keep_layers == 2
 
