@@ -87,7 +87,7 @@ class Loaded:
         self._engage(task.arm)
         memory = self.recipe.memory
         ours = self.checkpointing == "offload" or memory.keep_layers or memory.keep_attention_layers
-        ours = ours or memory.cuda_graphs  # no other is recorded
+        ours = ours or memory.keep_dequantized or memory.cuda_graphs  # no other is recorded
         if ours or "+fastlora" in task.arm.options:
             keep_as_asked(self.model, self.engine, self.recipe, self.notes.append)
             keep_rows_apart(self.model, self.engine, self.recipe, self.notes.append)

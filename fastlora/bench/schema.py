@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "+offload": (("peft", "unsloth"), "checkpoints in host memory, by fastlora"),
     "+keep": (("peft", "unsloth"), "layers that are kept whole"),
     "+attention": (("peft", "unsloth"), "layers that keep their attention"),
+    "+dequantized": (("peft", "unsloth"), "dequantized weights kept until backward"),
     "+stream": (("unsloth",), "layers whose weights are in host memory"),
     "+hostembed": (("peft", "liger", "unsloth"), "the input embedding in host memory"),
     "+record": (("peft", "unsloth"), "micro-batches as CUDA graphs (memory.cuda_graphs)"),
@@ -93,6 +94,13 @@ class Arm(BaseModel):
                 raise UsageError(f"--arms {text}: {options[name]} and {option} exclude each other")
         if len(both := [name for name in _CHECKPOINTS if name in options]) > 1:
             raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
+        if "+dequantized" in options:
+            ours = engine == "peft" or options.keys() & {"+offload", "-offload", "+budget"}
+            if "+fastlora" not in options or "-checkpointing" in options or not ours:
+                raise UsageError(
+                    f"--arms {text}: +dequantized needs fastlora's kernels and checkpointing; add +fastlora and, on "
+                    "unsloth, +offload or -offload"
+                )
         if engine == "peft" and "+record" in options and "+fastlora" not in options:
             raise UsageError(f"--arms {text}: +record needs fastlora's loss; add +fastlora")
         if engine == "unsloth" and "+record" in options:
@@ -134,6 +142,8 @@ class Arm(BaseModel):
             train |= {key.removeprefix("train."): value for key, value in given.items()}
         if "-optimizer" in self.options:
             train["optimizer"] = "adamw"
+        if "+dequantized" in self.options:
+            memory["keep_dequantized"] = True
         if "+hostembed" in self.options:
             memory["embedding"] = "host"
         if "+record" in self.options:

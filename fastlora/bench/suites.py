@@ -132,13 +132,17 @@ def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:
     others = []
     for option, (engines, _) in OPTIONS.items():
         # What has no one value, needs another option, or is asked for.
-        left_out = {*NUMBERED, "+hostembed", "+budget", "+record", "+packing", "+fastlora"}
+        left_out = {
+            *NUMBERED, "+dequantized", "+hostembed", "+budget", "+record", "+packing", "+fastlora",
+        }  # fmt: skip
         if arm.engine not in engines or option in {*arm.options, *left_out}:
             continue
         checkpoints = {"-checkpointing", "-offload", "+offload"}
         if option in checkpoints and (not gpu or checkpoints & arm.options):
             continue  # a CPU keeps everything
-        if option == "+graphs" and "+record" in arm.options:
+        if {(option, other) for other in arm.options} & {
+            ("+graphs", "+record"), ("-checkpointing", "+dequantized"),
+        }:  # fmt: skip
             continue  # they exclude each other
         other = Arm.parse(arm.name + option)
         if option in in_recipe and other.recipe(recipe).train == arm.recipe(recipe).train:

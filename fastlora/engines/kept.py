@@ -35,21 +35,26 @@ def keep_as_asked(model: PeftModel, engine: Engine, recipe: Recipe, announce: An
     Raises EngineError: its layers cannot be recomputed so.
     """
     memory, checkpointing = recipe.memory, resolve_checkpointing(recipe, engine)
+    dequantized = bool(memory.keep_dequantized)
     wanted = bool(memory.keep_layers or memory.keep_attention_layers)
-    if checkpointing == "none" and wanted:
+    if checkpointing == "none" and (wanted or dequantized):
         announce('memory: train.checkpointing = "none" keeps every layer as it is')
     if checkpointing in ("none", "unsloth"):
         return
     layers = _count(model)
     modes = modes_of(layers, memory, streamed_layers(model), announce)
     try:
-        _recompute(model, engine, modes, offload=checkpointing == "offload")
+        offload = checkpointing == "offload"
+        _recompute(model, engine, modes, offload=offload, keep_dequantized=dequantized)
     except ValueError as error:
         if wanted or checkpointing == "offload":
             raise EngineError(
                 f'train.checkpointing: {error}; set train.checkpointing = "full" and leave [memory] out'
             ) from error
         _fall_back(model, error, announce)
+        return
+    if dequantized and not _dequantizes(model):
+        announce("memory.keep_dequantized: there are none; fastlora's kernels run no 4-bit layer")
 
 
 def dense_as_asked(model: PeftModel, recipe: Recipe, announce: Announce) -> DenseWeights | None:
@@ -107,10 +112,23 @@ def _count(model: PeftModel) -> int:
     return len(decoder_layers(model))
 
 
-def _recompute(model: PeftModel, engine: Engine, modes: list[Mode], *, offload: bool) -> None:
+def _dequantizes(model: PeftModel) -> bool:
+    from fastlora_kernels.layers.linear import AttachedLinear4bit
+
+    return any(isinstance(module, AttachedLinear4bit) for module in model.modules())
+
+
+def _recompute(
+    model: PeftModel,
+    engine: Engine,
+    modes: list[Mode],
+    *,
+    offload: bool,
+    keep_dequantized: bool = False,
+) -> None:
     from fastlora_kernels import recompute_layers
 
-    recompute_layers(model, modes, offload=offload)
+    recompute_layers(model, modes, offload=offload, keep_dequantized=keep_dequantized)
     engine.layers_are_recomputed(model)
 
 

@@ -147,8 +147,13 @@ def _same_policy(now: Prediction) -> list[dict[str, Any]]:
     levels: list[dict[str, Any]] = [{"train.checkpointing": name} for name in tighter]
     if policy in ("unsloth", "offload"):  # for a host that is too small
         levels.append({"train.checkpointing": "full"})
-    if now.recipe.memory.keep_layers or now.recipe.memory.keep_attention_layers:
+    memory = now.recipe.memory
+    nothing: dict[str, Any] = {}
+    if memory.keep_layers or memory.keep_attention_layers:
         nothing = {"memory.keep_layers": 0, "memory.keep_attention_layers": 0}
+    if memory.keep_dequantized:
+        nothing["memory.keep_dequantized"] = False
+    if nothing:
         levels = [nothing, *(level | nothing for level in levels)]
     return levels
 

@@ -1,9 +1,10 @@
 """The fastest way to train a recipe within so much memory: what `memory.vram` chooses.
 
 Every choice leaves what is learnt as it is. Tried are micro-batches at the recipe's effective batch, checkpoint
-policies and, for each, every number of layers that are kept whole, with as many more that keep their attention as
-there is then room for; each with the input embedding on the GPU, and in host memory, which is taken where it makes for
-more than its time. Where nothing of it fits, as few layers as need be have their frozen weights there as well.
+policies, with and without dequantized weights kept, and, for each, every number of layers that are kept whole, with as
+many more that keep their attention as there is then room for; each with the input embedding on the GPU, and in host
+memory, which is taken where it makes for more than its time. Where nothing of it fits, as few layers as need be have
+their frozen weights there as well.
 The same recipe, budget, card and host memory choose the same, until a run on this GPU has corrected the predictions.
 """
 
@@ -26,8 +27,9 @@ from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
 
 _COUNTS = ("memory.keep_layers", "memory.keep_attention_layers", "memory.stream_layers")
+_DEQUANTIZED = "memory.keep_dequantized"
 _EMBEDDING = "memory.embedding"
-OPEN = ("train.micro_batch", "train.checkpointing", *_COUNTS, _EMBEDDING)
+OPEN = ("train.micro_batch", "train.checkpointing", *_COUNTS, _DEQUANTIZED, _EMBEDDING)
 """What may be chosen, where the recipe does not say it."""
 
 _OURS = ("none", "offload", "full")
@@ -148,7 +150,7 @@ def _given(recipe: Recipe, key: str) -> Any:
 
 
 def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
-    """Micro-batch, policy and place of the embedding."""
+    """Micro-batch, policy, place of the embedding and, where it may help, dequantized weights that are kept."""
     recipe, setup = now.recipe, now.setup
     places: list[dict[str, Any]] = [{}]
     if _given(recipe, _EMBEDDING) is None and not why_embedding_stays(now.shape, setup):
@@ -159,11 +161,16 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
         most = max(1, min(effective, _MOST_TOKENS // setup.row_tokens))
         sizes = [size for size in range(1, most + 1) if effective % size == 0]
     given = _given(recipe, "train.checkpointing")
+    helps = setup.kernels and setup.quantization == "nf4" and not setup.dora
+    helps = helps and _given(recipe, _DEQUANTIZED) is None
     for size in sizes:
         for policy in [given] if given else POLICIES[setup.engine]:
             rows = batches(recipe, size, effective) if size != recipe.train.micro_batch else {}
             for place in places:
-                yield {"train.micro_batch": size, **rows, "train.checkpointing": policy, **place}
+                start = {"train.micro_batch": size, **rows, "train.checkpointing": policy, **place}
+                yield start
+                if helps and policy in ("full", "offload"):
+                    yield start | {_DEQUANTIZED: True}
 
 
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
@@ -275,6 +282,8 @@ def _why(key: str, result: Prediction) -> str:
         }[setup.policy]
     if key == "memory.keep_layers":
         return f"of {shape.layers} layers, nothing of them is computed again"
+    if key == _DEQUANTIZED:
+        return "what a layer that is computed again dequantizes stays for its backward"
     if key == "memory.keep_attention_layers":
         if keeps_projections(setup):
             return "of these q, k, v, o and attention are not computed again"

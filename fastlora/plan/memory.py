@@ -183,6 +183,7 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
     """
     between = setup.policy == "unsloth"
     attention = working.attention_layers(setup)
+    of_layer, of_attention = working.dequantized_kept(shape, setup)
     item = setup.tokens * shape.hidden * setup.item
     coming = Term("copies", working.coming_bytes(shape, setup), "back, for the next layer")
 
@@ -200,6 +201,7 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
             still = [one for one in still if one.name != "checkpoints"]
             stays = working.attention_stays_bytes(shape, setup)
             still += [Term("attention's activations", stays, "of the layer, from the host"), coming]
+        still += _dequantized(setup, of_attention)
         stages.append([*still, again, work(again=True)])
     if working.again_layers(shape, setup):
         saves = working.layer_saves(shape, setup)
@@ -214,8 +216,14 @@ def _backward(shape: Shape, setup: Setup) -> list[Term]:
             still = _kept(shape, setup, whole=whole, attention=0)
         if setup.policy == "offload":
             still.append(coming)
+        still += _dequantized(setup, of_layer)
         stages.append([*still, again, work(again=True)])
     return max(stages, key=lambda terms: _sum((*terms,)))
+
+
+def _dequantized(setup: Setup, weights: int) -> list[Term]:
+    about = "of the layer computed again, until its backward"
+    return [Term("dequantized weights kept", weights * setup.item, about)] if weights else []
 
 
 def _optimizer_work(shape: Shape, setup: Setup) -> float:

@@ -63,6 +63,7 @@ class Prediction:
                 "checkpointing": setup.policy,
                 "keep_layers": setup.keep_layers,
                 "keep_attention_layers": setup.keep_attention_layers,
+                "keep_dequantized": setup.keep_dequantized,
                 "stream_layers": setup.stream_layers,
                 "embedding": "host" if setup.host_embedding else "gpu",
                 "loss": setup.loss,

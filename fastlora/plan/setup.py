@@ -43,6 +43,7 @@ class Setup:
     packed: bool
     keep_layers: int = 0
     keep_attention_layers: int = 0
+    keep_dequantized: bool = False
     stream_layers: int = 0
     """As in [memory]. No layer keeps all and its attention, or keeps all and is streamed; one at least is not."""
     host_embedding: bool = False
@@ -132,6 +133,7 @@ def setup_of(
         packed=recipe.data.packing,
         keep_layers=kept,
         keep_attention_layers=min(memory.keep_attention_layers or 0, shape.layers - kept),
+        keep_dequantized=bool(memory.keep_dequantized),
         stream_layers=streamed,
         graphs=graphs,
         not_recorded=refused or "",
@@ -226,6 +228,11 @@ def memory_problems(
         yield (
             "memory.dense_layers: it is for recorded micro-batches; set memory.cuda_graphs = true, or leave it out"
         )
+    if memory.keep_dequantized and policy == "unsloth":
+        yield (
+            "memory.keep_dequantized: unsloth's own checkpointing dequantizes them once more; set "
+            'train.checkpointing = "offload", which is fastlora\'s'
+        )
     if not memory.stream_layers:
         return
     if not streams:
@@ -271,6 +278,8 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         found.append("keep_layers: counted, not measured")
     if setup.keep_attention_layers or setup.stream_layers:
         found.append("keep_attention_layers and stream_layers: counted, not measured")
+    if setup.keep_dequantized:
+        found.append("keep_dequantized: counted, not measured")
     if setup.host_embedding:
         found.append("embedding in host memory: counted, not measured")
     if setup.dora or setup.dropout:

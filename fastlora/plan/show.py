@@ -61,6 +61,7 @@ def _kept(setup: Setup) -> str:
         "streamed": setup.stream_layers,
     }
     layers = "".join(f", {count} layers {how}" for how, count in counts.items() if count)
+    layers += ", dequantized weights kept" * setup.keep_dequantized
     return layers + ", embedding in host memory" * setup.host_embedding
 
 

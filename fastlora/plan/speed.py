@@ -21,6 +21,7 @@ from fastlora.plan.working import (
     again_layers,
     attention_layers,
     copied,
+    dequantized_kept,
     input_bytes,
     keeps_projections,
     recomputed_by_us,
@@ -77,14 +78,16 @@ def flops(shape: Shape, setup: Setup) -> tuple[float, float]:
 
 def dequantized(shape: Shape, setup: Setup) -> tuple[float, float]:
     """Weights that a forward dequantizes, and a backward with what it computes again: each product its own, however
-    many tokens it has."""
+    many tokens it has, but for those that stay from the repetition (memory.keep_dequantized)."""
     if setup.quantization != "nf4":
         return 0.0, 0.0
     whole, attention = _again_flops(shape, setup)
     layers = float(shape.layers * sum(one.weights for one in shape.linears))
     again = again_layers(shape, setup) * (whole - _attention_flops(shape, setup))
     again += attention_layers(setup) * attention
-    return layers, layers + again / (2.0 * setup.tokens)
+    kept, of_attention = dequantized_kept(shape, setup)
+    stay = again_layers(shape, setup) * kept + attention_layers(setup) * of_attention
+    return layers, layers + again / (2.0 * setup.tokens) - stay
 
 
 def _attention_flops(shape: Shape, setup: Setup) -> float:

@@ -143,6 +143,17 @@ def dequantized_bytes(shape: Shape, setup: Setup) -> int:
     return setup.item * max(one.weights for one in shape.linears)
 
 
+def dequantized_kept(shape: Shape, setup: Setup) -> tuple[int, int]:
+    """How many weights of a layer that is computed again stay dequantized until its backward: of one whose input alone
+    is kept, and of one that keeps its attention. down_proj's, whose backward is the first, is made for it alone."""
+    kept = setup.keep_dequantized and setup.quantization == "nf4" and not setup.dora
+    if not (kept and recomputed_by_us(setup)):
+        return 0, 0
+    sizes = {one.name: one.weights for one in shape.linears if setup.adapted(one)}
+    sizes.pop("down_proj", None)
+    return sum(sizes.values()), sum(sizes[name] for name in sizes if name in MLP)
+
+
 def attention_layers(setup: Setup) -> int:
     """Layers that keep their attention. Offloaded, fastlora leaves the last one's input on the GPU, where backward
     needs it at once, and keeps nothing else of it."""

@@ -216,7 +216,7 @@ class MemorySection(Section):
 
     vram: str | None = None
     """The most that the run may take of the GPU, context and all, such as "12GiB"; "auto" is what is free. What the
-    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next four
+    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next five
     keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits. Unset, no limit is set, micro-batches,
     streaming and embedding stay, and the others are chosen for 0.9 of what is free where train.checkpointing is
     auto."""
@@ -225,6 +225,9 @@ class MemorySection(Section):
     keep_attention_layers: int | None = Field(default=None, ge=0)
     """So many layers before those keep attention's output and those of its projections, so that of their products gate
     and up alone are computed again; where fastlora's kernels do not run the projections, attention's output alone."""
+    keep_dequantized: bool | None = None
+    """Keep what a layer that is computed again makes of its 4-bit weights until its backward, which comes at once, so
+    that they are dequantized twice a step and not three times. Where fastlora's kernels and checkpointing run."""
     stream_layers: int | None = Field(default=None, ge=0)
     """So many layers' frozen weights are in host memory, and come to the GPU when their turn comes."""
     embedding: Literal["gpu", "host"] | None = None

@@ -59,9 +59,10 @@ class Continuation(TrainerCallback):
         self.checkpointing = checkpointing
         memory = recipe.memory
         self._keeps = checkpointing == "none" or (
-            checkpointing != "unsloth" and bool(memory.keep_layers or memory.keep_attention_layers)
+            checkpointing != "unsloth"
+            and bool(memory.keep_layers or memory.keep_attention_layers or memory.keep_dequantized)
         )
-        """Layers could still be recomputed that are not."""
+        """More could still be computed again."""
         self.trainer: Trainer  # build_trainer sets it
         self.static: StaticSteps | None = None  # and this
         self.longest = 0

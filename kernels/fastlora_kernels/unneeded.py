@@ -34,6 +34,8 @@ class Recomputing(threading.local):
     """There is one: what is made is for one backward alone, which may write over it."""
     ends_with: Any = None
     """The MLP whose output nobody will read."""
+    keeps_dequantized: bool = False
+    """Backward, moments later, gets the matrices made of 4-bit weights, instead of making them once more."""
     noted: list[tuple[Any, Node]] | None = None
     """Where a list is asked for: each MLP that ran our op, and the op's node."""
 

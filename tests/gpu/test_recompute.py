@@ -19,7 +19,7 @@ TOKENS = 4 * 1024
 MIB = 2**20
 
 
-def model(attention: str = "eager", **lora: Any) -> Any:
+def model(attention: str = "eager", nf4: bool = False, **lora: Any) -> Any:
     """Eager attention gives the same bits each time; the other needs no mask, which no graph could record."""
     from fastlora_kernels import attach
     from peft import LoraConfig, get_peft_model
@@ -31,7 +31,10 @@ def model(attention: str = "eager", **lora: Any) -> Any:
         num_attention_heads=8, num_key_value_heads=4, use_cache=False, attn_implementation=attention,
         pad_token_id=0,
     )  # fmt: skip
-    base = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    base: Any = LlamaForCausalLM(config)
+    if nf4:
+        in_4_bits(base)
+    base = base.to("cuda", torch.bfloat16)
     peft = get_peft_model(
         base, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear", **lora)
     )
@@ -40,6 +43,20 @@ def model(attention: str = "eager", **lora: Any) -> Any:
             torch.nn.init.normal_(parameter, std=0.02)
     attach(peft)
     return peft.train()
+
+
+def in_4_bits(base: Any) -> None:
+    """Its layers, once it is moved to the GPU."""
+    from bitsandbytes.nn import Linear4bit
+
+    base.is_loaded_in_4bit = True
+    for module in list(base.model.layers.modules()):
+        for name, linear in module.named_children():
+            if type(linear) is torch.nn.Linear:
+                n, k = linear.weight.shape
+                quantized = Linear4bit(k, n, False, torch.bfloat16, quant_type="nf4")
+                quantized.load_state_dict(linear.state_dict())
+                setattr(module, name, quantized)
 
 
 def ids(rows: int, length: int) -> torch.Tensor:
@@ -82,6 +99,39 @@ def test_no_bit_changes(dropout: float) -> None:
         recompute_layers(peft, modes, offload=offload)  # type: ignore[arg-type]
         for _ in range(4):
             assert_same(step(peft), plain)
+
+
+@pytest.mark.parametrize("mode", ["layer", "attention"])
+def test_a_matrix_of_the_repetition_is_backwards_too(
+    mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, gate's and up's three matrices of a layer are two, and the peak is higher by them at the most."""
+    from fastlora_kernels import recompute_layers
+    from fastlora_kernels.ops import lora_linear
+
+    made: list[tuple[int, int]] = []
+    own = lora_linear.dequantize
+
+    def noted(weight: Any, *more: Any) -> torch.Tensor:
+        made.append(weight.shape)
+        return own(weight, *more)
+
+    monkeypatch.setattr(lora_linear, "dequantize", noted)
+    peft = model(nf4=True)
+    plain = step(peft)
+    assert_same(step(peft), plain)  # or nothing could be said
+    found: list[tuple[int, float]] = []
+    for dense in (False, True):
+        recompute_layers(peft, [mode] * LAYERS, keep_dequantized=dense)
+        for _ in range(3):
+            made.clear()
+            assert_same(step(peft), plain)
+        found.append((made.count((WIDE, HIDDEN)), most_and_kept(peft)[0]))
+    (again, less), (kept, more) = found
+    assert again == 3 * 3 * 2 * LAYERS  # of three micro-batches
+    assert kept == 3 * 2 * 2 * LAYERS
+    gate_and_up, others = 2 * 2 * WIDE * HIDDEN, 2 * 3 * HIDDEN * HIDDEN  # q and o, k and v of half
+    assert more - less <= gate_and_up + (others if mode == "layer" else 0) + MIB
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -207,11 +257,12 @@ def test_memory_is_what_the_formulas_say() -> None:
     assert most["layer"] - most["offload"] > (LAYERS - 4) * inputs
 
 
-def test_a_cuda_graph_records_it() -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_cuda_graph_records_it(dense: bool) -> None:
     from fastlora_kernels import recompute_layers
 
-    peft = model("sdpa")
-    recompute_layers(peft, ["layer"] * LAYERS, offload=True)
+    peft = model("sdpa", nf4=dense)
+    recompute_layers(peft, ["layer"] * LAYERS, offload=True, keep_dequantized=dense)
     inputs = ids(4, 1024).clone()
 
     def once() -> torch.Tensor:

@@ -8,11 +8,13 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
 from fastlora_kernels import attach, attention, keep_layers, recompute, recompute_layers
-from fastlora_kernels.ops import glu
+from fastlora_kernels.ops import glu, lora_linear
+from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.recompute import Mode, Region, decoder_layers
 from fastlora_kernels.unneeded import recomputing
 from peft import LoraConfig, get_peft_model
@@ -45,10 +47,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def model(name: str, kernels: bool = True, own: dict[str, Any] | None = None, **lora: Any) -> Any:
+def model(
+    name: str,
+    kernels: bool = True,
+    own: dict[str, Any] | None = None,
+    *,
+    nf4: bool = False,
+    **lora: Any,
+) -> Any:
     torch.manual_seed(0)
     settings = getattr(transformers, f"{name}Config")(**SMALL | (own or {}))
     base = getattr(transformers, f"{name}ForCausalLM")(settings)
+    if nf4:
+        in_4_bits(base)
     given = {"r": RANK, "lora_alpha": 8, "target_modules": "all-linear"} | lora
     peft = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **given))
     for parameter_name, parameter in peft.named_parameters():
@@ -57,6 +68,18 @@ def model(name: str, kernels: bool = True, own: dict[str, Any] | None = None, **
     if kernels:
         attach(peft)
     return peft.train()
+
+
+def in_4_bits(base: Any) -> None:
+    """Its layers. On a CPU our ops serve them where FASTLORA_KERNELS says so."""
+    base.is_loaded_in_4bit = True
+    for module in list(base.model.layers.modules()):
+        for name, linear in module.named_children():
+            if type(linear) is nn.Linear:
+                n, k = linear.weight.shape
+                base = bnb.nn.Linear4bit(k, n, False, torch.float32, quant_type="nf4")
+                base.load_state_dict(linear.state_dict())
+                setattr(module, name, base.to("cpu"))  # .to quantizes
 
 
 def ids(rows: int, length: int) -> torch.Tensor:
@@ -275,6 +298,89 @@ def test_what_is_written_to_after_it_was_kept_is_as_it_was() -> None:
         recompute_layers(peft, MODES["attention"], offload=offload)
         for _ in range(2):
             assert_same(results(peft), plain)
+
+
+Matrix = tuple[tuple[int, int], bool]
+"""Shape, and whether an adapter is folded into it."""
+
+
+@pytest.fixture
+def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[Matrix]:
+    """What our ops make of 4-bit weights, which are theirs on this CPU."""
+    made: list[Matrix] = []
+    own = lora_linear.dequantize
+
+    def noted(weight: FourBit, dtype: Any, fold: Any = None, row_scale: Any = None) -> Any:
+        made.append((weight.shape, fold is not None))
+        return own(weight, dtype, fold, row_scale)
+
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    monkeypatch.setattr(lora_linear, "dequantize", noted)
+    return made
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("mode", ["layer", "attention"])
+def test_a_matrix_of_the_repetition_is_backwards_too(
+    mode: Mode, offload: bool, dropout: float, dequantized: list[Matrix]
+) -> None:
+    """17 tokens a row have the adapter folded in, 9 have not; no bit of a gradient changes."""
+    peft = model("Llama", nf4=True, lora_dropout=dropout)
+    plain = results(peft)
+    times = []
+    for dense in (False, True):
+        recompute_layers(peft, [mode] * LAYERS, offload=offload, keep_dequantized=dense)
+        for _ in range(2):  # at first with down_proj
+            dequantized.clear()
+            assert_same(results(peft), plain)
+        assert {folded for _, folded in dequantized} == ({False} if dropout else {True, False})
+        times.append([shape for shape, _ in dequantized])
+    layers = 2 * LAYERS  # of two micro-batches
+    again, kept = times
+    # Forward, repetition and backward; of down_proj forward and backward.
+    assert again.count((WIDE, HIDDEN)) == 6 * layers  # gate and up
+    assert kept.count((WIDE, HIDDEN)) == 4 * layers
+    assert again.count((HIDDEN, WIDE)) == kept.count((HIDDEN, WIDE)) == 2 * layers
+    # q and o. The first layer's input has no gradient, so that its q is not made in backward, nor kept for it. Where
+    # attention's outputs are given there is no repetition, but in the last layer that is offloaded.
+    repeated = layers if mode == "layer" else 2 * offload
+    assert again.count((HIDDEN, HIDDEN)) == 2 * (2 * layers + repeated) - 2
+    given = 0 if mode == "layer" else 2
+    assert kept.count((HIDDEN, HIDDEN)) == 4 * layers - given
+
+
+@pytest.mark.parametrize("tokens", [3, 200], ids=["split", "folded"])
+def test_a_kept_matrix_goes_when_it_was_used(tokens: int, dequantized: list[Matrix]) -> None:
+    """A second backward makes its own; where x has no gradient none is kept."""
+    projections = []
+    for _ in range(2):
+        weight = bnb.nn.Params4bit(torch.randn(WIDE, HIDDEN), requires_grad=False, quant_type="nf4")
+        a, b = torch.randn(RANK, HIDDEN), torch.randn(WIDE, RANK)
+        given = a.requires_grad_(), b.requires_grad_()
+        projections.append(lora_linear.Projection(weight.to("cpu"), None, *given, 2.0))
+
+    def repeated(x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        recomputing.keeps_dequantized = True
+        try:
+            gate, up = lora_linear.lora_linears(x, projections)
+        finally:
+            del recomputing.keeps_dequantized
+        return gate.grad_fn, (gate * up).sum()
+
+    x = torch.randn(tokens, HIDDEN, requires_grad=True)
+    inputs = [x, *(one for p in projections for one in (p.lora_a, p.lora_b))]
+    node, y = repeated(x)
+    references = [weakref.ref(one) for one in node.dequantized]
+    assert len(dequantized) == 2
+    found = torch.autograd.grad(y, inputs, retain_graph=True)
+    assert node.dequantized == [None, None]
+    assert [one() for one in references] == [None, None]
+    assert len(dequantized) == 2
+    again = torch.autograd.grad(y, inputs)
+    assert len(dequantized) == 4
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+    assert repeated(x.detach())[0].dequantized == [None, None]
 
 
 class InPlace(torch.autograd.Function):
@@ -779,18 +885,24 @@ def stream(layer: nn.Module) -> list[bool]:
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("mode", ["layer", "attention"])
-def test_layers_whose_weights_come_and_go(mode: Mode, offload: bool) -> None:
-    peft = model("Llama", kernels=False, own={"attn_implementation": "sdpa"})
+@pytest.mark.parametrize("nf4", [False, True])
+def test_layers_whose_weights_come_and_go(
+    mode: Mode, offload: bool, nf4: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4-bit ones what the repetition makes is kept."""
+    if nf4:
+        monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    peft = model("Llama", kernels=False, own={"attn_implementation": "sdpa"}, nf4=nf4)
     attach(peft)
     peft.enable_input_require_grads()
     plain = results(peft)
-    peft = model("Llama", kernels=False, own={"attn_implementation": "sdpa"})
+    peft = model("Llama", kernels=False, own={"attn_implementation": "sdpa"}, nf4=nf4)
     streamed = [stream(layer) for layer in layers_of(peft)[1:]]
     served = attach(peft)  # with nothing there
     assert served.served["q_proj"] == LAYERS
     assert served.groups["q_proj+k_proj+v_proj"] == LAYERS
     peft.enable_input_require_grads()
-    recompute_layers(peft, [mode] * LAYERS, offload=offload)
+    recompute_layers(peft, [mode] * LAYERS, offload=offload, keep_dequantized=nf4)
     for _ in range(2):
         assert_same(results(peft), plain)
     assert all(there[1:] == [False, *[True, False] * 8] for there in streamed)

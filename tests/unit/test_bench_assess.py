@@ -59,6 +59,10 @@ def test_ingredients_of_an_arm_are_each_switched_alone() -> None:
     # What would change nothing is left out: the tiny suite trains with plain AdamW, a CPU keeps everything.
     tiny = load_suite(bundled()["tiny"]).recipe("x")
     assert ingredients(Arm.parse("peft"), tiny, gpu=False) == []
+    dense = Arm.parse("peft+fastlora+dequantized")
+    assert [arm.name for arm in ingredients(dense, tiny, gpu=True)] == [
+        "peft+fastlora+offload+dequantized"
+    ]
     assert ingredients(Arm.parse("peft-checkpointing"), tiny, gpu=True) == []
 
 
@@ -96,6 +100,18 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
     memory = kept.recipe(recipe).memory
     assert kept.recipe(recipe).train.checkpointing == "offload"
     assert (memory.keep_layers, memory.keep_attention_layers, memory.stream_layers) == (3, 12, 7)
+    dense = Arm.parse("unsloth-kernels+fastlora+dequantized+offload")
+    assert dense.name == "unsloth+fastlora+offload+dequantized-kernels"
+    assert dense.recipe(recipe).memory.keep_dequantized
+    for without in (
+        "unsloth+dequantized",
+        "unsloth+fastlora+dequantized",
+        "peft+fastlora+dequantized-checkpointing",
+    ):
+        with pytest.raises(
+            UsageError, match=r"\+dequantized needs fastlora's kernels and checkpointing"
+        ):
+            Arm.parse(without)
     # What an arm runs is what a budget counts.
     modes = {
         name: Arm.parse(name).recipe(recipe).kernels.mode

@@ -81,12 +81,13 @@ def test_nothing_that_fits_is_faster(vram: float, engine: str) -> None:
     policies = ["none", "full", "offload", *(["unsloth"] if engine == "unsloth" else [])]
     best = 0.0
     for micro, policy, place in product((1, 2, 4, 8), policies, ("gpu", "host")):
+        ours = policy in ("full", "offload")
         for whole in range(7):
-            for parts in range(7 - whole if policy in ("full", "offload") else 1):
+            for parts, dense in product(range(7 - whole if ours else 1), {False, ours}):
                 settings = {
                     "train.micro_batch": micro, "train.checkpointing": policy,
                     "memory.keep_layers": whole, "memory.keep_attention_layers": parts,
-                    "memory.embedding": place,
+                    "memory.keep_dequantized": dense, "memory.embedding": place,
                 }  # fmt: skip
                 found = predict(with_settings(now, settings), shape, there)
                 if found.verdict == "fits":
@@ -520,6 +521,48 @@ def test_pinned_memory_comes_in_powers_of_two() -> None:
     assert working.host_kept_bytes(found.shape, found.setup) == 31 * (
         4 * 32 * mib + 2 * 8 * mib + mib // 2
     )
+
+
+def test_dequantized_weights_stay_for_backward() -> None:
+    """8B: gate's and up's 235 MB, of q, k, v and o 84 more, for one of the three times that they are dequantized."""
+
+    def found(attention: int, dense: bool, **more: Any) -> Prediction:
+        memory = {"cuda_graphs": True, "keep_dequantized": dense}
+        return keeping(attention, **ALL | {"memory": memory} | more)
+
+    def peak(one: Prediction) -> float:
+        return sum(term.bytes for term in one.memory.moments["backward of a layer"])
+
+    gate_up, others = 2 * 4096 * 14336, 2 * 4096 * 4096 + 2 * 4096 * 1024
+    for attention, weights in ((32, gate_up), (0, gate_up + others)):
+        without, kept = found(attention, False), found(attention, True)
+        assert peak(kept) - peak(without) == 2 * weights
+        assert without.speed
+        assert kept.speed
+        assert 0.01 < 1 - kept.speed.gpu_s / without.speed.gpu_s < 0.04
+    for unused in (
+        {"model": {"quantization": "none"}},
+        {"lora": {"dora": True}},
+        {"kernels": {"mode": "off"}},
+        {"memory": {"keep_dequantized": True}},  # not recorded, so that unsloth compiles them
+    ):
+        assert working.dequantized_kept(kept.shape, found(0, True, **unused).setup) == (0, 0)
+
+
+def test_they_are_kept_where_there_is_room() -> None:
+    def settings(vram_gib: float, **memory: Any) -> dict[str, Any]:
+        train = {"effective_batch": 16, "micro_batch": 2, "checkpointing": "offload"}
+        given = {"keep_layers": 0, "cuda_graphs": True, "embedding": "gpu", **memory}
+        choice = chosen(vram_gib, host_gib=64, train=train, memory=given, **ALL)
+        assert choice
+        assert all(one.why for one in choice.filled)
+        return choice.settings
+
+    key = "memory.keep_dequantized"
+    assert settings(9)[key] is True
+    assert key not in settings(7.8)  # attention's outputs, in host memory, save more
+    assert key not in settings(9, keep_dequantized=False)
+    assert key not in settings(9, keep_dequantized=True)  # it says so itself
 
 
 def test_copies_that_take_longer_than_a_layer_are_waited_for() -> None:

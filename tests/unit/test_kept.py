@@ -43,6 +43,8 @@ def test_every_problem_is_said_at_once() -> None:
         "memory.keep_attention_layers", "memory.stream_layers",
     ]  # fmt: skip
     assert "int8" in theirs[1]
+    (dense,) = memory_problems(recipe("unsloth", keep_dequantized=True), UnslothEngine())
+    assert dense.startswith("memory.keep_dequantized: unsloth's own checkpointing")
     (never,) = memory_problems(recipe("none", stream_layers=1), UnslothEngine())
     assert "backward needs all layers' weights" in never
     for checkpointing in ("full", "offload", "none"):
@@ -110,9 +112,21 @@ def test_it_is_put_on_the_model() -> None:
     assert "keeps every layer" in said.pop()
     keep_as_asked(model, PeftEngine(), recipe("offload", keep_layers=1), said.append)
     assert functions(model).count("RecomputedBackward") == 2
+    assert not keeps_dequantized(model)
+    keep_as_asked(model, PeftEngine(), recipe(keep_dequantized=True), said.append)
+    assert keeps_dequantized(model)
+    assert said.pop().startswith("memory.keep_dequantized: there are none")
     recompute_all(model, PeftEngine(), said.append, offload=False)
     assert functions(model).count("RecomputedBackward") == 3
+    assert not keeps_dequantized(model)
     assert said == []
+
+
+def keeps_dequantized(model: Any) -> bool:
+    layers = model.get_base_model().model.layers
+    return any(
+        getattr(one._gradient_checkpointing_func, "keep_dequantized", False) for one in layers
+    )
 
 
 def test_a_model_whose_layers_cannot_be_recomputed_falls_back_aloud() -> None:

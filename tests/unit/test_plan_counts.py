@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.plan import stored, working
+from fastlora.plan import speed, stored, working
 from fastlora.plan.setup import Setup, setup_of
 from fastlora.plan.shape import Linear, Shape, shape_of
 from fastlora.recipe.schema import Recipe
@@ -235,6 +235,54 @@ def test_activations_are_those_a_profiler_finds(
     work = working.layer_works(shape, planned) / planned.tokens
     # Its input is among these, and its output there as well.
     assert most == pytest.approx(inputs + saves + work, rel=0.05)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kept", [0, 2])
+def test_weights_are_dequantized_as_often_as_is_counted(
+    kept: int, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastlora_kernels import attach, recompute_layers
+    from fastlora_kernels.ops import lora_linear
+
+    made: list[torch.Tensor] = []
+    own = lora_linear.dequantize
+
+    def noted(*given: Any) -> torch.Tensor:
+        made.append(own(*given))
+        return made[-1]
+
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    monkeypatch.setattr(lora_linear, "dequantize", noted)
+    shape = shape_of(LLAMA)
+    planned = setup(
+        shape,
+        lora={"rank": 8},
+        kernels={"mode": "all"},
+        train={"checkpointing": "full"},
+        memory={"keep_attention_layers": kept, "keep_dequantized": dense},
+    )
+    model = adapted(quantized(model_of(LLAMA))).train()
+    model.enable_input_require_grads()
+    assert not any(attach(model).by_layer.values())
+    recompute_layers(model, ["attention" if kept else "layer"] * 2, keep_dequantized=dense)
+    ids = torch.randint(0, 256, (1, 64))
+    for _ in range(2):  # at first with down_proj
+        made.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        forward = len(made)
+        loss.backward()
+    found = [sum(one.numel() for one in some) for some in (made[:forward], made[forward:])]
+    assert found == list(speed.dequantized(shape, planned))
+    # What stays of a layer, it makes but once again.
+    stays = working.dequantized_kept(shape, planned)[bool(kept)]
+    assert stays == dense * sum(
+        one.weights
+        for one in shape.linears
+        if one.name in ("gate_proj", "up_proj") or (not kept and one.name != "down_proj")
+    )
 
 
 def saved_by_a_layer(model: Any, tokens: int) -> int:

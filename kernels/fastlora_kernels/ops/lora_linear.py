@@ -12,7 +12,7 @@ made in backward. There one read of each g_i gives U_i and dB_i, or one read of 
 (ops/skinny.py). An 8-bit W_i is bitsandbytes' own product forward.
 
 Saved for backward: x once, A and B as they are, and, where there was no fold, S (tokens x ranks) and a seed for each
-dropout.
+dropout. In a repetition whose backward comes at once, it may also be given the dequantized W_i (unneeded.py).
 Shapes: T tokens, K inputs, N outputs, R rank, or the ranks together.
 """
 
@@ -31,6 +31,7 @@ from fastlora_kernels.ops.dropout import draw_seeds, dropout
 from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.skinny import in_one_pass, product, served, up_and_gradient
+from fastlora_kernels.unneeded import recomputing
 
 Weight = torch.Tensor | FourBit | EightBit
 """Frozen, (N, K): dense in any float dtype, a Params4bit or its FourBit, or a layer of 8-bit weights."""
@@ -153,7 +154,8 @@ class LoraLinears(torch.autograd.Function):
         x_TK = x.reshape(-1, x.shape[-1])
         given = attention.given(LoraLinears)
         if given is None:
-            ys, *made = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters)
+            keep = recomputing.keeps_dequantized and ctx.needs_input_grad[0]
+            ys, *made = outputs(ctx, x_TK, x.shape[:-1], fixed, adapters, keep)
             attention.taken(LoraLinears, ys)
         else:
             made = without_outputs(ctx, len(x_TK), lambda: x_TK, fixed, adapters)
@@ -175,9 +177,15 @@ class LoraLinears(torch.autograd.Function):
 
 
 def outputs(
-    ctx: Any, x_TK: torch.Tensor, lead: torch.Size, fixed: Any, adapters: Sequence[Any]
+    ctx: Any,
+    x_TK: torch.Tensor,
+    lead: torch.Size,
+    fixed: Any,
+    adapters: Sequence[Any],
+    keep: bool = False,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-    """Every y_i, (*lead, N); S and the seeds, if made. `adapters`: A, B and its bias of each in turn."""
+    """Every y_i, (*lead, N); S and the seeds, if made. `adapters`: A, B and its bias of each in turn. `keep`: what is
+    made of 4-bit weights, for the gradient of x."""
     dtype = x_TK.dtype
     remember(ctx, x_TK.shape[0], fixed, adapters)
     down_TR = seeds = None
@@ -192,7 +200,11 @@ def outputs(
         if beta_N is not None:
             beta_N = scaling * beta_N.to(dtype)
         fold = (a_RK, b_NR, scaling) if ctx.fold else None
-        ys.append(output(lead, x_TK, weight, bias_N, beta_N, low[i], fold))
+        if isinstance(weight, FourBit):
+            weight = dense(weight, dtype, fold)
+            ctx.dequantized[i] = weight if keep else None
+        ys.append(output(lead, x_TK, weight, bias_N, beta_N, low[i]))
+        del weight  # before the next one is made
     return ys, down_TR, seeds
 
 
@@ -224,6 +236,7 @@ def remember(ctx: Any, tokens: int, fixed: Any, adapters: Sequence[Any]) -> None
     # The weights as they are, not their data: one that is streamed in is another tensor by backward.
     ctx.weights = [source(weight) for weight in weights]
     ctx.scalings = [scaling for _, _, scaling, _ in fixed]
+    ctx.dequantized = [None] * len(fixed)  # the matrix (N, K) of each that `outputs` keeps
 
 
 def low_rank(
@@ -295,11 +308,16 @@ class Gradients:
         if not ctx.fold:
             dx_TK = expanded(ctx, self._up(), self.a_RK, self.seeds)
         for i, g_TN in enumerate(self.gs):
+            weight_NK, ctx.dequantized[i] = (
+                ctx.dequantized[i],
+                None,
+            )  # a second backward makes its own
             if g_TN is None:
                 continue
             a_RK, b_NR, _ = self.adapters[3 * i : 3 * i + 3]
             fold = (a_RK, b_NR, ctx.scalings[i]) if ctx.fold else None
-            weight_NK = dense(frozen(ctx.weights[i]), self.dtype, fold)
+            if weight_NK is None:
+                weight_NK = dense(frozen(ctx.weights[i]), self.dtype, fold)
             dx_TK = torch.mm(g_TN, weight_NK) if dx_TK is None else dx_TK.addmm_(g_TN, weight_NK)
         return dx_TK
 
@@ -397,13 +415,12 @@ def expanded(
 def output(
     lead: torch.Size,
     x_TK: torch.Tensor,
-    weight: Frozen,
+    weight: torch.Tensor | EightBit,
     bias_N: torch.Tensor | None,
     beta_N: torch.Tensor | None,
     low: tuple[torch.Tensor, torch.Tensor] | None,
-    fold: Fold | None,
 ) -> torch.Tensor:
-    """y, (*lead, N), with either `low`, S (T, R) and B, or a fold; beta_N is scaled already."""
+    """y, (*lead, N), with `low`, S (T, R) and B, unless they are folded into the weight; beta_N is scaled already."""
     if isinstance(weight, EightBit):
         assert low is not None
         y_TN = weight.linear(x_TK)  # with its bias
@@ -411,7 +428,7 @@ def output(
         return shaped(y_TN if beta_N is None else y_TN.add_(beta_N), lead)
     if beta_N is not None:
         bias_N = beta_N if bias_N is None else bias_N + beta_N
-    weight_KN = dense(weight, x_TK.dtype, fold).T
+    weight_KN = weight.to(x_TK.dtype).T
     y = x_TK.new_empty(*lead, weight_KN.shape[1])
     y_TN = y.view(-1, weight_KN.shape[1])
     # S B^T first: the large product adds to it as it writes. Afterwards it would read and write y once more.
