@@ -123,7 +123,7 @@ def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -
         for key, value in settings.items()
         if not _stated(recipe, key, value)
     )
-    nothing = dict.fromkeys(_COUNTS, 0)
+    nothing = {**dict.fromkeys(_COUNTS, 0), _DEQUANTIZED: False}
     plain = with_settings(recipe, {"train.checkpointing": POLICIES[engine][1], **nothing})
     return Choice(filled, result, again(plain))
 
