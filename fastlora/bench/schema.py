@@ -101,6 +101,10 @@ class Arm(BaseModel):
                     f"--arms {text}: +dequantized needs fastlora's kernels and checkpointing; add +fastlora and, on "
                     "unsloth, +offload or -offload"
                 )
+        if "+dense" in options and not {"+record", "+fastlora"} <= options.keys():
+            raise UsageError(
+                f"--arms {text}: +dense is for recorded micro-batches and fastlora's kernels; add +record and +fastlora"
+            )
         if engine == "peft" and "+record" in options and "+fastlora" not in options:
             raise UsageError(f"--arms {text}: +record needs fastlora's loss; add +fastlora")
         if engine == "unsloth" and "+record" in options:

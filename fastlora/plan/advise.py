@@ -153,6 +153,8 @@ def _same_policy(now: Prediction) -> list[dict[str, Any]]:
         nothing = {"memory.keep_layers": 0, "memory.keep_attention_layers": 0}
     if memory.keep_dequantized:
         nothing["memory.keep_dequantized"] = False
+    if memory.dense_layers:
+        nothing["memory.dense_layers"] = 0
     if nothing:
         levels = [nothing, *(level | nothing for level in levels)]
     return levels

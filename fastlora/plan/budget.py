@@ -1,10 +1,10 @@
 """The fastest way to train a recipe within so much memory: what `memory.vram` chooses.
 
 Every choice leaves what is learnt as it is. Tried are micro-batches at the recipe's effective batch, checkpoint
-policies, with and without dequantized weights kept, and, for each, every number of layers that are kept whole, with as
-many more that keep their attention as there is then room for; each with the input embedding on the GPU, and in host
-memory, which is taken where it makes for more than its time. Where nothing of it fits, as few layers as need be have
-their frozen weights there as well.
+policies, with and without dequantized weights kept until backward, or where micro-batches are recorded from step to
+step, and, for each, every number of layers that are kept whole, with as many more that keep their attention as there is
+then room for; each with the input embedding on the GPU, and in host memory, which is taken where it makes for more than
+its time. Where nothing of it fits, as few layers as need be have their frozen weights there as well.
 The same recipe, budget, card and host memory choose the same, until a run on this GPU has corrected the predictions.
 """
 
@@ -22,14 +22,14 @@ from fastlora.plan.predict import Prediction
 from fastlora.plan.setup import why_embedding_stays
 from fastlora.plan.speed import Speed, speed
 from fastlora.plan.stored import host_embedding_bytes
-from fastlora.plan.working import GIB, keeps_projections
+from fastlora.plan.working import GIB, dense_weights, keeps_projections
 from fastlora.recipe.advice import Filled
 from fastlora.recipe.schema import Recipe
 
 _COUNTS = ("memory.keep_layers", "memory.keep_attention_layers", "memory.stream_layers")
-_DEQUANTIZED = "memory.keep_dequantized"
+_DEQUANTIZED, _DENSE = "memory.keep_dequantized", "memory.dense_layers"
 _EMBEDDING = "memory.embedding"
-OPEN = ("train.micro_batch", "train.checkpointing", *_COUNTS, _DEQUANTIZED, _EMBEDDING)
+OPEN = ("train.micro_batch", "train.checkpointing", *_COUNTS, _DEQUANTIZED, _EMBEDDING, _DENSE)
 """What may be chosen, where the recipe does not say it."""
 
 _OURS = ("none", "offload", "full")
@@ -113,8 +113,9 @@ def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -
     # The host's speed is a guess, so among those that it holds back alike the GPU's own decides.
     alike = _within(found, lambda one: row_seconds(one[1], row_tokens))
     alike = _within(alike, lambda one: row_seconds(one[1], row_tokens, host=False))
-    # Host memory is left to others where it is worth nothing.
+    # Host memory is left to others where it is worth nothing, and the GPU's.
     alike = [one for one in alike if not one[1].setup.host_embedding] or alike
+    alike = [one for one in alike if not one[1].setup.dense_layers] or alike
     least = min(one[1].memory.comfortable_gib for one in alike)
     near = [one for one in alike if one[1].memory.comfortable_gib <= least * (1 + _NEAR)]
     settings, result = min(near, key=lambda one: (len(one[0]), one[1].memory.comfortable_gib))
@@ -123,7 +124,7 @@ def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -
         for key, value in settings.items()
         if not _stated(recipe, key, value)
     )
-    nothing = {**dict.fromkeys(_COUNTS, 0), _DEQUANTIZED: False}
+    nothing = {**dict.fromkeys((*_COUNTS, _DENSE), 0), _DEQUANTIZED: False}
     plain = with_settings(recipe, {"train.checkpointing": POLICIES[engine][1], **nothing})
     return Choice(filled, result, again(plain))
 
@@ -150,7 +151,7 @@ def _given(recipe: Recipe, key: str) -> Any:
 
 
 def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
-    """Micro-batch, policy, place of the embedding and, where it may help, dequantized weights that are kept."""
+    """Micro-batch, policy, place of the embedding and, where it may help, how long dequantized weights stay."""
     recipe, setup = now.recipe, now.setup
     places: list[dict[str, Any]] = [{}]
     if _given(recipe, _EMBEDDING) is None and not why_embedding_stays(now.shape, setup):
@@ -162,15 +163,18 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
         sizes = [size for size in range(1, most + 1) if effective % size == 0]
     given = _given(recipe, "train.checkpointing")
     helps = setup.kernels and setup.quantization == "nf4" and not setup.dora
-    helps = helps and _given(recipe, _DEQUANTIZED) is None
+    stays = helps and _given(recipe, _DEQUANTIZED) is None
+    dense = helps and _given(recipe, _DENSE) is None and bool(recipe.memory.cuda_graphs)
     for size in sizes:
         for policy in [given] if given else POLICIES[setup.engine]:
             rows = batches(recipe, size, effective) if size != recipe.train.micro_batch else {}
             for place in places:
                 start = {"train.micro_batch": size, **rows, "train.checkpointing": policy, **place}
                 yield start
-                if helps and policy in ("full", "offload"):
+                if stays and policy in ("full", "offload"):
                     yield start | {_DEQUANTIZED: True}
+                if dense and policy != "unsloth":  # which is not recorded
+                    yield start | {_DENSE: now.shape.layers}
 
 
 def _kept(now: Prediction, start: dict[str, Any], again: Again) -> Iterator[Found]:
@@ -284,6 +288,9 @@ def _why(key: str, result: Prediction) -> str:
         return f"of {shape.layers} layers, nothing of them is computed again"
     if key == _DEQUANTIZED:
         return "what a layer that is computed again dequantizes stays for its backward"
+    if key == _DENSE:
+        size = result.setup.dense_layers * dense_weights(shape, setup) * setup.item / GIB
+        return f"{size:.2f} GiB, for which weights are dequantized once a step and not in each micro-batch"
     if key == "memory.keep_attention_layers":
         if keeps_projections(setup):
             return "of these q, k, v, o and attention are not computed again"

@@ -98,6 +98,10 @@ def memory(
         buffers.append(Term("copy buffers", staging, "what comes back from the host"))
     if mask := working.mask_bytes(setup):
         buffers.append(Term("attention mask", mask, "tokens x row"))
+    if setup.dense_layers:
+        dense = setup.dense_layers * working.dense_weights(shape, setup) * setup.item
+        about = f"of {setup.dense_layers} layers, from step to step"
+        buffers.append(Term("dense weights", dense, about))
     dequantized = Term(
         "dequantized weight", working.dequantized_bytes(shape, setup), "the largest, in 16 bits"
     )

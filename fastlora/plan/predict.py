@@ -65,6 +65,7 @@ class Prediction:
                 "keep_attention_layers": setup.keep_attention_layers,
                 "keep_dequantized": setup.keep_dequantized,
                 "stream_layers": setup.stream_layers,
+                "dense_layers": setup.dense_layers,
                 "embedding": "host" if setup.host_embedding else "gpu",
                 "loss": setup.loss,
                 "quantization": setup.quantization,

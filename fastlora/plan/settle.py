@@ -62,7 +62,7 @@ def without_budget(recipe: Recipe, *, batches: bool = True) -> Recipe:
     if not batches:
         stated["train.micro_batch"] = recipe.train.micro_batch
     if recipe.train.checkpointing != "auto":
-        for key in ("keep_layers", "keep_attention_layers"):
+        for key in ("keep_layers", "keep_attention_layers", "dense_layers"):
             stated[f"memory.{key}"] = getattr(memory, key) or 0
         stated["memory.keep_dequantized"] = bool(memory.keep_dequantized)
     return with_settings(recipe, stated)

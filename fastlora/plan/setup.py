@@ -48,6 +48,8 @@ class Setup:
     """As in [memory]. No layer keeps all and its attention, or keeps all and is streamed; one at least is not."""
     host_embedding: bool = False
     """The input embedding is in host memory: asked for, and possible."""
+    dense_layers: int = 0
+    """As in [memory], where it does something: micro-batches are recorded, and fastlora's kernels dequantize."""
     graphs: bool = False
     """Micro-batches are recorded: asked for, and not refused (train/static.py)."""
     not_recorded: str = ""
@@ -111,6 +113,7 @@ def setup_of(
     if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     graphs = bool(memory.cuda_graphs) and not refused
+    dense = graphs and kernels and model.quantization == "nf4" and not lora.dora
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
@@ -135,6 +138,7 @@ def setup_of(
         keep_attention_layers=min(memory.keep_attention_layers or 0, shape.layers - kept),
         keep_dequantized=bool(memory.keep_dequantized),
         stream_layers=streamed,
+        dense_layers=dense * min(memory.dense_layers or 0, shape.layers),
         graphs=graphs,
         not_recorded=refused or "",
     )  # fmt: skip
@@ -280,6 +284,8 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         found.append("keep_attention_layers and stream_layers: counted, not measured")
     if setup.keep_dequantized:
         found.append("keep_dequantized: counted, not measured")
+    if setup.dense_layers:
+        found.append("dense_layers: the allocator may hold a GiB more beside them than is counted")
     if setup.host_embedding:
         found.append("embedding in host memory: counted, not measured")
     if setup.dora or setup.dropout:

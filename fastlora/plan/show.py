@@ -59,6 +59,7 @@ def _kept(setup: Setup) -> str:
         "kept whole": 0 if setup.policy == "none" else setup.keep_layers,
         "that keep their attention": setup.keep_attention_layers,
         "streamed": setup.stream_layers,
+        "dequantized once a step": setup.dense_layers,
     }
     layers = "".join(f", {count} layers {how}" for how, count in counts.items() if count)
     layers += ", dequantized weights kept" * setup.keep_dequantized

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 
 from fastlora.plan.gpus import Gpu
 from fastlora.plan.setup import Setup
-from fastlora.plan.shape import Shape
+from fastlora.plan.shape import Linear, Shape
 from fastlora.plan.stored import streamed_bytes
 from fastlora.plan.working import (
     MLP,
     again_layers,
     attention_layers,
     copied,
+    dense_among,
+    dense_weights,
     dequantized_kept,
     input_bytes,
     keeps_projections,
@@ -78,16 +80,22 @@ def flops(shape: Shape, setup: Setup) -> tuple[float, float]:
 
 def dequantized(shape: Shape, setup: Setup) -> tuple[float, float]:
     """Weights that a forward dequantizes, and a backward with what it computes again: each product its own, however
-    many tokens it has, but for those that stay from the repetition (memory.keep_dequantized)."""
+    many tokens it has, but for those that stay from the repetition (memory.keep_dequantized). Those of dense_layers are
+    made once a step, of which a micro-batch's forward has its part."""
     if setup.quantization != "nf4":
         return 0.0, 0.0
-    whole, attention = _again_flops(shape, setup)
     layers = float(shape.layers * sum(one.weights for one in shape.linears))
-    again = again_layers(shape, setup) * (whole - _attention_flops(shape, setup))
-    again += attention_layers(setup) * attention
-    kept, of_attention = dequantized_kept(shape, setup)
-    stay = again_layers(shape, setup) * kept + attention_layers(setup) * of_attention
-    return layers, layers + again / (2.0 * setup.tokens) - stay
+    dense = float(setup.dense_layers * dense_weights(shape, setup))
+    forward, backward = layers - dense + dense / setup.accumulation, layers - dense
+    counts = again_layers(shape, setup), attention_layers(setup)
+    modes = zip(
+        counts, dense_among(setup), _again_products(shape, setup), dequantized_kept(shape, setup), strict=True
+    )  # fmt: skip
+    for count, of_dense, products, stay in modes:
+        ours = sum(one.weights for one in products if setup.adapted(one))
+        backward += count * (sum(one.weights for one in products) - stay)
+        backward -= of_dense * (ours - stay)
+    return forward, backward
 
 
 def _attention_flops(shape: Shape, setup: Setup) -> float:
@@ -100,20 +108,24 @@ def _layer_flops(shape: Shape, setup: Setup) -> float:
     return products + _attention_flops(shape, setup)
 
 
-def _again_flops(shape: Shape, setup: Setup) -> tuple[float, float]:
-    """What the backward of a layer computes again: of one whose input alone is kept, and of one that keeps its
+def _again_products(shape: Shape, setup: Setup) -> tuple[list[Linear], list[Linear]]:
+    """Those that the backward of a layer makes again: of one whose input alone is kept, and of one that keeps its
     attention, which is gate and up where fastlora's kernels run the projections, else all products. fastlora's
     checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs it again, but for a
     norm behind it. Where unsloth compiled the layer, it is made; it does not where micro-batches are recorded."""
-    sizes = {one.name: one.weights for one in shape.linears}
-    whole = _layer_flops(shape, setup)
-    attention = whole - _attention_flops(shape, setup)
-    if keeps_projections(setup):
-        attention = 2.0 * setup.tokens * sum(sizes[name] for name in sizes if name in MLP)
-    if recomputed_by_us(setup) and shape.layer_norms == 2:
-        unused = 2.0 * setup.tokens * sizes["down_proj"]
-        whole, attention = whole - unused, attention - unused
-    return whole, attention
+    unused = recomputed_by_us(setup) and shape.layer_norms == 2
+    whole = [one for one in shape.linears if not (unused and one.name == "down_proj")]
+    kept = keeps_projections(setup)
+    return whole, [one for one in whole if not kept or one.name in MLP]
+
+
+def _again_flops(shape: Shape, setup: Setup) -> tuple[float, float]:
+    """Of what a layer computes again, likewise: of one whose input alone is kept with attention itself."""
+    whole, attention = (
+        2.0 * setup.tokens * sum(one.weights for one in products)
+        for products in _again_products(shape, setup)
+    )
+    return whole + _attention_flops(shape, setup), attention
 
 
 def speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed:

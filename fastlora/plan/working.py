@@ -145,13 +145,28 @@ def dequantized_bytes(shape: Shape, setup: Setup) -> int:
 
 def dequantized_kept(shape: Shape, setup: Setup) -> tuple[int, int]:
     """How many weights of a layer that is computed again stay dequantized until its backward: of one whose input alone
-    is kept, and of one that keeps its attention. down_proj's, whose backward is the first, is made for it alone."""
+    is kept, and of one that keeps its attention. down_proj's, whose backward is the first, is made for it alone. None
+    where there is no such layer but those that are dequantized once a step."""
     kept = setup.keep_dequantized and setup.quantization == "nf4" and not setup.dora
-    if not (kept and recomputed_by_us(setup)):
+    if not (kept and recomputed_by_us(setup)) or setup.dense_layers == shape.layers:
         return 0, 0
     sizes = {one.name: one.weights for one in shape.linears if setup.adapted(one)}
     sizes.pop("down_proj", None)
     return sum(sizes.values()), sum(sizes[name] for name in sizes if name in MLP)
+
+
+def dense_weights(shape: Shape, setup: Setup) -> int:
+    """Of one of dense_layers, the weights that are dequantized once a step: those of fastlora's kernels."""
+    return sum(one.weights for one in shape.linears if setup.adapted(one))
+
+
+def dense_among(setup: Setup) -> tuple[int, int]:
+    """Of dense_layers, which are the last, those of which nothing but the input is kept, and those that keep their
+    attention."""
+    rest = max(0, setup.dense_layers - setup.keep_layers)
+    first = setup.policy == "offload" and setup.keep_attention_layers > 0
+    attention = min(max(0, rest - first), attention_layers(setup))
+    return rest - attention, attention
 
 
 def attention_layers(setup: Setup) -> int:

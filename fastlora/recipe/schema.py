@@ -216,10 +216,10 @@ class MemorySection(Section):
 
     vram: str | None = None
     """The most that the run may take of the GPU, context and all, such as "12GiB"; "auto" is what is free. What the
-    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing and the next five
-    keys is then chosen: the fastest, by `fastlora plan`'s figures, that fits. Unset, no limit is set, micro-batches,
-    streaming and embedding stay, and the others are chosen for 0.9 of what is free where train.checkpointing is
-    auto."""
+    recipe leaves open among train.micro_batch (at the same effective batch), train.checkpointing, the next five keys
+    and dense_layers is then chosen: the fastest, by `fastlora plan`'s figures, that fits. Unset, no limit is set,
+    streaming and embedding stay, and the others are chosen for 0.9 of what is free; all but train.micro_batch only
+    where train.checkpointing is auto."""
     keep_layers: int | None = Field(default=None, ge=0)
     """So many of the last layers keep all that their backward needs, and compute nothing again."""
     keep_attention_layers: int | None = Field(default=None, ge=0)

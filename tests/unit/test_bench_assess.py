@@ -112,6 +112,11 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
             UsageError, match=r"\+dequantized needs fastlora's kernels and checkpointing"
         ):
             Arm.parse(without)
+    once = Arm.parse("peft+fastlora+dense4+record")
+    assert once.recipe(recipe).memory.dense_layers == 4
+    for without in ("peft+fastlora+dense4", "unsloth+dense4+record-checkpointing"):
+        with pytest.raises(UsageError, match=r"add \+record and \+fastlora"):
+            Arm.parse(without)
     # What an arm runs is what a budget counts.
     modes = {
         name: Arm.parse(name).recipe(recipe).kernels.mode

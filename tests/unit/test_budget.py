@@ -24,7 +24,7 @@ from fastlora.plan.budget import Choice, choose
 from fastlora.plan.predict import Card, Prediction, predict
 from fastlora.plan.setup import memory_problems
 from fastlora.plan.shape import shape_of
-from fastlora.plan.speed import flops
+from fastlora.plan.speed import dequantized, flops
 from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
 
@@ -547,6 +547,46 @@ def test_dequantized_weights_stay_for_backward() -> None:
         {"memory": {"keep_dequantized": True}},  # not recorded, so that unsloth compiles them
     ):
         assert working.dequantized_kept(kept.shape, found(0, True, **unused).setup) == (0, 0)
+
+
+def test_weights_that_are_dequantized_once_a_step() -> None:
+    """8B: 2 bytes of each that an adapter is on, all the time; of all passes one for a step of four micro-batches."""
+
+    def found(layers: int, **more: Any) -> Prediction:
+        memory = {"cuda_graphs": True, "dense_layers": layers}
+        train = {"checkpointing": "none", "accumulation": 4}
+        return predicted(**{**ALL, "train": train, "memory": memory} | more)
+
+    weights = 218_103_808
+    without, some, whole = found(0), found(8), found(100)
+    assert whole.setup.dense_layers == 32
+    for one in (some, whole):
+        for moment, terms in one.memory.moments.items():
+            more = sum(t.bytes for t in terms) - sum(
+                t.bytes for t in without.memory.moments[moment]
+            )
+            assert more == 2 * one.setup.dense_layers * weights, moment
+        assert dequantized(one.shape, one.setup) == (
+            (32 - one.setup.dense_layers * 3 / 4) * weights, (32 - one.setup.dense_layers) * weights,
+        )  # fmt: skip
+    assert without.speed
+    assert some.speed
+    assert whole.speed
+    assert 0.08 < 1 - whole.speed.gpu_s / without.speed.gpu_s < 0.12  # an H100
+    assert without.speed.gpu_s > some.speed.gpu_s > whole.speed.gpu_s
+    assert whole.document()["setup"]["dense_layers"] == 32
+    adapters = found(32, lora={"target_modules": ["q_proj", "v_proj"]})
+    assert sum(t.bytes for t in adapters.memory.moments["loss"] if t.name == "dense weights") == (
+        2 * 32 * (4096 * 4096 + 4096 * 1024)
+    )
+    for unused in (
+        {"lora": {"dora": True}},
+        {"kernels": {"mode": "off"}},
+        {"kernels": {"mode": "auto"}},  # unsloth's own
+        {"memory": {"dense_layers": 8}},  # not recorded
+        {"train": {"checkpointing": "unsloth"}},  # refused by it
+    ):
+        assert found(8, **unused).setup.dense_layers == 0
 
 
 def test_they_are_kept_where_there_is_room() -> None:

@@ -238,51 +238,65 @@ def test_activations_are_those_a_profiler_finds(
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("kept", [0, 2])
+@pytest.mark.parametrize(
+    ("kept", "stays", "once"),
+    [
+        (0, False, 0), (0, True, 0), (2, False, 0), (2, True, 0),
+        (0, False, 1), (1, False, 1), (1, True, 1), (2, True, 1), (1, True, 2),
+    ],
+)  # fmt: skip
 def test_weights_are_dequantized_as_often_as_is_counted(
-    kept: int, dense: bool, monkeypatch: pytest.MonkeyPatch
+    kept: int, stays: bool, once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastlora_kernels import attach, recompute_layers
+    """`kept`: layers that keep their attention; `stays`: memory.keep_dequantized; `once`: dense_layers."""
+    from fastlora_kernels import DenseWeights, attach, dense, recompute_layers
     from fastlora_kernels.ops import lora_linear
+    from fastlora_kernels.recompute import decoder_layers
 
     made: list[torch.Tensor] = []
     own = lora_linear.dequantize
 
-    def noted(*given: Any) -> torch.Tensor:
-        made.append(own(*given))
+    def noted(*given: Any, **named: Any) -> torch.Tensor:
+        made.append(own(*given, **named))
         return made[-1]
 
     monkeypatch.setenv("FASTLORA_KERNELS", "reference")
-    monkeypatch.setattr(lora_linear, "dequantize", noted)
+    for module in (lora_linear, dense):
+        monkeypatch.setattr(module, "dequantize", noted)
     shape = shape_of(LLAMA)
     planned = setup(
         shape,
         lora={"rank": 8},
         kernels={"mode": "all"},
         train={"checkpointing": "full"},
-        memory={"keep_attention_layers": kept, "keep_dequantized": dense},
-    )
+        memory={
+            "keep_attention_layers": kept, "keep_dequantized": stays,
+            "cuda_graphs": True, "dense_layers": once,
+        },
+    )  # fmt: skip
     model = adapted(quantized(model_of(LLAMA))).train()
     model.enable_input_require_grads()
     assert not any(attach(model).by_layer.values())
-    recompute_layers(model, ["attention" if kept else "layer"] * 2, keep_dequantized=dense)
+    recompute_layers(
+        model, ["layer"] * (2 - kept) + ["attention"] * kept, keep_dequantized=stays  # type: ignore[list-item]
+    )  # fmt: skip
+    weights = DenseWeights(decoder_layers(model)[2 - once :])
     ids = torch.randint(0, 256, (1, 64))
-    for _ in range(2):  # at first with down_proj
+    for _ in range(2):  # at first with down_proj, and what is then kept
         made.clear()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        forward = len(made)
-        loss.backward()
+        weights.refresh()
+        with weights.used():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            forward = len(made)
+            loss.backward()
     found = [sum(one.numel() for one in some) for some in (made[:forward], made[forward:])]
     assert found == list(speed.dequantized(shape, planned))
     # What stays of a layer, it makes but once again.
-    stays = working.dequantized_kept(shape, planned)[bool(kept)]
-    assert stays == dense * sum(
-        one.weights
-        for one in shape.linears
-        if one.name in ("gate_proj", "up_proj") or (not kept and one.name != "down_proj")
-    )
+    sizes = {one.name: one.weights for one in shape.linears}
+    mlp = sizes["gate_proj"] + sizes["up_proj"]
+    expected = (sum(sizes.values()) - sizes["down_proj"], mlp) if stays and once < 2 else (0, 0)
+    assert working.dequantized_kept(shape, planned) == expected
 
 
 def saved_by_a_layer(model: Any, tokens: int) -> int:

@@ -57,13 +57,42 @@ def keys(choice: Choice | None) -> dict[str, Any]:
 
 
 def test_1b_by_default_is_recorded_with_our_kernels_and_computes_nothing_again() -> None:
-    """Measured so: 49.8 ms; with unsloth's kernels 53.8, as calls with its checkpointing 206."""
-    assert keys(settled()) == {
+    """Measured so: 46.8 ms; dequantized in each 49.8, with unsloth's kernels 53.8, as calls with its checkpointing
+    206."""
+    train = {"micro_batch": 2}
+    assert keys(settled(train=train)) == {
         "memory.cuda_graphs": True, "kernels.mode": "all", "train.checkpointing": "none",
+        "memory.dense_layers": 16,
     }  # fmt: skip
-    assert keys(settled(engine="peft")) == {
-        "memory.cuda_graphs": True, "train.checkpointing": "none",
+    assert keys(settled(engine="peft", train=train)) == {
+        "memory.cuda_graphs": True, "train.checkpointing": "none", "memory.dense_layers": 16,
     }  # fmt: skip
+
+
+def test_weights_are_dequantized_once_a_step_where_there_is_room() -> None:
+    """1.81 GiB for two of three passes and more: all layers or none, and none that nothing records."""
+    train = {"micro_batch": 2, "effective_batch": 8}
+    key = "memory.dense_layers"
+    roomy, tight = settled(free_gib=9, train=train), settled(free_gib=7, train=train)
+    assert roomy
+    assert tight
+    assert roomy.settings[key] == 16
+    assert next(one.why for one in roomy.filled if one.key == key).startswith("1.81 GiB, for which")
+    assert key not in tight.settings
+    assert roomy.plainest.setup.dense_layers == 0
+    taken = apply(recipe(train=train), roomy.filled)
+    assert (taken.memory.dense_layers, taken.memory.cuda_graphs) == (16, True)
+    sections: tuple[dict[str, Any], ...] = (
+        {"memory": {"cuda_graphs": False}}, {"memory": {key[7:]: 0}}, {"lora": {"dora": True}},
+        {"model": {"quantization": "none"}}, {"train": train | {"checkpointing": "full"}},
+        {"micro_batches": None},
+    )  # fmt: skip
+    for others in sections:
+        assert key not in keys(settled(**{"train": train, **others})), others
+    some = settled(train=train, memory={key[7:]: 4})
+    assert some
+    assert key not in some.settings
+    assert some.result.setup.dense_layers == 4
 
 
 def test_where_it_does_not_fit_without_layers_are_computed_again() -> None:
@@ -96,15 +125,23 @@ def test_micro_batches_stay_and_nothing_is_streamed(engine: str, free_gib: float
 def test_a_micro_batch_that_is_left_open_is_as_large_as_pays() -> None:
     """8B on an H200: weights are dequantized once for eight rows and not four times for two. Not where rows are padded
     to the longest of eight; nor is one chosen that the recipe states, or without the rows' lengths."""
-    open_batch: dict[str, Any] = {"config": LLAMA_8B, "train": {"effective_batch": 8}}
+    open_batch: dict[str, Any] = {
+        "config": LLAMA_8B, "train": {"effective_batch": 8}, "memory": {"dense_layers": 0},
+    }  # fmt: skip
     full = settled(**open_batch)
     assert full
     setup = full.result.setup
     assert (setup.micro_batch, setup.accumulation, setup.graphs) == (8, 1, True)
     assert full.result.memory.comfortable_gib <= 0.9 * 139
-    stated = settled(LLAMA_8B, train={"effective_batch": 8, "micro_batch": 2})
+    stated = settled(**open_batch | {"train": {"effective_batch": 8, "micro_batch": 2}})
     assert stated
     assert "train.micro_batch" not in stated.settings
+    # Once a step they are dequantized for any number of rows.
+    once = settled(**open_batch | {"memory": {}})
+    assert once
+    assert once.settings["memory.dense_layers"] == 32
+    assert once.result.setup.micro_batch < 8
+    assert once.result.memory.comfortable_gib < full.result.memory.comfortable_gib / 2
     assert full.result.speed
     assert stated.result.speed
     assert full.result.speed.tokens_per_s > 1.05 * stated.result.speed.tokens_per_s
@@ -222,7 +259,7 @@ def test_what_a_model_may_say_without_being_refused() -> None:
 
 def test_what_the_recipe_says_stays() -> None:
     assert "memory.cuda_graphs" not in keys(settled(memory={"cuda_graphs": False}))
-    asked = keys(settled(memory={"cuda_graphs": True}))
+    asked = keys(settled(memory={"cuda_graphs": True, "dense_layers": 0}))
     assert asked == {"kernels.mode": "all", "train.checkpointing": "none"}
     stated = settled(train={"checkpointing": "full"}, kernels={"mode": "all"})
     assert keys(stated) == {"memory.cuda_graphs": True}
