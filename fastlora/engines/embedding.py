@@ -116,6 +116,8 @@ def _registered(host: torch.Tensor) -> int:
 
     Through the driver: the runtime would keep an error for the next kernel to stumble over.
     """
+    while _later:
+        _release(_later.pop())
     start, address = ctypes.c_void_p(host.data_ptr()), ctypes.c_uint64()
     _call("cuMemHostRegister_v2", start, ctypes.c_size_t(host.nbytes), _PORTABLE | _MAPPED)
     try:
@@ -126,9 +128,16 @@ def _registered(host: torch.Tensor) -> int:
     return address.value
 
 
+_later: list[torch.Tensor] = []
+"""Given back while a CUDA graph was recorded, which a driver's call would have broken."""
+
+
 def _release(host: torch.Tensor) -> None:
     import torch
 
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _later.append(host)
+        return
     with suppress(RuntimeError, OSError):  # of a GPU that is lost
         torch.cuda.synchronize()  # it may still be read
         _call("cuMemHostUnregister", ctypes.c_void_p(host.data_ptr()))

@@ -66,7 +66,11 @@ def dense_as_asked(model: PeftModel, recipe: Recipe, announce: Announce) -> Dens
         return None
     layers = decoder_layers(model)
     count = at_most("memory.dense_layers", wanted, len(layers), announce)
-    return DenseWeights(layers[len(layers) - count :])
+    # A layer without an adapter runs as the engine has it, and one with DoRA scales what it has dequantized.
+    adapted = (
+        m for one in layers[len(layers) - count :] for m in one.modules() if hasattr(m, "lora_A")
+    )
+    return DenseWeights(m for m in adapted if not any(getattr(m, "use_dora", {}).values()))
 
 
 def recompute_all(model: PeftModel, engine: Engine, announce: Announce, *, offload: bool) -> None:

@@ -161,19 +161,23 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
     if sizes == [None]:
         most = max(1, min(effective, _MOST_TOKENS // setup.row_tokens))
         sizes = [size for size in range(1, most + 1) if effective % size == 0]
+    # Products of fewer tokens than usual have never been timed; they are tried for want of memory alone.
+    usual = recipe.train.micro_batch
+    if recipe.memory.vram is None:
+        sizes = [size for size in sizes if size >= usual]
     given = _given(recipe, "train.checkpointing")
     helps = setup.kernels and setup.quantization == "nf4" and not setup.dora
     stays = helps and _given(recipe, _DEQUANTIZED) is None
     dense = helps and _given(recipe, _DENSE) is None and bool(recipe.memory.cuda_graphs)
     for size in sizes:
         for policy in [given] if given else POLICIES[setup.engine]:
-            rows = batches(recipe, size, effective) if size != recipe.train.micro_batch else {}
+            rows = batches(recipe, size, effective) if size != usual else {}
             for place in places:
                 start = {"train.micro_batch": size, **rows, "train.checkpointing": policy, **place}
                 yield start
                 if stays and policy in ("full", "offload"):
                     yield start | {_DEQUANTIZED: True}
-                if dense and policy != "unsloth":  # which is not recorded
+                if dense and size >= usual and policy != "unsloth":  # which is not recorded
                     yield start | {_DENSE: now.shape.layers}
 
 

@@ -28,17 +28,17 @@ _now: DenseWeights | None = None
 
 class Kept(NamedTuple):
     dense_NK: torch.Tensor
-    source: Any
-    """The Params4bit."""
     fold: Fold | None
 
 
 class DenseWeights:
-    """Of the 4-bit weights within `modules`, those that are asked for while it is used."""
+    """Of the 4-bit weights within `modules`, those that are asked for while it is used. All get their memory with the
+    first of them: taken one by one, between what a forward keeps, they would leave holes."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         parameters = [one for module in modules for one in module.parameters()]
         self._wanted = {id(one): one for one in parameters if FourBit.of(one) is not None}
+        self._room: dict[int, torch.Tensor] = {}
         self._kept: dict[int, Kept] = {}
 
     def __len__(self) -> int:
@@ -57,14 +57,15 @@ class DenseWeights:
 
     def refresh(self) -> None:
         """Make each anew, in its place, of its adapter as that is now."""
-        for kept in self._kept.values():
-            weight = FourBit.of(kept.source)
+        for name, kept in self._kept.items():
+            weight = FourBit.of(self._wanted[name])
             assert weight is not None
             dequantize(weight, kept.dense_NK.dtype, kept.fold, out=kept.dense_NK)
 
     def forget(self) -> None:
         """Give their memory back."""
         self._kept.clear()
+        self._room.clear()
 
     def matrix(self, weight: FourBit, dtype: torch.dtype, fold: Fold | None) -> torch.Tensor | None:
         """(N, K), of an earlier call or made now; None: not to be kept, or kept as another, in another type or with a
@@ -76,9 +77,20 @@ class DenseWeights:
             # What is no parameter may be another tensor at the next call.
             if fold is not None and not all(isinstance(one, nn.Parameter) for one in fold[:2]):
                 return None
-            kept = self._kept[name] = Kept(dequantize(weight, dtype, fold), weight.source, fold)
+            if not self._room:
+                self._room = {each: self._empty(one, dtype) for each, one in self._wanted.items()}
+            if self._room[name].dtype != dtype:
+                return None
+            made = dequantize(weight, dtype, fold, out=self._room[name])
+            kept = self._kept[name] = Kept(made, fold)
         same = kept.dense_NK.dtype == dtype and (kept.fold is None) == (fold is None)
         return kept.dense_NK if same else None
+
+    @staticmethod
+    def _empty(parameter: Any, dtype: torch.dtype) -> torch.Tensor:
+        weight = FourBit.of(parameter)
+        assert weight is not None
+        return torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
 
 
 def kept_matrix(weight: FourBit, dtype: torch.dtype, fold: Fold | None) -> torch.Tensor | None:

@@ -54,14 +54,18 @@ def row_norms(
     fold: tuple[torch.Tensor, torch.Tensor, float],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """|W + scaling B A| of each row, (N), in float32; A and B rounded to `dtype` first."""
+    """|W + scaling B A| of each row, (N), in float32; A and scaling B rounded to `dtype` first."""
     a, b, scaling = fold
     dense = (
         weight.float() if isinstance(weight, torch.Tensor) else dequantize(weight, torch.float32)
     )
-    delta = scaling * (b.to(dtype).float() @ a.to(dtype).float())
-    norms: torch.Tensor = torch.linalg.vector_norm(dense + delta, dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(dense + _product(a, b, scaling, dtype), dim=1)
     return norms
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """scaling B A, (N, K), in float32, of what is rounded to `dtype` first."""
+    return (scaling * b.float()).to(dtype).float() @ a.to(dtype).float()
 
 
 def dequantize(
@@ -83,7 +87,7 @@ def dequantize(
     dense = (weight.table[codes] * scale).view(weight.shape)
     if fold is not None:
         a, b, scaling = fold
-        dense = dense + scaling * (b.to(dtype).float() @ a.to(dtype).float())
+        dense = dense + _product(a, b, scaling, dtype)
     if row_scale is not None:
         dense = dense * row_scale[:, None]
     return dense.to(dtype)

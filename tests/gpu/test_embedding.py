@@ -90,11 +90,13 @@ def trained(peft: Any, recorded: bool) -> tuple[dict[str, torch.Tensor], int]:
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_no_bit_changes_and_its_memory_is_free(recorded: bool) -> None:
+    gc.collect()
     peft = model()
     trained(peft, recorded)  # makes workspaces and gradients
-    plain, most = trained(peft, recorded)
-    again, _ = trained(peft, recorded)
+    plain, _ = trained(peft, recorded)
+    again, most = trained(peft, recorded)
     assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
+    del again  # so that as much is there when the peaks are taken
     weight = peft.get_input_embeddings().weight
     rows, before = weight[:100].clone(), torch.cuda.memory_allocated()
     assert embedding_to_host(peft) == ""

@@ -14,7 +14,14 @@ from fastlora_kernels.ops import skinny
 OPS = "fastlora_kernels.ops."
 PLACES = {"KIND": "nested", "WORDS": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
 PLAIN = PLACES | {"BLOCK_N": 16, "BLOCK_K": 256, "SCALES": 4}
-FOLDED = PLACES | {"BLOCK_N": 64, "BLOCK_K": 64, "SCALES": 1}
+FOLDED = PLACES | {"BLOCK_N": 64, "BLOCK_K": 128, "SCALES": 2}
+DENSE = PLAIN | {
+    "KIND": "dense",
+    "WORDS": False,
+    "SCALES": 0,
+    "BLOCKSIZE": 1,
+    "NESTED_BLOCKSIZE": 1,
+}
 RANKS = {"RANK": 40, "PADDED_RANK": 64, "BLOCK_R": 64}
 TYPES = {  # of arguments that are not the usual *bf16 for ..._ptr and i32
     "absmax_ptr": "*u8", "table_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "nested_table_ptr": "*fp32",
@@ -26,6 +33,7 @@ KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._dequantize", PLAIN | RANKS | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
     ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"}, {}),
     ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
+    ("dequantize._row_norms", DENSE | RANKS, {"out_ptr": "*fp32", "absmax_ptr": "*bf16"}, {}),
     ("skinny._sum_parts", {"RANK": 16, "BLOCK": 256, "AT_ONCE": 16}, {}, {}),
     ("glu._glu", GLU, {}, {}),
     ("glu._glu_backward", GLU, {}, {}),

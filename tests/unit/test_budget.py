@@ -45,7 +45,9 @@ def chosen(
     def again(other: Recipe) -> Prediction:
         return predict(other, shape, there)
 
-    return choose(again(recipe(**{**OPEN, **sections})), again)
+    given = {**OPEN, **sections}
+    budget = {"vram": f"{vram_gib}GiB", **given.get("memory", {})}
+    return choose(again(recipe(**given | {"memory": budget})), again)
 
 
 def rate(found: Prediction) -> float:

@@ -168,3 +168,17 @@ def test_a_host_with_too_little_memory_is_left_alone(monkeypatch: pytest.MonkeyP
     table: Any = SimpleNamespace(device=torch.device("cuda"), nbytes=2**30)
     with pytest.raises(RuntimeError, match=r"1\.00 GiB of host memory, of which 0\.50 are free"):
         embedding.in_host_memory(table)
+
+
+def test_a_record_is_not_broken_by_what_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = [True]
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(embedding, "_call", lambda function, *given: done.append(function))
+    embedding._release(torch.zeros(4))
+    assert done == []
+    recording[0] = False
+    embedding._registered(torch.zeros(4))  # the next one that comes
+    assert done[:2] == ["wait", "cuMemHostUnregister"]

@@ -141,7 +141,7 @@ def test_a_micro_batch_that_is_left_open_is_as_large_as_pays() -> None:
     assert once
     assert once.settings["memory.dense_layers"] == 32
     assert once.result.setup.micro_batch < 8
-    assert once.result.memory.comfortable_gib < full.result.memory.comfortable_gib / 2
+    assert once.result.memory.comfortable_gib < 0.6 * full.result.memory.comfortable_gib
     assert full.result.speed
     assert stated.result.speed
     assert full.result.speed.tokens_per_s > 1.05 * stated.result.speed.tokens_per_s
