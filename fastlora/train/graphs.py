@@ -217,6 +217,10 @@ class CudaRecorder:
         self, function: Function, inputs: Inputs, *, last: bool
     ) -> tuple[torch.Tensor, str]:
         here = torch.cuda.current_stream()
+        if self._pool is None:
+            # cuBLAS has 32 MiB for each stream and thread that it has worked on, and will do no more on this one but for
+            # evaluations. Graphs keep those of theirs.
+            torch._C._cuda_clearCublasWorkspaces()
         self._stream.wait_stream(here)
         # Found here and not by a capture that fails: that leaves PyTorch's allocator and random generator in it.
         watched: AbstractContextManager[list[str]] = waits() if last else nullcontext([])

@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def inputs(seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone(), "num_items_in_batch": items}
 
 
+@cache
+def recorder() -> CudaRecorder:
+    """One: cuBLAS keeps 32 MiB for each stream, and thread, that it has worked on."""
+    return CudaRecorder()
+
+
 def trained(peft: Any, recorded: bool) -> tuple[dict[str, torch.Tensor], int]:
     """(losses and gradients of some micro-batches, bytes allocated at the peak). Attention's plain form adds up in one
     order, and needs no mask, which no graph could record."""
@@ -72,7 +79,7 @@ def trained(peft: Any, recorded: bool) -> tuple[dict[str, torch.Tensor], int]:
         return detached
 
     adapter = [p for p in peft.parameters() if p.requires_grad]
-    graphs = Graphs(CudaRecorder(), adapter)
+    graphs = Graphs(recorder(), adapter)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):  # the first time to record
         peft.zero_grad(set_to_none=False)

@@ -228,9 +228,9 @@ def test_more_labels_than_are_provided_for_are_taken_in_turns(
     made: list[Graphs] = []
     began = Graphs.__init__
 
-    def begin(self: Graphs, *given: Any) -> None:
+    def begin(self: Graphs, *given: Any, **named: Any) -> None:
         made.append(self)
-        began(self, *given)
+        began(self, *given, **named)
 
     monkeypatch.setattr(Graphs, "__init__", begin)
     replayed = place.run(*SETTINGS, GRAPHS)
