@@ -43,8 +43,8 @@ share of the ceiling; peft's are transformers' own, without fusion."""
 _WEIGHT_BYTES = 2.52
 _DEQUANTIZING, _WITH_FOLD = 0.66, 0.33
 """Of one NF4 weight, read and written in 16 bits; and at what share of the memory's speed: three passes over 6 layers
-of 8B take 3.0 ms with unsloth's kernel and 6.35 with ours, which folds the adapter in (H200; with a faster one since then
-8B's steps take 2 to 3 % less than predicted)."""
+of 8B take 3.0 ms with unsloth's kernel and 6.35 with ours, which folds the adapter in (H200; it is faster since then,
+and 8B's steps take 2 to 3 % less than predicted)."""
 
 _HOST_MS = {"peft": 19.6, "liger": 18.8, "unsloth": 12.6}
 _HOST_MS_UNSLOTH_WITH_KERNELS = 18.2

@@ -218,7 +218,7 @@ class CudaRecorder:
     ) -> tuple[torch.Tensor, str]:
         here = torch.cuda.current_stream()
         if self._pool is None:
-            # cuBLAS has 32 MiB for each stream and thread that it has worked on, and will do no more on this one but for
+            # cuBLAS has 32 MiB for each stream and thread that it has worked on, and does no more on this one but for
             # evaluations. Graphs keep those of theirs.
             torch._C._cuda_clearCublasWorkspaces()
         self._stream.wait_stream(here)
