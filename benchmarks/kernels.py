@@ -1,379 +1,243 @@
 """Times each op of fastlora_kernels against PEFT, and against the products that no version can avoid.
 
-    python benchmarks/kernels.py --shapes 4096x4096,4096x14336 --tokens 4096 --ranks 16 --json ops.json
+    python benchmarks/kernels.py --budget 200 --json ops.json
+    python benchmarks/kernels.py --shapes 4096x4096,4096x14336 --tokens 4096 --ranks 16 --only DoRA,head
 
-A row is one op on one kind of base, forward and backward together: PEFT's layer; ours, the same layer after
-fastlora_kernels.attach ("left to PEFT" where that says so); and the floor, x W^T and g W alone, with NF4 dequantized
+A row is one module on one kind of base, forward and backward together: PEFT's layers; ours, the same layers after
+fastlora_kernels.attach ("left" to PEFT where that says so); and the floor, x W^T and g W alone, with NF4 dequantized
 for each of the two, as nobody has room to keep W. The set-up is training's: base in --dtype and frozen, adapter in
 float32, under autocast. A row gets times only if ours is right: output and every gradient err at most twice as much
 as PEFT's, against wider arithmetic. TFLOP/s and GB/s are ours: useful work and least traffic, by the median time.
-Exit codes: 0 done, 2 wrong usage, 3 an op is wrong.
+
+Times come twice on a GPU. Eager: Python launches one kernel after the other, and on small modules that is what takes
+the time. Recorded: the same calls as a CUDA graph that is replayed, as a run records its micro-batches, where the GPU's
+own time is left. Peaks are of a forward and backward that is launched.
+Exit codes: 0 done, targets met or not; 2 wrong usage; 3 an op is wrong.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 # A script's folder comes first on the path, and there transformers and bitsandbytes, which try `import
 # kernels`, would get this file. Whatever imports them is therefore imported later, inside functions.
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from opbench import Case, Setting, cases, summary, timing  # noqa: E402
+
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != HERE]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEFAULTS = {
-    "cuda": ("4096x4096,4096x14336", "4096,16384", "16,64", 100),
+    "cuda": (None, "4096,16384", "16,64", 100),
     "cpu": ("256x256,256x896", "128", "8", 10),
 }[DEVICE.type]
+ARMS = ("floor", "peft", "ours")
 
 
-class Size(NamedTuple):
-    k: int
-    n: int
-    tokens: int
-    rank: int
-
-
-class Case(NamedTuple):
-    """One op on one kind of base. A new op is a line in CASES and the two functions it names."""
-
-    op: str
-    base: str
-    arms: Callable[[Size, torch.dtype, str, int], dict[str, Any]]  # base and seed: see linear_arms
-    work: Callable[[Size, torch.dtype, str], tuple[int, int, int]]  # see linear_work
-
-
-def linear_layer(size: Size, dtype: torch.dtype, base: str, dora: bool = False) -> Any:
-    model = nn.ModuleDict({"proj": linear_base(size.k, size.n, dtype, base)})
-    return with_adapters(model, ["proj"], size.rank, base, dora)["proj"]
-
-
-def linear_base(k: int, n: int, dtype: torch.dtype, base: str, bias: bool = False) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit
-
-    if base == "nf4":
-        linear = Linear4bit(k, n, bias=bias, compute_dtype=dtype, quant_type="nf4")
-        linear = linear.to(dtype).to(DEVICE)  # the move to a device quantizes, scales too
-    else:
-        linear = nn.Linear(k, n, bias=bias, dtype=dtype, device=DEVICE)
-    return linear.requires_grad_(False)  # type: ignore[no-any-return]
-
-
-def with_adapters(model: Any, targets: list[str], rank: int, base: str, dora: bool = False) -> Any:
-    """In float32, with a B that is not zero, as in the midst of training."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model.is_loaded_in_4bit = base == "nf4"  # set by transformers, asked for by PEFT
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=targets)
-    inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1 / rank**0.5)
-    return model
-
-
-def dense(layer: Any, dtype: torch.dtype) -> Tensor:
-    """W (N, K) of its base in `dtype`; NF4 dequantized in at most float32."""
-    return dense_weight(layer.base_layer, dtype)
-
-
-def dense_weight(linear: Any, dtype: torch.dtype) -> Tensor:
-    weight: Tensor = linear.weight
-    if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        state = copy.copy(weight.quant_state)
-        state.dtype = torch.float32 if dtype == torch.float64 else dtype
-        weight = dequantize_4bit(weight.data, quant_state=state)
-    return weight.to(dtype)
-
-
-def linear_arms(
-    size: Size, dtype: torch.dtype, base: str, seed: int, dora: bool = False
+def measure(
+    case: Case, setting: Setting, repeats: int, seconds: float, replays: timing.Replays | None
 ) -> dict[str, Any]:
-    """truth, floor, peft, and ours or `left`, the reason why PEFT keeps the layer."""
-    from fastlora_kernels import attach
-
-    torch.manual_seed(seed)
-    x = torch.randn(size.tokens, size.k, dtype=dtype, device=DEVICE, requires_grad=True)
-    g = torch.randn(size.tokens, size.n, dtype=dtype, device=DEVICE)
-    layer = linear_layer(size, dtype, base, dora)
-    trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    if dora:
-        trained.append(layer.lora_magnitude_vector["default"].weight)
-    twin = copy.copy(layer)  # shares every weight
-    left = list(attach(twin).left)
-
-    def with_gradients(y: Tensor, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, Tensor]:
-        found = (y.detach(), *torch.autograd.grad(y, inputs, g))
-        names = ("y", "dx", "dA", "dB", "dm")[: len(found)]
-        return dict(zip(names, found, strict=True))
-
-    def step(layer: Any) -> dict[str, Tensor]:
-        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            y = layer(x)
-        return with_gradients(y, (x, *trained), g)
-
-    def truth() -> dict[str, Tensor]:
-        wide = torch.float64 if dtype == torch.float32 else torch.float32
-        inputs = [given.detach().to(wide).requires_grad_() for given in (x, *trained)]
-        x_, a_, b_, *magnitude = inputs
-        weight, scaling = dense(layer, wide), layer.scaling["default"]
-        y = x_ @ weight.T + scaling * (x_ @ a_.T) @ b_.T
-        if magnitude:
-            norm = torch.linalg.vector_norm((weight + scaling * b_ @ a_).detach(), dim=1)
-            y = y * (magnitude[0] / norm)
-        return with_gradients(y, tuple(inputs), g.to(wide))
-
-    return {
-        "truth": truth,
-        "floor": lambda: (x.detach() @ dense(layer, dtype).T, g @ dense(layer, dtype)),
-        "peft": lambda: step(layer),
-    } | ({"left": left[0]} if left else {"ours": lambda: step(twin)})
-
-
-def linear_work(size: Size, dtype: torch.dtype, base: str) -> tuple[int, int, int]:
-    """FLOPs, the floor's FLOPs (a multiply-add is two), bytes read and written at the least.
-
-    x W^T and g W are the floor; then x A^T, (x A^T) B^T, g B, (g B) A, dA and dB. Forward reads x, W, A, B and
-    writes y; backward reads g, x, W, A, B and writes dx, dA, dB. A and B are float32.
-    """
-    floor = 4 * size.tokens * size.k * size.n
-    adapter = size.rank * (size.k + size.n)
-    nf4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # code, scale of 64, and scale of 256 scales
-    weight = size.k * size.n * (nf4 if base == "nf4" else dtype.itemsize)
-    moved = size.tokens * (3 * size.k + 2 * size.n) * dtype.itemsize + 2 * weight + 3 * 4 * adapter
-    return floor + 6 * size.tokens * adapter, floor, round(moved)
-
-
-class Projections(nn.Module):
-    """q, k and v of an attention with grouped heads: k and v a quarter as wide."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(layer(x) for layer in self.children())
-
-
-class Mlp(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return,operator]
-
-
-def block_widths(size: Size, kind: str) -> dict[str, tuple[int, int]]:
-    """Name -> inputs, outputs."""
-    k, n = size.k, size.n
-    if kind == "mlp":
-        return {"gate_proj": (k, n), "up_proj": (k, n), "down_proj": (n, k)}
-    return {"q_proj": (k, n), "k_proj": (k, max(1, n // 4)), "v_proj": (k, max(1, n // 4))}
-
-
-def block_arms(size: Size, dtype: torch.dtype, base: str, seed: int, kind: str) -> dict[str, Any]:
-    """As linear_arms, for several layers: `kind` is qkv (with biases), qv (adapters on q and v alone) or mlp."""
-    from fastlora_kernels import attach
-
-    torch.manual_seed(seed)
-    widths = block_widths(size, kind)
-    model: Any = Mlp() if kind == "mlp" else Projections()
-    for name, (k, n) in widths.items():
-        model.add_module(name, linear_base(k, n, dtype, base, bias=kind == "qkv"))
-    if kind == "mlp":
-        model.act_fn = nn.SiLU()
-    targets = ["q_proj", "v_proj"] if kind == "qv" else list(widths)
-    with_adapters(model, targets, size.rank, base)
-    x = torch.randn(size.tokens, size.k, dtype=dtype, device=DEVICE, requires_grad=True)
-    gs = [torch.randn(size.tokens, n, dtype=dtype, device=DEVICE) for _, n in widths.values()]
-    upstream = gs[-1:] if kind == "mlp" else gs
-    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # shares every weight
-    left = list(attach(twin).left)
-
-    def found(ys: Any, inputs: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        ys = ys if isinstance(ys, tuple) else (ys,)
-        gradients = torch.autograd.grad(ys, inputs, [g.to(dtype) for g in upstream])
-        outputs = {f"y{i}": y.detach() for i, y in enumerate(ys)}
-        return outputs | dict(zip(("dx", *trained), gradients, strict=True))
-
-    def step(model: Any) -> dict[str, Tensor]:
-        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            ys = model(x)
-        return found(ys, [x, *trained.values()], dtype)
-
-    def truth() -> dict[str, Tensor]:
-        wide = torch.float64 if dtype == torch.float32 else torch.float32
-        x_, *rest = (p.detach().to(wide).requires_grad_() for p in (x, *trained.values()))
-        adapters = dict(zip(trained, rest, strict=True))
-
-        def linear(name: str, x: Tensor) -> Tensor:
-            layer = getattr(model, name)
-            plain = layer.base_layer if name in targets else layer
-            y = x @ dense_weight(plain, wide).T
-            if plain.bias is not None:
-                y = y + plain.bias.to(wide)
-            if name not in targets:
-                return y
-            a, b = (adapters[f"{name}.lora_{letter}.default.weight"] for letter in "AB")
-            return y + layer.scaling["default"] * (x @ a.T) @ b.T
-
-        if kind == "mlp":
-            h = nn.functional.silu(linear("gate_proj", x_)) * linear("up_proj", x_)
-            return found(linear("down_proj", h), [x_, *rest], wide)
-        return found(tuple(linear(name, x_) for name in widths), [x_, *rest], wide)
-
-    h = torch.randn(size.tokens, size.n, dtype=dtype, device=DEVICE) if kind == "mlp" else None
-
-    def floor() -> None:
-        for name, g in zip(widths, gs, strict=True):
-            layer = getattr(model, name)
-            plain = layer.base_layer if name in targets else layer
-            given = h if name == "down_proj" and h is not None else x.detach()
-            _ = given @ dense_weight(plain, dtype).T, g @ dense_weight(plain, dtype)
-
-    arms = {"truth": truth, "floor": floor, "peft": lambda: step(model)}
-    return arms | ({"left": left[0]} if left else {"ours": lambda: step(twin)})
-
-
-def block_work(size: Size, dtype: torch.dtype, base: str, kind: str) -> tuple[int, int, int]:
-    """The sum over its layers; the bytes are at the least x, the weights and the outputs, each way."""
-    works = [
-        linear_work(Size(k, n, size.tokens, 0 if bare else size.rank), dtype, base)
-        for name, (k, n) in block_widths(size, kind).items()
-        for bare in (kind == "qv" and name == "k_proj",)
-    ]
-    flops, floor_flops, moved = (sum(numbers) for numbers in zip(*works, strict=True))
-    if kind != "mlp":  # x is read and dx written once for all
-        moved -= (len(works) - 1) * 3 * size.tokens * size.k * dtype.itemsize
-    return flops, floor_flops, moved
-
-
-CASES = (
-    Case("lora_linear", "dense", linear_arms, linear_work),
-    Case("lora_linear", "nf4", linear_arms, linear_work),
-    Case("dora_linear", "dense", partial(linear_arms, dora=True), linear_work),
-    Case("dora_linear", "nf4", partial(linear_arms, dora=True), linear_work),
-    *(
-        Case(f"lora_{kind}", base, partial(block_arms, kind=kind), partial(block_work, kind=kind))
-        for kind in ("qkv", "qv", "mlp")
-        for base in ("dense", "nf4")
-    ),
-)
-
-
-def measure(case: Case, size: Size, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """One row, as it goes into the JSON: times in ms; `status` is ok, left (to PEFT) or wrong."""
-    click.echo(f"{case.op} {case.base} {size}", err=True)
-    first = case.arms(size, dtype, case.base, 0)
-    flops, floor_flops, least = case.work(size, dtype, case.base)
-    row: dict[str, Any] = {"op": case.op, "base": case.base, **size._asdict(), "status": "ok"}
-    row |= {"flops": flops, "floor_flops": floor_flops, "bytes": least}
+    row, work = begun(case, setting), case.work(setting)
+    first = case.arms(setting)
     if "left" in first:
         row |= {"status": "left", "reason": first["left"]}
     else:
-        truth, found = first["truth"](), (first["ours"](), first["peft"]())
-        row["error"] = {  # relative, in the 2-norm: ours, PEFT's
-            name: [float((tensors[name] - true).norm() / true.norm()) for tensors in found]
-            for name, true in truth.items()
-        }
-        eps = torch.finfo(torch.float32).eps
-        if not all(ours <= 2 * peft + eps for ours, peft in row["error"].values()):  # so for NaN
+        truth = first["truth"]()
+        ours, peft = (timing.errors(truth, first[arm]()) for arm in ("ours", "peft"))
+        del truth
+        row["error"] = {name: [error, peft[name]] for name, error in ours.items()}
+        if not timing.right(ours, peft):
             return row | {"status": "wrong"}
     # So many sets that going round them finds nothing in the L2 cache; at tiny sizes 64 must do.
-    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if DEVICE.type == "cuda" else 0
-    count = min(64, max(2, 1 + 2 * cache // least))
-    sets = [first] + [case.arms(size, dtype, case.base, seed) for seed in range(1, count)]
-    for arm, times in timed(sets, repeats).items():
-        p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        tflops = (floor_flops if arm == "floor" else flops) / p50 / 1e9
-        row[arm] = {"p20": p20, "p50": p50, "p80": p80, "tflops": tflops}
-        if arm != "floor":
-            over = {f"over_{other}": p50 / row[other]["p50"] for other in ("floor", "peft")}
-            row[arm] |= {"gb_s": least / p50 / 1e6, **over}
+    device = setting.device
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    count = min(64, max(2, 1 + 2 * cache // work.least_bytes))
+    sets = [first, *(case.arms(setting._replace(seed=seed)) for seed in range(1, count))]
+    arms = {arm: [each[arm] for each in sets] for arm in ARMS if arm in first}
+    add_figures(row, timing.timed(arms, repeats, seconds, device), work)
+    if device.type == "cuda":
+        for arm in arms:
+            row[arm]["peak_mib"] = timing.peak_mib(first[arm])
+    if replays is not None:
+        found = replays.times(arms, repeats, seconds, device)
+        times = {arm: each for arm, each in found.items() if not isinstance(each, str)}
+        row["recorded"] = {arm: {"why_not": why} for arm, why in found.items() if arm not in times}
+        add_figures(row["recorded"], times, work)
     return row
 
 
-def timed(sets: list[dict[str, Any]], repeats: int) -> dict[str, list[float]]:
-    """ms of each repeat. The arms take turns, so that a clock that drifts does so for all."""
-
-    def now() -> Any:
-        if DEVICE.type == "cpu":
-            return time.perf_counter() * 1e3
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    spans: dict[str, list[Any]] = {arm: [] for arm in ("floor", "peft", "ours") if arm in sets[0]}
-    warm_up = max(3, repeats // 5)
-    for turn in range(warm_up + repeats):
-        for place, (arm, span) in enumerate(spans.items()):
-            start = now()
-            sets[(turn + place) % len(sets)][arm]()
-            span.append((start, now()))
-    if DEVICE.type == "cpu":
-        return {arm: [b - a for a, b in span[warm_up:]] for arm, span in spans.items()}
-    torch.cuda.synchronize()
-    return {arm: [a.elapsed_time(b) for a, b in span[warm_up:]] for arm, span in spans.items()}
+def add_figures(into: dict[str, Any], times: dict[str, list[float]], work: Any) -> None:
+    for arm in (arm for arm in ARMS if arm in times):
+        into[arm] = timing.quantiles(times[arm])
+        p50, flops = into[arm]["p50"], work.floor_flops if arm == "floor" else work.flops
+        into[arm]["tflops"] = flops / p50 / 1e9
+        if arm != "floor":
+            others = [other for other in ("floor", "peft") if other in times]
+            over = {f"over_{other}": p50 / into[other]["p50"] for other in others}
+            into[arm] |= {"gb_s": work.least_bytes / p50 / 1e6, **over}
 
 
-def table(rows: list[dict[str, Any]], dtype: str) -> Table:
-    names = "op,base,in x out,tokens,rank,GFLOP,MB,floor,PEFT,ours,/ PEFT,/ floor,TFLOP/s,GB/s"
-    shown = Table(*names.split(","), title=f"{DEVICE}, {dtype}; ms at p20, p50, p80")
+def measure_all(
+    todo: Sequence[tuple[Case, Setting]],
+    budget: float,
+    each: Callable[[Case, Setting], dict[str, Any]],
+    done: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """A row for each; those that are not begun within `budget` seconds, and those that there is no room for, say so.
+    `done` is called with the rows so far, after each that was begun and at the end."""
+    from fastlora.engines.memory import is_out_of_memory
+
+    rows: list[dict[str, Any]] = []
+    begin = time.monotonic()
+    for case, setting in todo:
+        spent = time.monotonic() - begin
+        if spent > budget:
+            rows.append(begun(case, setting) | {"status": "left out", "reason": "no time left"})
+            continue
+        what = f"{case.name}, {setting.tokens} tokens, rank {setting.rank}"
+        click.echo(f"{spent:.0f} s: {what}", err=True)
+        try:
+            rows.append(each(case, setting))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            rows.append(begun(case, setting) | {"status": "no room", "reason": "out of memory"})
+        done(rows)
+    done(rows)
+    return rows
+
+
+def begun(case: Case, setting: Setting) -> dict[str, Any]:
+    """A row without its figures."""
+    names = ("group", "op", "model", "shape", "base")
+    row = {name: getattr(case, name) for name in names}
+    row |= {"tokens": setting.tokens, "rank": setting.rank, "status": "ok"}
+    return row | case.work(setting)._asdict()
+
+
+def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    names = "op,model,base,shape,tokens,rank,floor,PEFT,ours,/ PEFT,/ floor,TFLOP/s,GB/s"
+    names += ",floor rec.,PEFT rec.,ours rec.,/ PEFT,/ floor,PEFT MiB,ours MiB"
+    shown = Table(*names.split(","), title=f"{title}; ms at p50 (eager: p20..p80), rec.: recorded")
     for row in rows:
-        cells = [row["op"], row["base"], f"{row['k']}x{row['n']}", row["tokens"], row["rank"]]
-        cells += [f"{row['flops'] / 1e9:.4g}", f"{row['bytes'] / 1e6:.4g}"]
-        for arm in ("floor", "peft", "ours"):
-            times = [row[arm][p] for p in ("p20", "p50", "p80")] if arm in row else []
-            cells.append(" ".join(f"{ms:.3g}" for ms in times))
+        cells = [row[name] for name in ("op", "model", "base", "shape", "tokens", "rank")]
+        for arm in ARMS:
+            cells.append("{p50:.3g} {p20:.3g}..{p80:.3g}".format(**row[arm]) if arm in row else "")
         if row["status"] == "ok":
-            ours = row["ours"]
-            cells += [f"{ours[key]:.3g}" for key in ("over_peft", "over_floor", "tflops", "gb_s")]
-        elif row["status"] == "left":
-            cells[-1] = f"left to PEFT: {row['reason']}"
+            figures = (row["ours"][key] for key in ("over_peft", "over_floor", "tflops", "gb_s"))
+            cells += [f"{figure:.3g}" for figure in figures]
         else:
-            errors = row["error"].items()
-            cells[-1] = "WRONG: " + ", ".join(f"{n} {e:.1e} (PEFT {p:.1e})" for n, (e, p) in errors)
+            cells[-1] = row["status"].upper() if row["status"] == "wrong" else row["status"]
+            cells += [""] * 4
+        recorded = row.get("recorded", {})
+        for arm in ARMS:
+            found = recorded.get(arm, {})
+            cells.append(f"{found['p50']:.3g}" if "p50" in found else "no" if found else "")
+        ours = recorded.get("ours", {})
+        cells += [f"{ours[key]:.3g}" if key in ours else "" for key in ("over_peft", "over_floor")]
+        cells += [row.get(arm, {}).get("peak_mib", "") for arm in ("peft", "ours")]
         shown.add_row(*map(str, cells), style="red" if row["status"] == "wrong" else None)
     return shown
 
 
-def listed(_: click.Context, option: click.Parameter, text: str) -> list[list[int]]:
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why figures are missing, each reason once with the number of rows and the first of them."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        reasons = [f"{row['status']}: {row['reason']}"] if "reason" in row else []
+        if row["status"] == "wrong":
+            pairs = row["error"].items()
+            errors = ", ".join(f"{n} {ours:.1e} (PEFT {peft:.1e})" for n, (ours, peft) in pairs)
+            reasons.append(f"WRONG: {errors}")
+        for arm, figures in row.get("recorded", {}).items():
+            if "why_not" in figures:
+                reasons.append(f"{arm} not recorded: {figures['why_not']}")
+        for reason in reasons:
+            found.setdefault(reason, []).append(summary.called(row))
+    return [f"{reason} ({len(names)}: {names[0]})" for reason, names in found.items()]
+
+
+def listed(_: click.Context, option: click.Parameter, text: str | None) -> list[list[int]] | None:
     """Reads 4096x4096,4096x14336, or 16,64 for other options than shapes."""
+    if text is None:
+        return None
     item = r"[1-9]\d*x[1-9]\d*" if option.name == "shapes" else r"[1-9]\d*"
     if not re.fullmatch(f"{item}(,{item})*", text):
-        raise click.BadParameter(f"{text!r} is not a list like {option.default}")
+        example = "4096x4096,4096x14336" if option.name == "shapes" else "16,64"
+        raise click.BadParameter(f"{text!r} is not a list like {example}")
     return [[int(number) for number in entry.split("x")] for entry in text.split(",")]
 
 
+def chosen(every: Sequence[Case], only: str | None) -> list[Case]:
+    words = [word.strip().lower() for word in only.split(",")] if only else [""]
+    found = [case for case in every if any(word in case.name.lower() for word in words)]
+    if not found:
+        groups = ", ".join(dict.fromkeys(case.group for case in every))
+        raise click.BadParameter(f"nothing is called {only!r}; there are: {groups}")
+    return found
+
+
 @click.command(help=(__doc__ or "").partition("\n")[0])
-@click.option("--shapes", default=DEFAULTS[0], callback=listed, help="inputs x outputs")
+@click.option(
+    "--shapes", default=DEFAULTS[0], callback=listed,
+    help="inputs x outputs, for every op; without it, on a GPU, layers of real models",
+)  # fmt: skip
 @click.option("--tokens", default=DEFAULTS[1], callback=listed)
 @click.option("--ranks", default=DEFAULTS[2], callback=listed)
 @click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16", "float32"]))
-@click.option("--repeats", default=DEFAULTS[3], type=click.IntRange(min=1))
-@click.option("--json", "target", type=click.Path(path_type=Path))
-def main(shapes: Any, tokens: Any, ranks: Any, dtype: str, repeats: int, target: Any) -> None:
+@click.option("--only", help="parts of names, by commas: DoRA, Qwen, nf4")
+@click.option("--repeats", default=DEFAULTS[3], type=click.IntRange(min=1), help="at most")
+@click.option("--seconds", default=0.2, help="for the repeats of one row, eager and again recorded")
+@click.option("--budget", default=float("inf"), help="seconds after which nothing more is begun")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="written after each row")
+def main(
+    shapes: Any, tokens: Any, ranks: Any, dtype: str, only: str | None, repeats: int, seconds: float,
+    budget: float, target: Any,
+) -> None:  # fmt: skip
+    from fastlora.engines.memory import free_memory
     from fastlora.rundir import provenance, store
+    from fastlora.train import graphs
 
-    sizes = [Size(k, n, t, r) for k, n in shapes for (t,) in tokens for (r,) in ranks]
-    rows = [measure(case, size, getattr(torch, dtype), repeats) for case in CASES for size in sizes]
-    Console(width=None if sys.stdout.isatty() else 200).print(table(rows, dtype))
-    if target:
-        document: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "dtype": dtype}
-        document |= {"commit": provenance.commit(HERE), "versions": provenance.versions()}
-        document |= {"machine": provenance.machine(), "repeats": repeats, "rows": rows}
-        store.write_atomic(target, json.dumps(document, indent=1) + "\n")
+    of_case = chosen([*(cases.of_shapes(shapes) if shapes else cases.pinned())], only)
+    todo = [  # a budget then leaves something of every group
+        (case, Setting(t, r, getattr(torch, dtype), DEVICE))
+        for (r,) in ranks
+        for (t,) in tokens
+        for case in of_case
+    ]
+    replays = timing.Replays(graphs.CudaRecorder()) if graphs.can_record() else None
+    document: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "dtype": dtype}
+    document |= {"commit": provenance.commit(HERE), "versions": provenance.versions()}
+    document |= {"machine": provenance.machine(), "repeats": repeats, "seconds": seconds}
+
+    def done(rows: list[dict[str, Any]]) -> None:
+        if replays is None or not replays.why_not:  # a capture that broke off keeps what there is
+            free_memory()
+        if target:
+            found = {"modules": len(todo), "targets": summary.targets(rows)}
+            store.write_atomic(
+                target, json.dumps(document | found | {"rows": rows}, indent=1) + "\n"
+            )
+
+    rows = measure_all(todo, budget, lambda *one: measure(*one, repeats, seconds, replays), done)
+    console = Console(width=None if sys.stdout.isatty() else 260)
+    console.print(table(rows, f"{document['machine'].get('gpu', DEVICE)}, {dtype}"))
+    console.print(summary.table(rows))
+    for line in (*notes(rows), *summary.targets(rows)):
+        console.print(line, soft_wrap=True)
     sys.exit(3 if any(row["status"] == "wrong" for row in rows) else 0)
 
 
