@@ -197,11 +197,11 @@ def test_of_choices_as_fast_the_one_that_streams_fewest() -> None:
     free = chosen(6.0, engine="unsloth", train=train)
     assert free
     fewest = {}
-    for kept in (0, 32):  # attention's activations take the room of other layers' weights
-        one = chosen(6.0, engine="unsloth", train=train, memory={"keep_attention_layers": kept})
+    for keep in (0, 32):  # attention's activations take the room of other layers' weights
+        one = chosen(6.0, engine="unsloth", train=train, memory={"keep_attention_layers": keep})
         assert one
         assert rate(one.result) == pytest.approx(rate(free.result), rel=0.01)
-        fewest[kept] = one.result.setup.stream_layers
+        fewest[keep] = one.result.setup.stream_layers
     assert fewest[32] > fewest[0] + 5
     assert free.result.setup.stream_layers == fewest[0]
 
