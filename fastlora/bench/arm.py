@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora.bench import work as works
 from fastlora.bench.flops import flops_per_token
 from fastlora.bench.loaded import ArmTask, Loaded
-from fastlora.bench.memory import memory
+from fastlora.bench.memory import HostPeak, memory
 from fastlora.engines.memory import cap_memory, forget_peak, free_memory
 from fastlora.errors import EngineError
 
@@ -78,6 +78,17 @@ def parity_step(loaded: Loaded, rows: Sequence[works.Row]) -> dict[str, torch.Te
 
 def run_arm(task: ArmTask) -> dict[str, Any]:
     """The timed steps, then the parity step; what gates and report are made from."""
+    from safetensors.torch import save_file
+
+    with HostPeak() as host:
+        answer, short = _measured(task, host)
+    parity = parity_step(task.load_for_parity(), short)
+    save_file(parity, task.gradients)
+    return answer
+
+
+def _measured(task: ArmTask, host: HostPeak) -> tuple[dict[str, Any], list[works.Row]]:
+    """The answer, and the rows of the parity step; the whole model is gone by then."""
     import torch
     from safetensors.torch import save_file
 
@@ -115,12 +126,12 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
         loaded.notes.append(f"+attention: not computed again in {kept} layers")
     notes = loaded.notes
     flops = flops_per_token(loaded.model, loaded.recomputed)
+    # The copies that the gates take are among it: of the adapter and its gradients, three times their float32.
+    host_gib = host.gib(loaded.host_embedding_bytes)
     empty(loaded)
-
-    parity = parity_step(task.load_for_parity(), short)
-    save_file(parity, task.gradients)
-    return {
+    answer = {
         **measured,
+        "host_gib": host_gib,
         "first_rows_after": first_rows_after,
         "adapter_tensors": len(after),
         "unchanged": unchanged,
@@ -128,6 +139,7 @@ def run_arm(task: ArmTask) -> dict[str, Any]:
         "notes": notes,
         "flops": flops,
     }
+    return answer, short
 
 
 def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def figures(
         "peak_allocated_gib": result["peak_allocated_gib"],
         "peak_reserved_gib": result["peak_reserved_gib"],
         "driver_gib": result["driver_gib"],
+        "host_gib": result["host_gib"],
         "mfu": round(model / peak, 4) if peak else None,
         "hfu": round((model + again) / peak, 4) if peak else None,
         "counted": {

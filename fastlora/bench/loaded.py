@@ -101,6 +101,13 @@ class Loaded:
         self.model.train()
         self.collate = Collator(0, self.engine)
 
+    @property
+    def host_embedding_bytes(self) -> int:
+        """Of the input embedding, where it is in host memory."""
+        if self.recipe.memory.embedding != "host":
+            return 0
+        return int(self.model.get_input_embeddings().weight.nbytes)
+
     def _check_targets(self) -> None:
         """Raises EngineError: the engine would not train the adapters that are asked for."""
         from transformers import AutoConfig

@@ -68,6 +68,7 @@ def _frame_row(report: Report, row: Row, metric: str, figures: Spread | None) ->
         "peak_allocated_gib": arm.peak_allocated_gib,
         "peak_reserved_gib": arm.peak_reserved_gib,
         "driver_gib": arm.driver_gib,
+        "host_gib": arm.host_gib,
         "mfu": arm.mfu,
         "hfu": arm.hfu,
         "gates": row.gates,

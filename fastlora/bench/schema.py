@@ -262,6 +262,8 @@ class ArmResult(Result):
     peak_reserved_gib: float | None = None
     driver_gib: float | None = None
     """In use on the GPU as its driver counts, with the CUDA context."""
+    host_gib: float | None = None
+    """The most of the host's memory at once, loading included: what the process wrote and what is pinned."""
     mfu: float | None = None
     """Share of the measured matrix-product ceiling: forward and dX, 4N FLOPs per token, and attention."""
     hfu: float | None = None

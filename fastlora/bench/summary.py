@@ -13,7 +13,15 @@ SPEED_LABELS: dict[Metric, str] = {
     "tokens_per_s": "tokens/s",
     "supervised_tokens_per_s": "supervised tokens/s",
 }
-_MEASURED = (*METRICS, "peak_allocated_gib", "peak_reserved_gib", "driver_gib", "mfu", "hfu")
+_MEASURED = (
+    *METRICS,
+    "peak_allocated_gib",
+    "peak_reserved_gib",
+    "driver_gib",
+    "host_gib",
+    "mfu",
+    "hfu",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def arms_table(report: Report) -> Table:
     first = f"x {shown[0].arm.arm}" if shown else "x"
     columns = ["arm", "status", SPEED_LABELS[headline(report)], first]
     columns += ["tokens/s"] if is_real(report) else []
-    columns += ["peak reserved GiB", first, "MFU", "HFU", "gates"]
+    columns += ["peak reserved GiB", first, "host GiB", "MFU", "HFU", "gates"]
     return Table(columns, [_arm_cells(row, is_real(report)) for row in shown])
 
 
@@ -83,8 +83,8 @@ def _arm_cells(row: Row, real: bool) -> list[str]:
     cells = [arm.arm, arm.status, spread(row.speed)]
     cells += [times(row.speed_ratio, row.within_noise)]
     cells += [number(arm.tokens_per_s.p50 if arm.tokens_per_s else None)] if real else []
-    cells += [gib(arm.peak_reserved_gib), times(row.memory_ratio), percent(arm.mfu)]
-    return [*cells, percent(arm.hfu), gates(row)]
+    cells += [gib(arm.peak_reserved_gib), times(row.memory_ratio), gib(arm.host_gib)]
+    return [*cells, percent(arm.mfu), percent(arm.hfu), gates(row)]
 
 
 def gates(row: Row) -> str:

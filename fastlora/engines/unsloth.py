@@ -6,8 +6,9 @@ Importing unsloth patches transformers, peft and trl for the whole process, so a
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from fastlora.engines.base import (
     resolve_dtype,
     where_they_end,
 )
+from fastlora.engines.memory import GIB, host_free_bytes
 from fastlora.errors import EngineError
 from fastlora.plan.setup import FUSED, records
 from fastlora.recipe.schema import Recipe
@@ -74,20 +76,21 @@ class UnslothEngine:
         ours = recorded or memory.vram is not None or memory.embedding is not None
         stays = {"offload_embedding": False} if ours else {}
         try:
-            base, _ = FastLanguageModel.from_pretrained(
-                name,
-                max_seq_length=model.seq_len_tokens,
-                dtype=resolve_dtype(model),
-                load_in_4bit=model.quantization == "nf4",
-                load_in_8bit=model.quantization == "int8",
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
-                use_exact_model_name=True,
-                use_gradient_checkpointing=checkpointing,
-                random_state=recipe.train.seed,
-                **streaming,
-                **stays,
-            )
+            with _all_pinned() if streaming else nullcontext():
+                base, _ = FastLanguageModel.from_pretrained(
+                    name,
+                    max_seq_length=model.seq_len_tokens,
+                    dtype=resolve_dtype(model),
+                    load_in_4bit=model.quantization == "nf4",
+                    load_in_8bit=model.quantization == "int8",
+                    revision=model.revision,
+                    trust_remote_code=model.trust_remote_code,
+                    use_exact_model_name=True,
+                    use_gradient_checkpointing=checkpointing,
+                    random_state=recipe.train.seed,
+                    **streaming,
+                    **stays,
+                )
         except (OSError, ValueError, SafetensorError) as error:
             if streaming and "offload_layers" in str(error):
                 raise EngineError(
@@ -167,6 +170,38 @@ class UnslothEngine:
 
             torch.cuda.synchronize()  # copies to and from them may still be under way
             checkpointing.reset_unsloth_gradient_checkpointing_buffers()
+
+
+_PIN_BUDGET = "_pin_budget"
+_LEFT_FREE = 2 * GIB
+"""Of the host's memory, for the system, beside what is pinned."""
+
+
+@contextmanager
+def _all_pinned() -> Iterator[None]:
+    """Within it streamed weights are pinned in whole, where the host holds them.
+
+    unsloth writes them into host memory, and pins no more of that than is free then, less 15 % of the machine's memory:
+    as if they came once more: where 15 % are left beside them, none at all. The rest would be copied
+    several times slower. Pinning takes no more than is written already.
+    """
+    try:
+        from unsloth_zoo import block_swap
+    except ImportError:
+        block_swap = None
+    theirs = getattr(block_swap, _PIN_BUDGET, None)
+    if theirs is None:
+        yield
+        return
+
+    def budget() -> Any:
+        return sys.maxsize if host_free_bytes() >= _LEFT_FREE else theirs()
+
+    setattr(block_swap, _PIN_BUDGET, budget)
+    try:
+        yield
+    finally:
+        setattr(block_swap, _PIN_BUDGET, theirs)
 
 
 _COMPILE = "UNSLOTH_BLOCK_COMPILE_LEGACY"

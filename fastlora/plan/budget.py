@@ -116,6 +116,9 @@ def choose(now: Prediction, again: Again, row_tokens: RowTokens | None = None) -
     # Host memory is left to others where it is worth nothing, and the GPU's.
     alike = [one for one in alike if not one[1].setup.host_embedding] or alike
     alike = [one for one in alike if not one[1].setup.dense_layers] or alike
+    # What crosses the bus twice in each micro-batch, it does for memory that is otherwise spare.
+    fewest = min(one[1].setup.stream_layers for one in alike)
+    alike = [one for one in alike if one[1].setup.stream_layers == fewest]
     least = min(one[1].memory.comfortable_gib for one in alike)
     near = [one for one in alike if one[1].memory.comfortable_gib <= least * (1 + _NEAR)]
     settings, result = min(near, key=lambda one: (len(one[0]), one[1].memory.comfortable_gib))

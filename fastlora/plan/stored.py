@@ -47,16 +47,24 @@ _STREAM_SLOTS = 3
 default)."""
 
 
+def _codes_bytes(shape: Shape, setup: Setup) -> int:
+    """Of a layer, what is streamed: its parameters. What bitsandbytes scales their codes by is none of them, and stays
+    on the GPU: 13 MiB a layer of 70B, 0.8 GiB of 63."""
+    if setup.quantization != "nf4":
+        return layer_bytes(shape, setup)
+    return sum(ceil(one.weights / 2) + setup.item * one.outputs * one.bias for one in shape.linears)
+
+
 def streamed_bytes(shape: Shape, setup: Setup) -> int:
     """Frozen weights in host memory."""
-    return setup.stream_layers * layer_bytes(shape, setup)
+    return setup.stream_layers * _codes_bytes(shape, setup)
 
 
 def resident_bytes(shape: Shape, setup: Setup) -> int:
     """Frozen weights on the GPU, slots for the others among them."""
     slots = min(_STREAM_SLOTS, setup.stream_layers)
-    layers = shape.layers - setup.stream_layers + slots
-    return layers * layer_bytes(shape, setup)
+    away = (setup.stream_layers - slots) * _codes_bytes(shape, setup)
+    return shape.layers * layer_bytes(shape, setup) - away
 
 
 def rest_bytes(shape: Shape, setup: Setup) -> int:

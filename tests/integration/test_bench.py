@@ -153,6 +153,7 @@ def test_the_command_measures_reports_and_compares(tmp_path: Path) -> None:
     out = fastlora("--steps", "8", "--json", "--out", "first", folder=tmp_path)
     report = Report.model_validate_json(out)
     assert report.status == "passed"
+    assert all(0.1 < (arm.host_gib or 0) < 16 for arm in report.arms)
     assert [arm.arm for arm in report.arms] == ["peft", "peft+fastlora"]
     for arm in report.arms:
         assert {gate.name for gate in arm.gates} >= {

@@ -19,7 +19,7 @@ RESULT: dict[str, Any] = {
     "step_supervised": [50, 50, 100, 100],
     "fed_tokens": 800,
     "squared_lengths": 60_000,
-    "peak_allocated_gib": 1.0, "peak_reserved_gib": 1.5, "driver_gib": 2.0, "digest": "aa",
+    "peak_allocated_gib": 1.0, "peak_reserved_gib": 1.5, "driver_gib": 2.0, "host_gib": 3.0, "digest": "aa",
     "flops": {"matmul": 1e9, "attention": 1e6, "recompute_matmul": 5e8, "recompute_attention": 5e5},
 }  # fmt: skip
 
@@ -37,6 +37,7 @@ def test_figures_are_of_the_steps_after_warm_up() -> None:
     assert shown["mfu"] == pytest.approx(model, abs=1e-4)
     assert shown["hfu"] == pytest.approx(model + again, abs=1e-4)
     assert shown["counted"]["padding_share"] == 0.25
+    assert shown["host_gib"] == 3.0
     assert figures(RESULT, 1, {})["mfu"] is None
 
 

@@ -42,6 +42,7 @@ def measured(arm: str, p50: float, gib: float | None, **more: Any) -> ArmResult:
         peak_allocated_gib=gib and gib - 1,
         peak_reserved_gib=gib,
         driver_gib=gib and gib + 1,
+        host_gib=gib and gib + 2,
         mfu=0.321,
         hfu=0.432,
         losses=[12.5, 11.25, 10.125],
@@ -116,8 +117,8 @@ def test_the_frame_has_a_row_per_arm_and_metric(tmp_path: Path) -> None:
     assert list(rows.columns) == [
         "suite", "arm", "model", "quantization", "rank", "targets", "micro_batch", "accumulation",
         "seq_len_tokens", "lengths", "metric", "p20", "p50", "p80", "peak_allocated_gib",
-        "peak_reserved_gib", "driver_gib", "mfu", "hfu", "gates", "status", "gpu", "driver",
-        "versions", "commit", "dirty", "timestamp",
+        "peak_reserved_gib", "driver_gib", "host_gib", "mfu", "hfu", "gates", "status", "gpu",
+        "driver", "versions", "commit", "dirty", "timestamp",
     ]  # fmt: skip
     metrics = ["tokens_per_s", "supervised_tokens_per_s", "step_s"]
     assert list(zip(rows.arm, rows.metric, strict=True)) == [
@@ -131,7 +132,8 @@ def test_the_frame_has_a_row_per_arm_and_metric(tmp_path: Path) -> None:
         "rank": 16, "targets": "q_proj v_proj", "micro_batch": 2, "accumulation": 4,
         "seq_len_tokens": 2048, "lengths": "full", "metric": "supervised_tokens_per_s",
         "p20": 990.0, "p50": 1000.0, "p80": 1020.0, "peak_allocated_gib": 7.0,
-        "peak_reserved_gib": 8.0, "driver_gib": 9.0, "mfu": 0.321, "hfu": 0.432,
+        "peak_reserved_gib": 8.0, "driver_gib": 9.0, "host_gib": 10.0,
+        "mfu": 0.321, "hfu": 0.432,
         "gates": "passed", "status": "ok", "gpu": "NVIDIA H200", "driver": 580.95,
         "versions": "torch=2.11.0 peft=0.21.2", "commit": "abc1234", "dirty": True,
         "timestamp": "2026-11-25T10:11:12+00:00",

@@ -220,3 +220,29 @@ def test_a_recipe_that_packs_is_measured_packed(tmp_path: Path) -> None:
     assert [arm.name for arm in plan.arms] == ["peft+packing", "liger+packing", "unsloth+packing"]
     model = renamed(plan.recipe, "other").model
     assert (model.name, model.revision) == ("other", None)
+
+
+def test_files_written_at_once_are_those_of_one_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = make(tmp_path / "many", quantization="nf4")
+    monkeypatch.setattr("fastlora.bench.weights._WRITERS", 1)
+    one = make(tmp_path / "one", quantization="nf4")
+    names = sorted(path.name for path in one.iterdir())
+    assert sorted(path.name for path in many.iterdir()) == names
+    assert len([name for name in names if name.endswith(".safetensors")]) == 3
+    for name in names:
+        assert (many / name).read_bytes() == (one / name).read_bytes()
+
+
+def test_a_writer_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path, **_: object) -> None:
+        if "layer-001" in path.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []

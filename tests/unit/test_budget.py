@@ -192,6 +192,20 @@ def test_layers_are_streamed_only_where_nothing_else_fits() -> None:
     assert chosen(2.0, engine="unsloth") is None
 
 
+def test_of_choices_as_fast_the_one_that_streams_fewest() -> None:
+    train = {"micro_batch": 2, "accumulation": 4, "checkpointing": "full"}
+    free = chosen(6.0, engine="unsloth", train=train)
+    assert free
+    fewest = {}
+    for keep in (0, 32):  # attention's activations take the room of other layers' weights
+        one = chosen(6.0, engine="unsloth", train=train, memory={"keep_attention_layers": keep})
+        assert one
+        assert rate(one.result) == pytest.approx(rate(free.result), rel=0.01)
+        fewest[keep] = one.result.setup.stream_layers
+    assert fewest[32] > fewest[0] + 5
+    assert free.result.setup.stream_layers == fewest[0]
+
+
 TABLE = 128256 * 4096 * 2
 """Bytes of 8B's input embedding."""
 

@@ -313,3 +313,29 @@ def test_rows_are_not_padded_in_attention_where_lengths_recur(
         within = dispatch._CUDNN_LENGTH_BUCKET
     assert within == (0 if word is None else 128)
     assert vars(dispatch)["_CUDNN_LENGTH_BUCKET"] == 128
+
+
+@pytest.mark.parametrize(("free_gib", "pinned"), [(3.0, sys.maxsize), (1.0, 17)])
+def test_streamed_weights_are_pinned_in_whole_where_the_host_has_room(
+    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, free_gib: float, pinned: int
+) -> None:
+    """unsloth asks for its budget when the weights are written; outside of a load it stays its own."""
+    zoo, swap = ModuleType("unsloth_zoo"), ModuleType("unsloth_zoo.block_swap")
+    swap._pin_budget = lambda: 17  # type: ignore[attr-defined]
+    theirs, seen = swap._pin_budget, []
+    zoo.block_swap = swap  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unsloth_zoo", zoo)
+    monkeypatch.setitem(sys.modules, "unsloth_zoo.block_swap", swap)
+    monkeypatch.setattr("fastlora.engines.unsloth.host_free_bytes", lambda: free_gib * 2**30)
+    fast = sys.modules["unsloth"].FastLanguageModel
+    load = fast.from_pretrained
+    monkeypatch.setattr(
+        fast, "from_pretrained", lambda *a, **k: (seen.append(swap._pin_budget()), load(*a, **k))[1]
+    )
+    told["model_type"] = "llama"
+    for streamed in (2, None, 13):
+        memory = {"stream_layers": streamed} if streamed else {}
+        with contextlib.suppress(EngineError):  # 13: unsloth refuses
+            UnslothEngine().load(recipe(**memory), print)
+        assert swap._pin_budget is theirs
+    assert seen == [pinned, 17, pinned]

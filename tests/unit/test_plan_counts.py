@@ -401,3 +401,27 @@ def test_unsloths_chunks_are_those_of_its_rule() -> None:
     assert working.unsloth_chunk_tokens(shape, planned, 3.5 * 2**30) == 512
     tiny = setup(shape, engine="unsloth", model={"seq_len_tokens": 64})
     assert working.unsloth_chunk_tokens(shape, tiny, 60 * 2**30) == 128
+
+
+def test_of_a_streamed_layer_the_scales_stay_on_the_gpu() -> None:
+    """unsloth streams parameters; what bitsandbytes scales their codes by is beside them."""
+    import bitsandbytes as bnb
+
+    shape = shape_of(LLAMA | {"num_hidden_layers": 8})
+    codes = scales = 0
+    for one in shape.linears:
+        layer = bnb.nn.Linear4bit(one.inputs, one.outputs, bias=False, quant_type="nf4")
+        weight = bnb.nn.Params4bit(layer.weight.data, compress_statistics=True, quant_type="nf4")
+        quantized = weight._quantize("cpu")
+        state = quantized.quant_state
+        parts = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        codes += sum(each.nbytes for each in (quantized.data,))
+        scales += sum(part.nbytes for part in parts)
+
+    def planned(streamed: int) -> Setup:
+        return setup(shape, "unsloth", memory={"stream_layers": streamed})
+
+    assert stored.streamed_bytes(shape, planned(5)) == 5 * codes
+    # Three of those that are streamed have slots, whichever they are.
+    assert stored.resident_bytes(shape, planned(5)) == (8 - 5 + 3) * codes + 8 * scales
+    assert stored.resident_bytes(shape, planned(2)) == stored.resident_bytes(shape, planned(0))
