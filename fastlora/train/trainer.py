@@ -66,6 +66,8 @@ def build_trainer(
     graphs = bool(recipe.memory.cuda_graphs) and not reason
     if recipe.memory.cuda_graphs and reason:
         notes(f"cuda_graphs: not used ({reason})")
+    if recipe.memory.dense_layers and not graphs:
+        notes("memory.dense_layers: it does nothing (micro-batches are not recorded)")
     static: StaticSteps | None = None
 
     class CountingTrainer(SFTTrainer):  # type: ignore[misc]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastlora_kernels import DenseWeights
 from flash import pretend_to_have_it
 from ooms import Ooms
 from place import Crash, Place, assert_same, last
@@ -90,6 +91,36 @@ def test_resumed_it_is_the_run_that_was_not_interrupted(
     assert "resumed" in resumed
     assert len(made.made) == 2
     assert_same(place, resumed, replayed)
+
+
+def test_weights_that_are_dequantized_once_a_step_are_those_of_the_step(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through accumulation, an evaluation, epochs' ends and a resume, to the last bit; and where nothing is recorded it
+    is said that they are not."""
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    settings = (*SETTINGS, 'model.quantization="nf4"', 'kernels.mode="all"')
+    dense = "memory.dense_layers=2"
+    Recorders(monkeypatch)
+    made_anew = place.run(*settings, GRAPHS)
+    crash = Crash(monkeypatch, at=8)
+    refreshed: list[int] = []
+    own = DenseWeights.refresh
+
+    def refresh(weights: DenseWeights) -> None:
+        refreshed.append(len(weights))
+        own(weights)
+
+    monkeypatch.setattr(DenseWeights, "refresh", refresh)
+    with pytest.raises(RuntimeError, match="crashed"):
+        place.run(*settings, GRAPHS, dense)
+    crash.at = 0
+    assert_same(place, place.run(*settings, GRAPHS, dense, resume=True), made_anew)
+    assert refreshed.count(14) > 4  # 7 products of 2 layers
+    with never_recorded(monkeypatch):
+        short = ("train.steps=1", "train.eval_every_steps=1", "train.save_every_steps=1")
+        noted = place.run(*settings, *short, dense)["notes"]
+    assert "memory.dense_layers: it does nothing (micro-batches are not recorded)" in noted
 
 
 def test_what_was_chosen_on_a_gpu_is_kept_when_it_is_resumed(
