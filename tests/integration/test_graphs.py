@@ -153,6 +153,24 @@ def test_what_was_chosen_on_a_gpu_is_kept_when_it_is_resumed(
     assert_same(place, resumed, replayed)
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_held_out_loss_does_not_depend_on_the_micro_batch_that_was_chosen(
+    size: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("train.effective_batch=8", "train.steps=1", "train.eval_every_steps=1")
+    usual = place.run(*settings, "train.micro_batch=2")
+
+    def choose(recipe: Any, *_: Any) -> Any:
+        one = Filled("train.micro_batch", size, "it is faster")
+        return apply(recipe, [one]), {"filled": [asdict(one)]}
+
+    monkeypatch.setattr("fastlora.train.session.fit_memory", choose)
+    chosen = place.run(*settings, "train.micro_batch=2")
+    assert chosen["recipe"]["train"]["micro_batch"] == size
+    losses = [run["result"]["eval_losses"] for run in (usual, chosen)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_what_graphs_would_cost_is_known_before_a_run_begins(
     place: Place, replayed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
