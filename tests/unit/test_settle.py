@@ -122,6 +122,16 @@ def test_micro_batches_stay_and_nothing_is_streamed(engine: str, free_gib: float
         assert taken.train.checkpointing != "unsloth"
 
 
+@pytest.mark.parametrize("seq_len_tokens", [8192, 10_000, 40_000])
+def test_rows_may_be_so_long_that_no_larger_micro_batch_is_tried(seq_len_tokens: int) -> None:
+    """The usual one is, so that the rest is chosen as where it is stated."""
+    train, model = {"effective_batch": 8}, {"seq_len_tokens": seq_len_tokens}
+    full = replace(FULL, tokens=seq_len_tokens)
+    left_open = settled(train=train, model=model, micro_batches=full)
+    stated = settled(train=train | {"micro_batch": 2}, model=model, micro_batches=full)
+    assert keys(left_open) == keys(stated)
+
+
 def test_a_micro_batch_that_is_left_open_is_as_large_as_pays() -> None:
     """8B on an H200: weights are dequantized once for eight rows and not four times for two. Not where rows are padded
     to the longest of eight; nor is one chosen that the recipe states, or without the rows' lengths."""
