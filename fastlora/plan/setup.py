@@ -252,10 +252,6 @@ def memory_problems(
             yield f'memory.{key}: only 4-bit weights are dequantized; set model.quantization = "nf4", or leave it out'
         elif getattr(memory, key) and recipe.lora.dora:
             yield f"memory.{key}: DoRA's are made for each use; set lora.dora = false, or leave it out"
-    if memory.dense_layers and memory.cuda_graphs is False:
-        yield (
-            "memory.dense_layers: it is for recorded micro-batches; set memory.cuda_graphs = true, or leave it out"
-        )
     if memory.keep_dequantized and recipe.model.quantization == "nf4" and policy == "unsloth":
         yield (
             "memory.keep_dequantized: unsloth's own checkpointing dequantizes them once more; set "

@@ -15,6 +15,7 @@ from fastlora.plan import gpus, settle
 from fastlora.plan.budget import Choice
 from fastlora.plan.predict import Card, Prediction, predict
 from fastlora.plan.settle import MicroBatches, without_budget
+from fastlora.plan.setup import memory_problems
 from fastlora.plan.shape import shape_of
 from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
@@ -93,6 +94,18 @@ def test_weights_are_dequantized_once_a_step_where_there_is_room() -> None:
     assert some
     assert key not in some.settings
     assert some.result.setup.dense_layers == 4
+    # Asked for where graphs do not pay: it does nothing, which is said, and the run can still be resumed.
+    asked = recipe(engine="unsloth", train=train, memory={key[7:]: 4})
+    few = settled(
+        engine="unsloth", train=train, memory={key[7:]: 4}, micro_batches=replace(FULL, count=1)
+    )
+    assert few
+    ran = apply(asked, few.filled)
+    assert ran.memory.cuda_graphs is False
+    resumed = as_begun(asked, manifest(**few.settings))
+    assert resumed.memory.cuda_graphs is False
+    for one in (ran, resumed):
+        assert list(memory_problems(one, "unsloth", one.train.checkpointing, streams=True)) == []
 
 
 def test_where_it_does_not_fit_without_layers_are_computed_again() -> None:
