@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastlora_kernels import DenseWeights
-from reruns import Recorders, Reruns
+from reruns import Recorders, Reruns, refreshes
 
 from fastlora.bench import work
 from fastlora.bench.arm import empty, timed_steps
@@ -110,14 +109,7 @@ def test_an_arm_with_dense_weights_trains_by_those_of_its_step(
     trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Recorders(monkeypatch)
-    refreshed: list[int] = []
-    own = DenseWeights.refresh
-
-    def refresh(weights: DenseWeights) -> None:
-        refreshed.append(len(weights))
-        own(weights)
-
-    monkeypatch.setattr(DenseWeights, "refresh", refresh)
+    refreshed = refreshes(monkeypatch)
     monkeypatch.setenv("FASTLORA_KERNELS", "reference")
     plain = trained("peft+fastlora+record-checkpointing", "nf4")
     found = trained("peft+fastlora+record+dense2-checkpointing", "nf4")

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastlora_kernels import DenseWeights
 from flash import pretend_to_have_it
 from ooms import Ooms
 from place import Crash, Place, assert_same, last
-from reruns import Recorders, never_recorded
+from reruns import Recorders, never_recorded, refreshes
 
 from fastlora.engines.engaged import Plan
 from fastlora.errors import EngineError
@@ -104,14 +103,7 @@ def test_weights_that_are_dequantized_once_a_step_are_those_of_the_step(
     Recorders(monkeypatch)
     made_anew = place.run(*settings, GRAPHS)
     crash = Crash(monkeypatch, at=8)
-    refreshed: list[int] = []
-    own = DenseWeights.refresh
-
-    def refresh(weights: DenseWeights) -> None:
-        refreshed.append(len(weights))
-        own(weights)
-
-    monkeypatch.setattr(DenseWeights, "refresh", refresh)
+    refreshed = refreshes(monkeypatch)
     with pytest.raises(RuntimeError, match="crashed"):
         place.run(*settings, GRAPHS, dense)
     crash.at = 0
