@@ -139,6 +139,7 @@ def measure(
     for _ in range(4):
         micro_batch()
         optimizer.step()
+        loaded.stepped()
         loaded.zero_gradients()
     times = []
     for _ in range(steps):

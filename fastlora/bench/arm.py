@@ -176,8 +176,7 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
-        if loaded.graphs is not None:
-            loaded.graphs.stepped()
+        loaded.stepped()
         losses.append(float(total))  # waits for the GPU
         if cuda:
             torch.cuda.synchronize()

@@ -173,6 +173,12 @@ class Loaded:
             initial = initial_value(name, tuple(parameter.shape), b_deviation, seed)
             if initial is not None:
                 parameter.data.copy_(initial)
+        self.stepped()
+
+    def stepped(self) -> None:
+        """The adapter has changed; to be called whenever it has (+dense)."""
+        if self.graphs is not None:
+            self.graphs.stepped()
 
     @property
     def recomputed(self) -> float:

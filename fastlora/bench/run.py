@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from rich.console import Console
 
@@ -29,7 +29,14 @@ from fastlora.cache import cache_folder
 from fastlora.engines.base import not_loadable
 from fastlora.errors import EngineError, UsageError
 from fastlora.plan.measured import remember_ceilings
-from fastlora.plan.setup import memory_problems, policy_of
+from fastlora.plan.setup import (
+    EngineName,
+    memory_problems,
+    policy_of,
+    setup_of,
+    why_embedding_stays,
+)
+from fastlora.plan.shape import shape_of
 from fastlora.recipe.schema import KernelsSection, ModelSection, Recipe
 from fastlora.rundir import provenance
 from fastlora.train.stop import Interrupted, StopSignals
@@ -193,12 +200,12 @@ class Bench:
         recipe, shape = plan.recipe, plan.shape
         if request.model is not None:
             recipe, shape = renamed(recipe, request.model), None
-        problems = [line for arm in arms for line in self._cannot_keep(arm, recipe)]
+        problems = [line for arm in arms for line in self._cannot_keep(arm, recipe, shape)]
         if problems:
             raise UsageError("\n".join(problems))
         return replace(plan, recipe=recipe, arms=arms, work=settings, shape=shape)
 
-    def _cannot_keep(self, arm: Arm, recipe: Recipe) -> Iterator[str]:
+    def _cannot_keep(self, arm: Arm, recipe: Recipe, shape: dict[str, Any] | None) -> Iterator[str]:
         """Where [memory] would do nothing, or not what the arm's name says, and where a step is no multiple of its
         micro-batches."""
         rows = recipe.train.micro_batch * recipe.train.accumulation_steps
@@ -207,8 +214,16 @@ class Bench:
             return
         made = arm.recipe(recipe, self.request.vram_cap_gib)
         policy = policy_of(made, arm.engine)
-        for line in memory_problems(made, arm.engine, policy, streams=arm.engine == "unsloth"):
-            yield f"--arms {arm.name}: {line}"
+        problems = list(memory_problems(made, arm.engine, policy, streams=arm.engine == "unsloth"))
+        if made.memory.embedding == "host" and not problems:
+            if "gpu" not in self.machine["machine"]:
+                problems.append("+hostembed: there is no CUDA GPU here that it would be kept from")
+            elif shape is not None:
+                known = shape_of(shape)
+                setup = setup_of(made, known, engine=cast(EngineName, arm.engine))
+                if why := why_embedding_stays(known, setup):
+                    problems.append(f"+hostembed: the embedding stays where it is: {why}")
+        yield from (f"--arms {arm.name}: {line}" for line in problems)
 
     def _measure(self, scratch: Path) -> None:
         plan = self.plan

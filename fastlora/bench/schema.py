@@ -96,10 +96,13 @@ class Arm(BaseModel):
             raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
         if "+dequantized" in options:
             ours = engine == "peft" or options.keys() & {"+offload", "-offload", "+budget"}
+            ours = ours and (
+                engine == "peft" or "+record" in options
+            )  # else unsloth compiles layers
             if "+fastlora" not in options or "-checkpointing" in options or not ours:
                 raise UsageError(
                     f"--arms {text}: +dequantized needs fastlora's kernels and checkpointing; add +fastlora and, on "
-                    "unsloth, +offload or -offload"
+                    "unsloth, +record and +offload or -offload"
                 )
         if "+dense" in options and not {"+record", "+fastlora"} <= options.keys():
             raise UsageError(

@@ -53,12 +53,19 @@ def keep_as_asked(model: PeftModel, engine: Engine, recipe: Recipe, announce: An
             ) from error
         _fall_back(model, error, announce)
         return
-    if dequantized and not _dequantizes(model):
-        announce("memory.keep_dequantized: there are none; fastlora's kernels run no 4-bit layer")
+    if dequantized and not any(_dequantizes(module) for module in model.modules()):
+        announce(f"memory.keep_dequantized: {_NONE}")
+    elif (
+        dequantized
+        and engine.name == "unsloth"
+        and not setup.records(recipe, engine.name, checkpointing)
+    ):
+        announce(f"memory.keep_dequantized: it does nothing ({setup.COMPILED})")
 
 
 def dense_as_asked(model: PeftModel, recipe: Recipe, announce: Announce) -> DenseWeights | None:
-    """What of `model` is to be dequantized once a step, for its recorded micro-batches (train/graphs.py)."""
+    """What of `model`, which has its kernels, is to be dequantized once a step, for its recorded micro-batches
+    (train/graphs.py). None: nothing."""
     from fastlora_kernels import DenseWeights
     from fastlora_kernels.recompute import decoder_layers
 
@@ -66,11 +73,11 @@ def dense_as_asked(model: PeftModel, recipe: Recipe, announce: Announce) -> Dens
         return None
     layers = decoder_layers(model)
     count = at_most("memory.dense_layers", wanted, len(layers), announce)
-    # A layer without an adapter runs as the engine has it, and one with DoRA scales what it has dequantized.
-    adapted = (
-        m for one in layers[len(layers) - count :] for m in one.modules() if hasattr(m, "lora_A")
-    )
-    return DenseWeights(m for m in adapted if not any(getattr(m, "use_dora", {}).values()))
+    last = layers[len(layers) - count :]
+    if not (found := [m for one in last for m in one.modules() if _dequantizes(m)]):
+        announce(f"memory.dense_layers: {_NONE}")
+        return None
+    return DenseWeights(found)
 
 
 def recompute_all(model: PeftModel, engine: Engine, announce: Announce, *, offload: bool) -> None:
@@ -116,10 +123,14 @@ def _count(model: PeftModel) -> int:
     return len(decoder_layers(model))
 
 
-def _dequantizes(model: PeftModel) -> bool:
+_NONE = "there are none; fastlora's kernels run no 4-bit layer"
+
+
+def _dequantizes(module: object) -> bool:
+    """Whether fastlora's kernels make a matrix of its 4-bit weight that may stay; DoRA scales what it has made."""
     from fastlora_kernels.layers.linear import AttachedLinear4bit
 
-    return any(isinstance(module, AttachedLinear4bit) for module in model.modules())
+    return isinstance(module, AttachedLinear4bit) and not any(module.use_dora.values())
 
 
 def _recompute(

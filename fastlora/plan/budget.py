@@ -167,7 +167,7 @@ def _starts(now: Prediction) -> Iterator[dict[str, Any]]:
     # Products of fewer tokens than usual have never been timed; they are tried for want of memory alone.
     usual = recipe.train.micro_batch
     if recipe.memory.vram is None:
-        sizes = [size for size in sizes if size >= usual]
+        sizes = [size for size in sizes if size >= usual] or [usual]  # of rows however long
     given = _given(recipe, "train.checkpointing")
     helps = setup.kernels and setup.quantization == "nf4" and not setup.dora
     stays = helps and _given(recipe, _DEQUANTIZED) is None

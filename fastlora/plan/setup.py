@@ -44,6 +44,7 @@ class Setup:
     keep_layers: int = 0
     keep_attention_layers: int = 0
     keep_dequantized: bool = False
+    """As in [memory], where it does something."""
     stream_layers: int = 0
     """As in [memory]. No layer keeps all and its attention, or keeps all and is streamed; one at least is not."""
     host_embedding: bool = False
@@ -65,6 +66,13 @@ class Setup:
     def inputs_on_host(self) -> bool:
         """Of the layers that are computed again."""
         return self.policy in ("offload", "unsloth")
+
+    @property
+    def recomputed_by_us(self) -> bool:
+        """What is computed again is so by fastlora, its kernels know it, and no compiled layer is in between: as where
+        unsloth compiles them, which it does not if micro-batches are recorded."""
+        compiled = self.engine == "unsloth" and not self.graphs
+        return self.kernels and self.policy in ("full", "offload") and not compiled
 
     def adapted(self, linear: Linear) -> bool:
         if self.targets == "all-linear":
@@ -113,7 +121,10 @@ def setup_of(
     if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     graphs = bool(memory.cuda_graphs) and not refused
-    dense = graphs and kernels and model.quantization == "nf4" and not lora.dora
+    dense = graphs and kernels
+    if memory.dense_layers and not dense:
+        why = "fastlora's kernels run no layer" if graphs else "micro-batches are not recorded"
+        notes.append(f"memory.dense_layers: it does nothing ({why})")
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
@@ -142,6 +153,9 @@ def setup_of(
         graphs=graphs,
         not_recorded=refused or "",
     )  # fmt: skip
+    if setup.keep_dequantized and not setup.recomputed_by_us:
+        setup = replace(setup, keep_dequantized=False)
+        notes.append(f"memory.keep_dequantized: it does nothing ({_why_nothing_stays(setup)})")
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
     if problems := list(_target_problems(setup, shape)):
@@ -153,6 +167,15 @@ def setup_of(
             notes.append(f"memory.embedding: it stays on the GPU ({why})")
     notes += _not_measured(setup, shape)
     return replace(setup, notes=tuple(notes))
+
+
+def _why_nothing_stays(setup: Setup) -> str:
+    if setup.policy == "none":
+        return "no layer is computed again"
+    return COMPILED if setup.kernels else "fastlora's kernels run no layer"
+
+
+COMPILED = "unsloth compiles layers, unless micro-batches are recorded"
 
 
 def why_embedding_stays(shape: Shape, setup: Setup) -> str:
@@ -224,15 +247,12 @@ def memory_problems(
             "memory.keep_attention_layers: unsloth's own checkpointing keeps a layer or computes all of it again; "
             'set train.checkpointing = "offload", which is fastlora\'s'
         )
-    if memory.dense_layers and recipe.model.quantization != "nf4":
-        yield (
-            'memory.dense_layers: only 4-bit weights are dequantized; set model.quantization = "nf4", or leave it out'
-        )
-    if memory.dense_layers and memory.cuda_graphs is False:
-        yield (
-            "memory.dense_layers: it is for recorded micro-batches; set memory.cuda_graphs = true, or leave it out"
-        )
-    if memory.keep_dequantized and policy == "unsloth":
+    for key in ("keep_dequantized", "dense_layers"):
+        if getattr(memory, key) and recipe.model.quantization != "nf4":
+            yield f'memory.{key}: only 4-bit weights are dequantized; set model.quantization = "nf4", or leave it out'
+        elif getattr(memory, key) and recipe.lora.dora:
+            yield f"memory.{key}: DoRA's are made for each use; set lora.dora = false, or leave it out"
+    if memory.keep_dequantized and recipe.model.quantization == "nf4" and policy == "unsloth":
         yield (
             "memory.keep_dequantized: unsloth's own checkpointing dequantizes them once more; set "
             'train.checkpointing = "offload", which is fastlora\'s'
@@ -278,16 +298,10 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         )
     if setup.quantization == "int8" or setup.item == 4:
         found.append("only nf4 in 16-bit arithmetic has been measured")
-    if setup.keep_layers and setup.policy != "none":
-        found.append("keep_layers: counted, not measured")
-    if setup.keep_attention_layers or setup.stream_layers:
-        found.append("keep_attention_layers and stream_layers: counted, not measured")
-    if setup.keep_dequantized:
-        found.append("keep_dequantized: counted, not measured")
-    if setup.dense_layers:
-        found.append("dense_layers: the allocator may hold a GiB more beside them than is counted")
-    if setup.host_embedding:
-        found.append("embedding in host memory: counted, not measured")
+    if setup.keep_attention_layers and not setup.kernels:
+        found.append("keep_attention_layers without fastlora's kernels: counted, not measured")
+    if setup.stream_layers:
+        found.append("stream_layers: counted, not measured")
     if setup.dora or setup.dropout:
         found.append("DoRA and dropout keep more activations: counted, not measured")
     return found

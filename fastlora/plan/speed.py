@@ -26,7 +26,6 @@ from fastlora.plan.working import (
     dequantized_kept,
     input_bytes,
     keeps_projections,
-    recomputed_by_us,
 )
 
 _EFFICIENCY = {"peft": 0.635, "liger": 0.665, "unsloth": 0.88}
@@ -119,7 +118,7 @@ def _again_products(shape: Shape, setup: Setup) -> tuple[list[Linear], list[Line
     attention, which is gate and up where fastlora's kernels run the projections, else all products. fastlora's
     checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs it again, but for a
     norm behind it. Where unsloth compiled the layer, it is made; it does not where micro-batches are recorded."""
-    unused = recomputed_by_us(setup) and shape.layer_norms == 2
+    unused = setup.recomputed_by_us and shape.layer_norms == 2
     whole = [one for one in shape.linears if not (unused and one.name == "down_proj")]
     kept = keeps_projections(setup)
     return whole, [one for one in whole if not kept or one.name in MLP]

@@ -104,13 +104,6 @@ def _adapters_save(linears: Sequence[Linear], setup: Setup) -> int:
     return setup.item * elements + (inputs if masked else 0)
 
 
-def recomputed_by_us(setup: Setup) -> bool:
-    """What is computed again is so by fastlora, its kernels know it, and no compiled layer is in between: as where
-    unsloth compiles them, which it does not if micro-batches are recorded."""
-    compiled = setup.engine == "unsloth" and not setup.graphs
-    return setup.kernels and setup.policy in ("full", "offload") and not compiled
-
-
 def layer_works(shape: Shape, setup: Setup, *, again: bool = False) -> int:
     """What the backward of a layer makes beside what is saved, at its largest. In the MLP the gradient of its output
     (h), and unsloth's copies of gate, up and product (4 i), peft's gradients of product and activation (2 i; with an
@@ -123,7 +116,7 @@ def layer_works(shape: Shape, setup: Setup, *, again: bool = False) -> int:
     if fused_by_unsloth(shape, setup):
         mlp, saved = 4 * i, 2 * i
     elif setup.kernels:
-        spent = again and recomputed_by_us(setup) and not setup.dora
+        spent = again and setup.recomputed_by_us and not setup.dora
         mlp, saved = i if spent else 3 * i, 2 * i
     elif setup.engine == "peft":
         mlp, saved, others = 2 * i, 4 * i, max(others, 9 * h)
@@ -147,8 +140,7 @@ def dequantized_kept(shape: Shape, setup: Setup) -> tuple[int, int]:
     """How many weights of a layer that is computed again stay dequantized until its backward: of one whose input alone
     is kept, and of one that keeps its attention. down_proj's, whose backward is the first, is made for it alone. None
     where there is no such layer but those that are dequantized once a step."""
-    kept = setup.keep_dequantized and setup.quantization == "nf4" and not setup.dora
-    if not (kept and recomputed_by_us(setup)) or setup.dense_layers == shape.layers:
+    if not setup.keep_dequantized or setup.dense_layers == shape.layers:
         return 0, 0
     sizes = {one.name: one.weights for one in shape.linears if setup.adapted(one)}
     sizes.pop("down_proj", None)

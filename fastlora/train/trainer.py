@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.data.prepared import Prepared
 from fastlora.engines.base import Engine, resolve_checkpointing, resolve_dtype
-from fastlora.recipe.schema import Recipe
+from fastlora.recipe.schema import Recipe, TrainSection
 from fastlora.rundir.store import RunDir
 from fastlora.train.callbacks import TokenCounter
 from fastlora.train.checkpoints import Checkpoints
@@ -66,6 +66,8 @@ def build_trainer(
     graphs = bool(recipe.memory.cuda_graphs) and not reason
     if recipe.memory.cuda_graphs and reason:
         notes(f"cuda_graphs: not used ({reason})")
+    if recipe.memory.dense_layers and not graphs:
+        notes("memory.dense_layers: it does nothing (micro-batches are not recorded)")
     static: StaticSteps | None = None
 
     class CountingTrainer(SFTTrainer):  # type: ignore[misc]
@@ -213,6 +215,16 @@ def _skip_idle_walks(model: PeftModel) -> None:
     model.train = train  # type: ignore[method-assign]
 
 
+def rows_of_a_mean(recipe: Recipe, run: RunDir) -> int:
+    """Rows of an evaluation's batch: the held-out loss is a mean over rows of their batch's mean over tokens. So it is
+    not the micro-batch where that was chosen for the GPU: best checkpoint and early stopping would depend on it. A
+    forward takes no more rows than a micro-batch has (train/oom.py)."""
+    filled = run.manifest.get("memory", {}).get("filled", [])
+    if any(one["key"] == "train.micro_batch" for one in filled):
+        return int(TrainSection.model_fields["micro_batch"].default)
+    return recipe.train.micro_batch
+
+
 def training_arguments(
     recipe: Recipe, engine: Engine, run: RunDir, *, has_eval: bool, epochs: float
 ) -> SFTConfig:
@@ -228,7 +240,7 @@ def training_arguments(
         num_train_epochs=train.epochs or epochs,
         max_steps=train.steps or -1,
         per_device_train_batch_size=train.micro_batch,
-        per_device_eval_batch_size=train.micro_batch,
+        per_device_eval_batch_size=rows_of_a_mean(recipe, run),
         gradient_accumulation_steps=train.accumulation_steps,
         # optimizer
         optim=optimizer,

@@ -68,8 +68,8 @@ class DenseWeights:
         self._room.clear()
 
     def matrix(self, weight: FourBit, dtype: torch.dtype, fold: Fold | None) -> torch.Tensor | None:
-        """(N, K), of an earlier call or made now; None: not to be kept, or kept as another, in another type or with a
-        fold where there is none now (which goes by the number of tokens)."""
+        """(N, K), of an earlier call or made now; None: not to be kept, or kept as another: in another type, with
+        another adapter in it, or with one where there is none now (which goes by the number of tokens)."""
         name = id(weight.source)
         if name not in self._wanted:
             return None
@@ -83,14 +83,22 @@ class DenseWeights:
                 return None
             made = dequantize(weight, dtype, fold, out=self._room[name])
             kept = self._kept[name] = Kept(made, fold)
-        same = kept.dense_NK.dtype == dtype and (kept.fold is None) == (fold is None)
-        return kept.dense_NK if same else None
+        return kept.dense_NK if kept.dense_NK.dtype == dtype and _same(kept.fold, fold) else None
 
     @staticmethod
     def _empty(parameter: Any, dtype: torch.dtype) -> torch.Tensor:
         weight = FourBit.of(parameter)
         assert weight is not None
         return torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+
+
+def _same(one: Fold | None, other: Fold | None) -> bool:
+    """Whether it is the same adapter, though perhaps not the same Python object: a model may have several on one
+    weight."""
+    if one is None or other is None:
+        return one is other
+    places = [[matrix.data_ptr() for matrix in fold[:2]] for fold in (one, other)]
+    return places[0] == places[1] and one[2] == other[2]
 
 
 def kept_matrix(weight: FourBit, dtype: torch.dtype, fold: Fold | None) -> torch.Tensor | None:

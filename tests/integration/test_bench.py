@@ -210,6 +210,7 @@ def test_a_recipe_is_measured_with_its_own_rows(
         (["tiny", "--vram-cap", "8GiB"], "no CUDA GPU here"),
         (["tiny", "--frontier"], "no CUDA GPU here"),
         (["--compare", "no.json", "no.json"], "no.json"),
+        (["tiny", "--arms", "peft+hostembed"], "+hostembed: there is no CUDA GPU here"),
         (["tiny", "--arms", "peft+batch3"], "4 rows, which micro-batches of 3 do not make"),
     ],
 )

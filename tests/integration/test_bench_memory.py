@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reruns import Recorders, Reruns
+from reruns import Recorders, Reruns, refreshes
 
 from fastlora.bench import work
 from fastlora.bench.arm import empty, timed_steps
@@ -16,6 +16,7 @@ from fastlora.bench.schema import Arm
 from fastlora.bench.suites import plan_for, renamed
 from fastlora.bench.weights import random_checkpoint
 from fastlora.errors import EngineError
+from fastlora.plan.advise import with_settings
 from fastlora.train import static
 from fastlora.train.graphs import Graphs
 
@@ -36,9 +37,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
         seq_len_tokens=32, rows_per_step=train.micro_batch * train.accumulation_steps,
     )  # fmt: skip
 
-    def run(name: str) -> dict[str, Any]:
+    def run(name: str, quantization: str = "none") -> dict[str, Any]:
         arm = Arm.parse(name)
         recipe = arm.recipe(renamed(plan.recipe, str(checkpoint)))
+        recipe = with_settings(recipe, {"model.quantization": quantization})
         task = ArmTask(
             arm=arm, recipe=recipe, parity_checkpoint="", rows="", gradients="", work=plan.work
         )
@@ -101,6 +103,20 @@ def test_a_recorded_arm_trains_alike(trained: Any, monkeypatch: pytest.MonkeyPat
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     for tensor, gradient in plain["gradients"].items():
         torch.testing.assert_close(found["gradients"][tensor], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_an_arm_with_dense_weights_trains_by_those_of_its_step(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorders(monkeypatch)
+    refreshed = refreshes(monkeypatch)
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    plain = trained("peft+fastlora+record-checkpointing", "nf4")
+    found = trained("peft+fastlora+record+dense2-checkpointing", "nf4")
+    assert refreshed == [0] + (STEPS - 1) * [14]  # after the adapter is set, and after steps
+    assert found["losses"] == plain["losses"]
+    for tensor, gradient in plain["gradients"].items():
+        assert torch.equal(found["gradients"][tensor], gradient), tensor
 
 
 def test_an_arm_that_cannot_be_recorded_says_so(

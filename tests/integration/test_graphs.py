@@ -10,7 +10,7 @@ import torch
 from flash import pretend_to_have_it
 from ooms import Ooms
 from place import Crash, Place, assert_same, last
-from reruns import Recorders, never_recorded
+from reruns import Recorders, never_recorded, refreshes
 
 from fastlora.engines.engaged import Plan
 from fastlora.errors import EngineError
@@ -92,6 +92,29 @@ def test_resumed_it_is_the_run_that_was_not_interrupted(
     assert_same(place, resumed, replayed)
 
 
+def test_weights_that_are_dequantized_once_a_step_are_those_of_the_step(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through accumulation, an evaluation, epochs' ends and a resume, to the last bit; and where nothing is recorded it
+    is said that they are not."""
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    settings = (*SETTINGS, 'model.quantization="nf4"', 'kernels.mode="all"')
+    dense = "memory.dense_layers=2"
+    Recorders(monkeypatch)
+    made_anew = place.run(*settings, GRAPHS)
+    crash = Crash(monkeypatch, at=8)
+    refreshed = refreshes(monkeypatch)
+    with pytest.raises(RuntimeError, match="crashed"):
+        place.run(*settings, GRAPHS, dense)
+    crash.at = 0
+    assert_same(place, place.run(*settings, GRAPHS, dense, resume=True), made_anew)
+    assert refreshed.count(14) > 4  # 7 products of 2 layers
+    with never_recorded(monkeypatch):
+        short = ("train.steps=1", "train.eval_every_steps=1", "train.save_every_steps=1")
+        noted = place.run(*settings, *short, dense)["notes"]
+    assert "memory.dense_layers: it does nothing (micro-batches are not recorded)" in noted
+
+
 def test_what_was_chosen_on_a_gpu_is_kept_when_it_is_resumed(
     place: Place, replayed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +143,24 @@ def test_what_was_chosen_on_a_gpu_is_kept_when_it_is_resumed(
     assert "changed" not in resumed["resumed"][-1]
     assert resumed["cuda_graphs"]["lengths"] == list(replayed["cuda_graphs"]["lengths"])
     assert_same(place, resumed, replayed)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_held_out_loss_does_not_depend_on_the_micro_batch_that_was_chosen(
+    size: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("train.effective_batch=8", "train.steps=1", "train.eval_every_steps=1")
+    usual = place.run(*settings, "train.micro_batch=2")
+
+    def choose(recipe: Any, *_: Any) -> Any:
+        one = Filled("train.micro_batch", size, "it is faster")
+        return apply(recipe, [one]), {"filled": [asdict(one)]}
+
+    monkeypatch.setattr("fastlora.train.session.fit_memory", choose)
+    chosen = place.run(*settings, "train.micro_batch=2")
+    assert chosen["recipe"]["train"]["micro_batch"] == size
+    losses = [run["result"]["eval_losses"] for run in (usual, chosen)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_what_graphs_would_cost_is_known_before_a_run_begins(

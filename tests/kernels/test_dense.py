@@ -25,6 +25,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.scaling = 2.0
         self.weights = nn.ParameterList(
             bnb.nn.Params4bit(torch.randn(n, K), requires_grad=False, quant_type="nf4").to("cpu")
             for n in (K, 32)
@@ -36,7 +37,7 @@ class Layer(nn.Module):
         ys = lora_linears(
             x,
             [
-                Projection(weight, None, a, b, 2.0)
+                Projection(weight, None, a, b, self.scaling)
                 for weight, a, b in zip(self.weights, self.a, self.b, strict=True)
             ],
         )
@@ -115,4 +116,19 @@ def test_another_kind_of_matrix_is_not_theirs(made: list[Any]) -> None:
         results(layer, many)
         assert equal(results(layer, few), plain)
         results(other, many)
+    assert len(weights) == 2
+
+
+def test_another_adapter_on_the_same_weight_has_a_matrix_of_its_own(made: list[Any]) -> None:
+    layer, other = Layer(), Layer()
+    other.weights = layer.weights
+    other.b = nn.ParameterList(-2 * b.detach() for b in layer.b)
+    louder = Layer()
+    louder.weights, louder.a, louder.b, louder.scaling = layer.weights, layer.a, layer.b, 3.0
+    x = torch.randn(FOLDED, K)
+    plain = [results(one, x) for one in (layer, other, louder)]
+    weights = DenseWeights([layer])
+    with weights.used():
+        for one, alone in zip((layer, other, louder), plain, strict=True):
+            assert equal(results(one, x), alone)
     assert len(weights) == 2

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastlora_kernels import DenseWeights
 from waits import Waits
 
 from fastlora.train import graphs
@@ -91,3 +92,16 @@ def never_recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
             graphs.Graphs, "__call__", lambda self, function, inputs, baked=None: function(inputs)
         )
         yield
+
+
+def refreshes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many matrices were made anew, each time that dense weights were."""
+    refreshed: list[int] = []
+    own = DenseWeights.refresh
+
+    def refresh(weights: DenseWeights) -> None:
+        refreshed.append(len(weights))
+        own(weights)
+
+    monkeypatch.setattr(DenseWeights, "refresh", refresh)
+    return refreshed

@@ -101,12 +101,13 @@ def test_arms_are_parsed_and_change_the_recipe() -> None:
     memory = kept.recipe(recipe).memory
     assert kept.recipe(recipe).train.checkpointing == "offload"
     assert (memory.keep_layers, memory.keep_attention_layers, memory.stream_layers) == (3, 12, 7)
-    dense = Arm.parse("unsloth-kernels+fastlora+dequantized+offload")
-    assert dense.name == "unsloth+fastlora+offload+dequantized-kernels"
+    dense = Arm.parse("unsloth-kernels+fastlora+dequantized+record+offload")
+    assert dense.name == "unsloth+fastlora+offload+dequantized+record-kernels"
     assert dense.recipe(recipe).memory.keep_dequantized
     for without in (
         "unsloth+dequantized",
         "unsloth+fastlora+dequantized",
+        "unsloth+fastlora+dequantized+offload",  # compiled, where nothing stays
         "peft+fastlora+dequantized-checkpointing",
     ):
         with pytest.raises(

@@ -96,6 +96,26 @@ def test_what_the_card_cannot_give_is_refused_and_what_disturbs_is_told(
     assert "3.2 GiB of the GPU are in use" in told.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("suite", "arm", "why"),
+    [
+        ("llama32-1b", "peft+hostembed", "stays where it is: it is the output layer's weight too"),
+        ("llama31-8b", "unsloth+hostembed+dequantized+fastlora+record+offload", ""),
+        ("llama31-8b-dora", "peft+fastlora+dequantized", "memory.keep_dequantized: DoRA's"),
+        ("tiny", "peft+fastlora+dequantized", "only 4-bit weights are dequantized"),
+    ],
+)
+def test_an_arm_that_would_not_be_what_its_name_says_is_refused_before_anything_is_loaded(
+    suite: str, arm: str, why: str, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    running = bench(tmp_path, told, monkeypatch, GPU, target=suite, arms=[Arm.parse(arm)])
+    if not why:
+        running.run()
+        return
+    with pytest.raises(UsageError, match=why):
+        running.run()
+
+
 def test_what_a_recipe_asks_for_in_vain_is_told(
     tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -556,13 +556,19 @@ def test_dequantized_weights_stay_for_backward() -> None:
         assert without.speed
         assert kept.speed
         assert 0.01 < 1 - kept.speed.gpu_s / without.speed.gpu_s < 0.04
-    for unused in (
-        {"model": {"quantization": "none"}},
-        {"lora": {"dora": True}},
-        {"kernels": {"mode": "off"}},
-        {"memory": {"keep_dequantized": True}},  # not recorded, so that unsloth compiles them
+    for unused, why in (
+        ({"engine": "peft", "kernels": {"mode": "off"}}, "fastlora's kernels run no layer"),
+        ({"policy": "none"}, "no layer is computed again"),
+        ({"memory": {"keep_dequantized": True}}, "unsloth compiles layers"),  # not recorded
     ):
-        assert working.dequantized_kept(kept.shape, found(0, True, **unused).setup) == (0, 0)
+        nothing = found(0, True, **unused).setup
+        assert working.dequantized_kept(kept.shape, nothing) == (0, 0)
+        assert not nothing.keep_dequantized
+        (note,) = (one for one in nothing.notes if one.startswith("memory.keep_dequantized"))
+        assert why in note
+    for refused in ({"model": {"quantization": "none"}}, {"lora": {"dora": True}}):
+        with pytest.raises(RecipeError, match=r"memory\.keep_dequantized: .*leave it out"):
+            found(0, True, **refused)
 
 
 def test_weights_that_are_dequantized_once_a_step() -> None:
@@ -596,13 +602,16 @@ def test_weights_that_are_dequantized_once_a_step() -> None:
         2 * 32 * (4096 * 4096 + 4096 * 1024)
     )
     for unused in (
-        {"lora": {"dora": True}},
         {"kernels": {"mode": "off"}},
         {"kernels": {"mode": "auto"}},  # unsloth's own
         {"memory": {"dense_layers": 8}},  # not recorded
         {"train": {"checkpointing": "unsloth"}},  # refused by it
     ):
-        assert found(8, **unused).setup.dense_layers == 0
+        nothing = found(8, **unused).setup
+        assert nothing.dense_layers == 0
+        assert any(one.startswith("memory.dense_layers: it does nothing") for one in nothing.notes)
+    with pytest.raises(RecipeError, match=r"memory\.dense_layers: DoRA's"):
+        found(8, lora={"dora": True})
 
 
 def test_they_are_kept_where_there_is_room() -> None:

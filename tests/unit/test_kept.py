@@ -13,7 +13,13 @@ import pytest
 import torch
 from flash import pretend_to_have_it
 
-from fastlora.engines.kept import keep_as_asked, memory_problems, modes_of, recompute_all
+from fastlora.engines.kept import (
+    dense_as_asked,
+    keep_as_asked,
+    memory_problems,
+    modes_of,
+    recompute_all,
+)
 from fastlora.engines.peft import PeftEngine
 from fastlora.engines.unsloth import UnslothEngine, rows_as_long_as_they_are
 from fastlora.errors import EngineError, RunDirError
@@ -45,6 +51,13 @@ def test_every_problem_is_said_at_once() -> None:
     assert "int8" in theirs[1]
     (dense,) = memory_problems(recipe("unsloth", keep_dequantized=True), UnslothEngine())
     assert dense.startswith("memory.keep_dequantized: unsloth's own checkpointing")
+    for key, value in (("keep_dequantized", True), ("dense_layers", 1)):
+        (sixteen,) = memory_problems(recipe("unsloth", "none", **{key: value}), UnslothEngine())
+        assert sixteen.startswith(f"memory.{key}: only 4-bit weights are dequantized")
+        scaled = recipe("full", **{key: value})
+        scaled = scaled.model_copy(update={"lora": scaled.lora.model_copy(update={"dora": True})})
+        (problem,) = memory_problems(scaled, PeftEngine())
+        assert problem.startswith(f"memory.{key}: DoRA's")
     (never,) = memory_problems(recipe("none", stream_layers=1), UnslothEngine())
     assert "backward needs all layers' weights" in never
     for checkpointing in ("full", "offload", "none"):
@@ -120,6 +133,27 @@ def test_it_is_put_on_the_model() -> None:
     assert functions(model).count("RecomputedBackward") == 3
     assert not keeps_dequantized(model)
     assert said == []
+
+
+def test_what_would_do_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = llama(), []
+    assert dense_as_asked(model, recipe(dense_layers=2), said.append) is None
+    assert said.pop().startswith("memory.dense_layers: there are none")
+    # Of 4-bit layers with our kernels, as far as the class tells.
+    monkeypatch.setattr("fastlora.engines.kept._dequantizes", lambda m: hasattr(m, "lora_A"))
+    assert dense_as_asked(model, recipe(dense_layers=9), said.append) is not None
+    assert said.pop().startswith("memory.dense_layers: 3, since")
+    assert dense_as_asked(model, recipe(), said.append) is None
+    for graphs in (False, True):
+        asked = recipe("offload", keep_dequantized=True, cuda_graphs=graphs)
+        asked = asked.model_copy(
+            update={"kernels": asked.kernels.model_copy(update={"mode": "all"})}
+        )
+        monkeypatch.setattr(UnslothEngine, "layers_are_recomputed", lambda *_: None)
+        keep_as_asked(model, UnslothEngine(), asked, said.append)
+        assert [line for line in said if "unsloth compiles" in line] == said
+        assert bool(said) is not graphs
+        said.clear()
 
 
 def keeps_dequantized(model: Any) -> bool:

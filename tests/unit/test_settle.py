@@ -15,6 +15,7 @@ from fastlora.plan import gpus, settle
 from fastlora.plan.budget import Choice
 from fastlora.plan.predict import Card, Prediction, predict
 from fastlora.plan.settle import MicroBatches, without_budget
+from fastlora.plan.setup import memory_problems
 from fastlora.plan.shape import shape_of
 from fastlora.recipe.advice import apply
 from fastlora.recipe.schema import Recipe
@@ -93,6 +94,18 @@ def test_weights_are_dequantized_once_a_step_where_there_is_room() -> None:
     assert some
     assert key not in some.settings
     assert some.result.setup.dense_layers == 4
+    # Asked for where graphs do not pay: it does nothing, which is said, and the run can still be resumed.
+    asked = recipe(engine="unsloth", train=train, memory={key[7:]: 4})
+    few = settled(
+        engine="unsloth", train=train, memory={key[7:]: 4}, micro_batches=replace(FULL, count=1)
+    )
+    assert few
+    ran = apply(asked, few.filled)
+    assert ran.memory.cuda_graphs is False
+    resumed = as_begun(asked, manifest(**few.settings))
+    assert resumed.memory.cuda_graphs is False
+    for one in (ran, resumed):
+        assert list(memory_problems(one, "unsloth", one.train.checkpointing, streams=True)) == []
 
 
 def test_where_it_does_not_fit_without_layers_are_computed_again() -> None:
@@ -120,6 +133,16 @@ def test_micro_batches_stay_and_nothing_is_streamed(engine: str, free_gib: float
     if taken.memory.cuda_graphs:
         assert setup.graphs
         assert taken.train.checkpointing != "unsloth"
+
+
+@pytest.mark.parametrize("seq_len_tokens", [8192, 10_000, 40_000])
+def test_rows_may_be_so_long_that_no_larger_micro_batch_is_tried(seq_len_tokens: int) -> None:
+    """The usual one is, so that the rest is chosen as where it is stated."""
+    train, model = {"effective_batch": 8}, {"seq_len_tokens": seq_len_tokens}
+    full = replace(FULL, tokens=seq_len_tokens)
+    left_open = settled(train=train, model=model, micro_batches=full)
+    stated = settled(train=train | {"micro_batch": 2}, model=model, micro_batches=full)
+    assert keys(left_open) == keys(stated)
 
 
 def test_a_micro_batch_that_is_left_open_is_as_large_as_pays() -> None:

@@ -277,7 +277,7 @@ def dequantize(
 def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) -> torch.Tensor:
     """|W + scaling B A| of each row, (N) in float32, without that matrix in memory.
 
-    weight: 4-bit, or dense, contiguous, with an even number of inputs. A and scaling B are rounded to `dtype` first.
+    weight: 4-bit, or dense, contiguous. A and scaling B are rounded to `dtype` first.
     Raises ValueError: a backend that is not there (see dispatch).
     """
     device = fold[0].device
