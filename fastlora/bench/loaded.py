@@ -17,7 +17,7 @@ from fastlora.engines.embedding import embedding_to_host
 from fastlora.engines.engaged import Plan, engage, lines, loss_line
 from fastlora.engines.kept import dense_as_asked, keep_as_asked, transformers_own
 from fastlora.engines.packed import keep_rows_apart
-from fastlora.engines.unsloth import attach_own_loss, fused_layers, rows_as_long_as_they_are
+from fastlora.engines.unsloth import attach_own_loss, fused_layers
 from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 from fastlora.train.collate import Collator
@@ -207,10 +207,14 @@ class Loaded:
         """Forward and backward of one micro-batch, of whose tokens at most `most_labels` have a label; its loss. The
         gradients are scaled (`scaler`), and with +record it is a replay once its shape was recorded."""
 
+        from fastlora.train.causal import rows_as_they_are
+
         def step(given: Any) -> torch.Tensor:
             labels = {} if self.graphs is None else {"most_labels": most_labels}
             inputs = {name: value for name, value in given.items() if name != "counted"}
-            with self.rows_as_they_are():
+            with (
+                nullcontext() if self.graphs is None else rows_as_they_are(self.model, self.engine)
+            ):
                 loss = self.loss(inputs | labels, given["counted"])
                 self.scaler.scale(loss).backward()
             return loss.detach()
@@ -246,16 +250,6 @@ class Loaded:
                 "+attention: attention was computed again in every layer; its operator is not one that can be kept"
             )
         return found
-
-    def rows_as_they_are(self) -> AbstractContextManager[None]:
-        """As in a run with memory.cuda_graphs."""
-        from fastlora.train.causal import right_padded
-
-        if self.graphs is None:
-            return nullcontext()
-        if self.engine.name == "unsloth":
-            return rows_as_long_as_they_are(self.model)
-        return right_padded(self.model) if self.engine.name == "peft" else nullcontext()
 
     def zero_gradients(self) -> None:
         """Graphs add to them where they are."""

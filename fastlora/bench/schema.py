@@ -95,10 +95,10 @@ class Arm(BaseModel):
         if len(both := [name for name in _CHECKPOINTS if name in options]) > 1:
             raise UsageError(f"--arms {text}: {both[0]} and {both[1]} exclude each other")
         if "+dequantized" in options:
-            ours = engine == "peft" or options.keys() & {"+offload", "-offload", "+budget"}
-            ours = ours and (
-                engine == "peft" or "+record" in options
-            )  # else unsloth compiles layers
+            # unsloth compiles layers that are not recorded.
+            ours = engine == "peft" or (
+                "+record" in options and options.keys() & {"+offload", "-offload", "+budget"}
+            )
             if "+fastlora" not in options or "-checkpointing" in options or not ours:
                 raise UsageError(
                     f"--arms {text}: +dequantized needs fastlora's kernels and checkpointing; add +fastlora and, on "

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,36 +173,39 @@ class UnslothEngine:
             checkpointing.reset_unsloth_gradient_checkpointing_buffers()
 
 
-_PIN_BUDGET = "_pin_budget"
+@contextmanager
+def _instead(module: str, name: str, ours: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it unsloth's `name` is ours(theirs). Where it has none of that name, nothing changes."""
+    place: Any = None
+    with suppress(ImportError):
+        place = import_module(module)
+    if not hasattr(place, name):
+        yield
+        return
+    theirs = getattr(place, name)
+    setattr(place, name, ours(theirs))
+    try:
+        yield
+    finally:
+        setattr(place, name, theirs)
+
+
 _LEFT_FREE = 2 * GIB
 """Of the host's memory, for the system, beside what is pinned."""
 
 
-@contextmanager
-def _all_pinned() -> Iterator[None]:
+def _all_pinned() -> AbstractContextManager[None]:
     """Within it streamed weights are pinned in whole, where the host holds them.
 
-    unsloth writes them into host memory, and pins no more of that than is free then, less 15 % of the machine's memory:
-    as if they came once more: where 15 % are left beside them, none at all. The rest would be copied
-    several times slower. Pinning takes no more than is written already.
+    unsloth writes them into host memory, and pins no more of that than is free then, less 15 % of the machine's memory,
+    as if they came once more: where 15 % are left beside them, none at all. The rest would be copied several times
+    slower. Pinning takes no more than is written already.
     """
-    try:
-        from unsloth_zoo import block_swap
-    except ImportError:
-        block_swap = None
-    theirs = getattr(block_swap, _PIN_BUDGET, None)
-    if theirs is None:
-        yield
-        return
 
-    def budget() -> Any:
-        return sys.maxsize if host_free_bytes() >= _LEFT_FREE else theirs()
+    def budget(theirs: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: sys.maxsize if host_free_bytes() >= _LEFT_FREE else theirs()
 
-    setattr(block_swap, _PIN_BUDGET, budget)
-    try:
-        yield
-    finally:
-        setattr(block_swap, _PIN_BUDGET, theirs)
+    return _instead("unsloth_zoo.block_swap", "_pin_budget", budget)
 
 
 _COMPILE = "UNSLOTH_BLOCK_COMPILE_LEGACY"
@@ -227,30 +231,16 @@ def _layers_compiled(wanted: bool) -> Iterator[None]:
         del os.environ[_COMPILE]
 
 
-_BUCKET = "_CUDNN_LENGTH_BUCKET"
-
-
-@contextmanager
-def rows_as_long_as_they_are(model: PeftModel) -> Iterator[None]:
+def rows_as_long_as_they_are() -> AbstractContextManager[None]:
     """Within it attention takes q, k and v as they are, for lengths that recur.
 
     unsloth pads each by 1 to 128 tokens where cuDNN computes it, so that fewer lengths have plans made for them (170 ms
     each). At 8B and 2,048 tokens that is 4 % of the time without checkpointing: three tensors filled and copied, an
     eighth more attention, and gradients cut out again. What the environment says about it is the user's word and stays.
     """
-    try:
-        from unsloth.utils import attention_dispatch
-    except ImportError:
-        attention_dispatch = None
-    padded = getattr(attention_dispatch, _BUCKET, 0)
-    if not padded or "UNSLOTH_SDPA_CUDNN_BUCKET" in os.environ:
-        yield
-        return
-    setattr(attention_dispatch, _BUCKET, 0)
-    try:
-        yield
-    finally:
-        setattr(attention_dispatch, _BUCKET, padded)
+    if "UNSLOTH_SDPA_CUDNN_BUCKET" in os.environ:
+        return nullcontext()
+    return _instead("unsloth.utils.attention_dispatch", "_CUDNN_LENGTH_BUCKET", lambda theirs: 0)
 
 
 _SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"

@@ -8,13 +8,16 @@ padded on the right no token looks at the padding, and what the padding computes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastlora.engines.base import Engine
+from fastlora.engines.unsloth import rows_as_long_as_they_are
 
 _NAME = "fastlora_causal"
 
@@ -33,6 +36,12 @@ def _mask(
         kv_length=kv_length, local_size=local_size, allow_is_causal_skip=False, **named
     )
     return mask
+
+
+def rows_as_they_are(model: Any, engine: Engine) -> AbstractContextManager[None]:
+    """Within it attention does nothing for the padding of rows that are padded on the right to few lengths. unsloth,
+    given labels, takes all padding for such already, and adds some of its own."""
+    return rows_as_long_as_they_are() if engine.name == "unsloth" else right_padded(model)
 
 
 @contextmanager

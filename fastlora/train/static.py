@@ -20,11 +20,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastlora.engines.base import CUMULATIVE_LENGTHS, Engine
 from fastlora.engines.kept import dense_as_asked
-from fastlora.engines.unsloth import rows_as_long_as_they_are, streamed_layers
+from fastlora.engines.unsloth import streamed_layers
 from fastlora.recipe.schema import Recipe
 from fastlora.rundir.store import RunDir
 from fastlora.train import graphs
-from fastlora.train.causal import right_padded
+from fastlora.train.causal import rows_as_they_are
 from fastlora.train.graphs import Graphs
 from fastlora.train.notes import Notes
 from fastlora.train.shapes import Shapes, choose_shapes, pad, some_labels
@@ -90,15 +90,12 @@ class StaticSteps(TrainerCallback):
     ) -> None:
         """`rows`: all that are trained on. A run that is resumed keeps its shapes, and stays without graphs if it went
         on without them."""
-        self.model, self.run, self.notes, self.pad_token_id = model, run, notes, pad_token_id
+        self.model, self.engine, self.pad_token_id = model, engine, pad_token_id
+        self.run, self.notes = run, notes
         self.trained = [p for p in model.parameters() if p.requires_grad]
         dense = dense_as_asked(model, recipe, notes)
         self.graphs = Graphs(graphs.CudaRecorder(), self.trained, weights=dense)
         self.count_labels = is_attached(model)
-        # unsloth, given labels, takes all padding for such already.
-        self.rows_as_they_are = (
-            right_padded if engine.name != "unsloth" else rows_as_long_as_they_are
-        )
         self.eager = False
         """While it is set, nothing is recorded, replayed or counted; the shapes are the same."""
         self._most_rows = min(recipe.train.micro_batch, len(rows))
@@ -111,7 +108,7 @@ class StaticSteps(TrainerCallback):
         else:
             lengths, labels = tuple(known["lengths"]), tuple(known["labels"])
             shapes = Shapes(lengths, labels, known["padding"], known.get("rows", 0))
-        self.shapes, self.longest_packed = shapes, engine.longest_packed
+        self.shapes = shapes
         if "stopped" in known:
             self.graphs.stop(known["stopped"])
             notes(f"cuda_graphs: not used any more ({known['stopped']})")
@@ -145,11 +142,12 @@ class StaticSteps(TrainerCallback):
         unpacked = "attention_mask" in inputs
 
         def padded_step(given: Any) -> torch.Tensor:
-            with self.rows_as_they_are(self.model) if unpacked else nullcontext():
+            with rows_as_they_are(self.model, self.engine) if unpacked else nullcontext():
                 return step({**given, **absent, **more})
 
         rows = min(rows, self._most_rows) if unpacked else self.shapes.rows
-        padded = pad(tensors, length, self.pad_token_id, rows=rows, longest=self.longest_packed)
+        longest = self.engine.longest_packed
+        padded = pad(tensors, length, self.pad_token_id, rows=rows, longest=longest)
         ends = padded.get(CUMULATIVE_LENGTHS)
         provided = provided and (ends is None or len(ends) == rows + 1)
         recorded = provided and length in self.shapes.lengths and not self.eager

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +26,6 @@ _now: DenseWeights | None = None
 """Not one for each thread: backward runs in a thread of its own."""
 
 
-class Kept(NamedTuple):
-    dense_NK: torch.Tensor
-    fold: Fold | None
-
-
 class DenseWeights:
     """Of the 4-bit weights within `modules`, those that are asked for while it is used. All get their memory with the
     first of them: taken one by one, between what a forward keeps, they would leave holes."""
@@ -39,11 +34,12 @@ class DenseWeights:
         parameters = [one for module in modules for one in module.parameters()]
         self._wanted = {id(one): one for one in parameters if FourBit.of(one) is not None}
         self._room: dict[int, torch.Tensor] = {}
-        self._kept: dict[int, Kept] = {}
+        self._folds: dict[int, Fold | None] = {}
+        """Of the matrices that were made by now."""
 
     def __len__(self) -> int:
         """How many matrices there are by now."""
-        return len(self._kept)
+        return len(self._folds)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -57,14 +53,13 @@ class DenseWeights:
 
     def refresh(self) -> None:
         """Make each anew, in its place, of its adapter as that is now."""
-        for name, kept in self._kept.items():
-            weight = FourBit.of(self._wanted[name])
-            assert weight is not None
-            dequantize(weight, kept.dense_NK.dtype, kept.fold, out=kept.dense_NK)
+        for name, fold in self._folds.items():
+            room_NK = self._room[name]
+            dequantize(_four_bit(self._wanted[name]), room_NK.dtype, fold, out=room_NK)
 
     def forget(self) -> None:
         """Give their memory back."""
-        self._kept.clear()
+        self._folds.clear()
         self._room.clear()
 
     def matrix(self, weight: FourBit, dtype: torch.dtype, fold: Fold | None) -> torch.Tensor | None:
@@ -73,23 +68,29 @@ class DenseWeights:
         name = id(weight.source)
         if name not in self._wanted:
             return None
-        if (kept := self._kept.get(name)) is None:
-            # What is no parameter may be another tensor at the next call.
-            if fold is not None and not all(isinstance(one, nn.Parameter) for one in fold[:2]):
-                return None
-            if not self._room:
-                self._room = {each: self._empty(one, dtype) for each, one in self._wanted.items()}
-            if self._room[name].dtype != dtype:
-                return None
-            made = dequantize(weight, dtype, fold, out=self._room[name])
-            kept = self._kept[name] = Kept(made, fold)
-        return kept.dense_NK if kept.dense_NK.dtype == dtype and _same(kept.fold, fold) else None
+        made = name in self._folds
+        # What is no parameter may be another tensor at the next call.
+        if not made and fold and not all(isinstance(one, nn.Parameter) for one in fold[:2]):
+            return None
+        if not self._room:
+            self._room = {
+                each: torch.empty(_four_bit(one).shape, dtype=dtype, device=one.device)
+                for each, one in self._wanted.items()
+            }
+        room_NK = self._room[name]
+        if room_NK.dtype != dtype:
+            return None
+        if not made:
+            dequantize(weight, dtype, fold, out=room_NK)
+            self._folds[name] = fold
+        return room_NK if _same(self._folds[name], fold) else None
 
-    @staticmethod
-    def _empty(parameter: Any, dtype: torch.dtype) -> torch.Tensor:
-        weight = FourBit.of(parameter)
-        assert weight is not None
-        return torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+
+def _four_bit(parameter: Any) -> FourBit:
+    """Of one that was found to be such."""
+    found = FourBit.of(parameter)
+    assert found is not None
+    return found
 
 
 def _same(one: Fold | None, other: Fold | None) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_runs import SHAPE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,12 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-# Large in its activations and logits, small in its weights.
-SHAPE = {
-    "model_type": "llama", "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096,
-    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
-}  # fmt: skip
 RECIPE = """
 engine = "{engine}"
 [model]

@@ -343,7 +343,7 @@ def test_rows_are_not_padded_in_attention_where_lengths_recur(
     monkeypatch.setitem(sys.modules, "unsloth.utils.attention_dispatch", dispatch)
     if word is not None:  # the user's
         monkeypatch.setenv("UNSLOTH_SDPA_CUDNN_BUCKET", word)
-    with rows_as_long_as_they_are(None):  # type: ignore[arg-type]
+    with rows_as_long_as_they_are():
         within = dispatch._CUDNN_LENGTH_BUCKET
     assert within == (0 if word is None else 128)
     assert vars(dispatch)["_CUDNN_LENGTH_BUCKET"] == 128

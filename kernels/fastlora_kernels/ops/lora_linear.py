@@ -308,10 +308,8 @@ class Gradients:
         if not ctx.fold:
             dx_TK = expanded(ctx, self._up(), self.a_RK, self.seeds)
         for i, g_TN in enumerate(self.gs):
-            weight_NK, ctx.dequantized[i] = (
-                ctx.dequantized[i],
-                None,
-            )  # a second backward makes its own
+            weight_NK = ctx.dequantized[i]
+            ctx.dequantized[i] = None  # a second backward makes its own
             if g_TN is None:
                 continue
             a_RK, b_NR, _ = self.adapters[3 * i : 3 * i + 3]
