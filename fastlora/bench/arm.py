@@ -118,7 +118,7 @@ def _measured(task: ArmTask, host: HostPeak) -> tuple[dict[str, Any], list[works
     loaded.set_adapter(0.0)
     before = {name: parameter.detach().cpu().clone() for name, parameter in loaded.adapter()}
     steps = works.steps(rows, train.micro_batch, train.accumulation_steps)
-    measured = timed_steps(loaded, steps)
+    measured = timed_steps(loaded, steps, task.vram_cap_gib)
     first_rows_after = step_loss(loaded, steps[0])
     after = {name: parameter.detach().cpu() for name, parameter in loaded.adapter()}
     unchanged = [name for name, value in after.items() if torch.equal(before[name], value)]
@@ -142,8 +142,8 @@ def _measured(task: ArmTask, host: HostPeak) -> tuple[dict[str, Any], list[works
     return answer, short
 
 
-def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
-    """Train on every step; seconds, tokens and losses of each, memory at its peak.
+def timed_steps(loaded: Loaded, steps: works.Steps, cap_gib: float | None = None) -> dict[str, Any]:
+    """Train on every step within cap_gib of the GPU; seconds, tokens and losses of each, memory at its peak.
 
     Raises EngineError: micro-batches were to be recorded and were not, or not to the end.
     """
@@ -164,6 +164,7 @@ def timed_steps(loaded: Loaded, steps: works.Steps) -> dict[str, Any]:
         before = digest.tokens
         for inputs in batches:
             digest.add(inputs)
+        cap_memory(cap_gib)
         loaded.zero_gradients()  # here, so that the last step's can be looked at
         if cuda:
             torch.cuda.synchronize()

@@ -21,6 +21,7 @@ def assess(
     seq_len_tokens: int,
     warmup_steps: int,
     ceilings: Mapping[str, float],
+    vram_cap_gib: float | None = None,
 ) -> list[ArmResult]:
     """A row for each arm. `scratch`: the folder with rows.json and the gradients, NAME.safetensors."""
     rows = []
@@ -28,7 +29,7 @@ def assess(
     for arm in arms:
         if arm.name in results:
             firsts.setdefault(arm.packed, arm.name)
-            found = _gates(arm, results, firsts, scratch, seq_len_tokens)
+            found = _gates(arm, results, firsts, scratch, seq_len_tokens, vram_cap_gib)
             rows.append(_row(arm, results[arm.name], found, warmup_steps, ceilings))
         elif arm.name in failures:
             failed = failures[arm.name]
@@ -50,6 +51,7 @@ def _gates(
     firsts: Mapping[bool, str],
     scratch: Path,
     seq_len_tokens: int,
+    vram_cap_gib: float | None,
 ) -> list[Gate]:
     """`firsts`: the first arm that pads, and that packs. A first arm has no trajectory to keep to, and the
     first of all no gradients of the whole model."""
@@ -68,6 +70,8 @@ def _gates(
         gates.gate_weights(result),
         gates.gate_parity(of_arm, plain, exact),
     ]
+    if vram_cap_gib is not None:
+        found.append(gates.gate_memory(result["driver_gib"], vram_cap_gib))
     if arm.name != first_of_all:
         whole, wanted = (
             load_file(scratch / f"{name}.depth.safetensors") for name in (arm.name, first_of_all)

@@ -62,6 +62,15 @@ def gate_weights(result: Mapping[str, Any]) -> Gate:
     return _none_of("weights", result["unchanged"], result["adapter_tensors"], "did not change")
 
 
+def gate_memory(driver_gib: float, cap_gib: float) -> Gate:
+    """The most that the driver counted is within the cap, the CUDA context included."""
+    return Gate(
+        name="memory",
+        passed=driver_gib <= cap_gib,
+        detail=f"{driver_gib:.3f} GiB in use at the peak, CUDA context included; the cap is {cap_gib:g}",
+    )
+
+
 def _none_of(name: Any, bad: Sequence[str], total: int, what: str) -> Gate:
     detail = f"{len(bad)} of {total} adapter tensors {what}"
     if bad:

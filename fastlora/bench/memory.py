@@ -5,20 +5,23 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from fastlora.engines.memory import pinned_bytes
+
 _STATUS = Path("/proc/self/status")
 
 
 def memory() -> dict[str, float | None]:
-    """Peaks in GiB since they were last reset, and what the driver counts now; None on a CPU."""
+    """Peaks in GiB since they were last reset, the driver's with what it counts beside PyTorch now; None on a CPU."""
     import torch
 
     if not torch.cuda.is_available():
         return {"peak_allocated_gib": None, "peak_reserved_gib": None, "driver_gib": None}
     free, total = torch.cuda.mem_get_info()
+    beside = total - free - torch.cuda.memory_reserved()
     return {
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
-        "driver_gib": round((total - free) / 2**30, 3),
+        "driver_gib": round((beside + torch.cuda.max_memory_reserved()) / 2**30, 3),
     }
 
 
@@ -57,7 +60,7 @@ class HostPeak:
     def _look(self) -> None:
         written = written_bytes()
         self._written = max(self._written, written)
-        self._with_pinned = max(self._with_pinned, written + _pinned_bytes())
+        self._with_pinned = max(self._with_pinned, written + pinned_bytes())
 
 
 def written_bytes() -> int:
@@ -69,22 +72,15 @@ def written_bytes() -> int:
     return 1024 * next((int(one.split()[1]) for one in lines if one.startswith("RssAnon:")), 0)
 
 
-def _pinned_bytes() -> int:
-    """In PyTorch's blocks of pinned memory, in use or not."""
-    import torch
-
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
-
-
 def _pinned_is_beside() -> bool:
     """Whether pinned memory is missing from `written_bytes`, where the driver makes its pages."""
     import torch
 
-    if not (pinned := _pinned_bytes()):
+    if not (pinned := pinned_bytes()):
         return False
     size, held = 2**24, []
     before = written_bytes()
-    while _pinned_bytes() == pinned and size < 2**30:  # one that was free is none to judge by
+    while pinned_bytes() == pinned and size < 2**30:  # one that was free is none to judge by
         held.append(torch.empty(size, dtype=torch.uint8, pin_memory=True).fill_(1))
         size *= 2
-    return written_bytes() - before < (_pinned_bytes() - pinned) / 2
+    return written_bytes() - before < (pinned_bytes() - pinned) / 2

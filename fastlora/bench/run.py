@@ -26,7 +26,7 @@ from fastlora.bench.schema import (
 )
 from fastlora.bench.suites import Plan, ingredients, plan_for, renamed
 from fastlora.cache import cache_folder
-from fastlora.engines.base import not_loadable
+from fastlora.engines.base import load_tokenizer, not_loadable
 from fastlora.errors import EngineError, UsageError
 from fastlora.plan.measured import remember_ceilings
 from fastlora.plan.setup import (
@@ -144,6 +144,7 @@ class Bench:
                         seq_len_tokens=self.plan.recipe.model.seq_len_tokens,
                         warmup_steps=self.plan.work.warmup_steps,
                         ceilings=self.machine["ceilings"],
+                        vram_cap_gib=self.request.vram_cap_gib,
                     )
                     report = self._report(arms, began, time.perf_counter() - started)
                     keep(report)
@@ -290,12 +291,12 @@ class Bench:
                 vocabulary=int(_config(plan.recipe.model).vocab_size),
                 seq_len_tokens=plan.recipe.model.seq_len_tokens,
                 rows_per_step=per_step,
+                padding=_padding(plan.recipe.model),
             )
         work.save(rows, path)
 
     def _own_rows(self, per_step: int) -> list[work.Row]:
         from fastlora.data.prepare import prepare_data
-        from fastlora.engines.base import load_tokenizer
 
         recipe = self.plan.recipe
         unpacked = recipe.model_copy(
@@ -406,6 +407,15 @@ def _failed(error: Exception) -> Failed:
     return (
         error if isinstance(error, Failed) else Failed("failed", f"{type(error).__name__}: {error}")
     )
+
+
+def _padding(model: ModelSection) -> int | None:
+    """The padding token; None where there is no tokenizer that would have one."""
+    try:
+        token: int | None = load_tokenizer(model).pad_token_id
+    except EngineError:
+        return None
+    return token
 
 
 def _config(model: ModelSection) -> Any:

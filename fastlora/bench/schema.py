@@ -231,7 +231,7 @@ class Suite(Section):
 class Gate(BaseModel):
     """One check of one arm; `detail` has the figures and the allowance."""
 
-    name: Literal["work", "loss", "gradients", "weights", "parity", "depth", "trajectory"]
+    name: Literal["work", "loss", "gradients", "weights", "memory", "parity", "depth", "trajectory"]
     passed: bool
     detail: str
 
@@ -264,7 +264,7 @@ class ArmResult(Result):
     peak_allocated_gib: float | None = None
     peak_reserved_gib: float | None = None
     driver_gib: float | None = None
-    """In use on the GPU as its driver counts, with the CUDA context."""
+    """The most in use on the GPU as its driver counts, with the CUDA context."""
     host_gib: float | None = None
     """The most of the host's memory at once, loading included: what the process wrote and what is pinned."""
     mfu: float | None = None

@@ -32,9 +32,15 @@ PROMPT_SHARE = (0.2, 0.6)
 
 
 def random_rows(
-    work: Work, *, vocabulary: int, seq_len_tokens: int, rows_per_step: int
+    work: Work,
+    *,
+    vocabulary: int,
+    seq_len_tokens: int,
+    rows_per_step: int,
+    padding: int | None = None,
 ) -> list[Row]:
-    """Rows for `work.steps` optimizer steps.
+    """Rows for `work.steps` optimizer steps. `padding`: the tokenizer's, which no text has and which is not drawn:
+    unsloth embeds it as zeros.
 
     full: rows of seq_len_tokens, all supervised. real: rows of long-tailed lengths with their prompts
     unsupervised, as many as have the tokens of the same number of full rows.
@@ -44,7 +50,8 @@ def random_rows(
     draw = np.random.default_rng(work.seed)
     full = work.steps * rows_per_step
     if work.lengths == "full":
-        ids = _zipf(draw, vocabulary, full * seq_len_tokens).reshape(full, seq_len_tokens)
+        ids = _zipf(draw, vocabulary, full * seq_len_tokens, padding)
+        ids = ids.reshape(full, seq_len_tokens)
         return [{"input_ids": row, "labels": row} for row in ids.tolist()]
     rows: list[Row] = []
     tokens = 0
@@ -53,16 +60,20 @@ def random_rows(
             np.clip(round(draw.lognormal(LOG_MEAN, LOG_DEVIATION)), SHORTEST, seq_len_tokens)
         )
         prompt = round(length * draw.uniform(*PROMPT_SHARE))
-        ids = _zipf(draw, vocabulary, length).tolist()
+        ids = _zipf(draw, vocabulary, length, padding).tolist()
         rows.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
         tokens += length
     return rows
 
 
-def _zipf(draw: np.random.Generator, vocabulary: int, count: int) -> np.ndarray:
+def _zipf(
+    draw: np.random.Generator, vocabulary: int, count: int, padding: int | None
+) -> np.ndarray:
     import numpy as np
 
     weights = 1 / (np.arange(vocabulary) + 3.0)
+    if padding is not None and padding < vocabulary:
+        weights[padding] = 0
     return np.searchsorted(np.cumsum(weights / weights.sum()), draw.random(count)).clip(
         0, vocabulary - 1
     )

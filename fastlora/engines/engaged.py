@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Literal
 from fastlora.engines.base import Announce, Engine, resolve_dtype
 from fastlora.engines.embedding import embedding_line, embedding_to_host
 from fastlora.engines.kept import keep_as_asked
-from fastlora.engines.memory import GIB, cap_memory
+from fastlora.engines.memory import GIB, cap_memory, pinned_bytes
 from fastlora.engines.packed import keep_rows_apart
 from fastlora.engines.unsloth import fused_layers, group_qkv, why_not_fused, without_fused_lora
 from fastlora.errors import EngineError
-from fastlora.plan.working import CONTEXT
+from fastlora.plan.working import CONTEXT, page_table_bytes
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def load_model(
     Raises EngineError: as the engine does; its layers cannot be recomputed as asked; and a layer is slow although
     kernels.require_fast is set.
     """
-    cap_memory(recipe.memory.vram_gib, CONTEXT[engine.name] / GIB)
+    cap_as_asked(recipe, engine)
     model = engine.load(recipe, announce)
     if recipe.memory.embedding == "host":
         announce(embedding_line(model, embedding_to_host(model)))
@@ -86,6 +86,12 @@ def load_model(
     keep_as_asked(model, engine, recipe, announce)
     keep_rows_apart(model, engine, recipe, announce)
     return model, rows
+
+
+def cap_as_asked(recipe: Recipe, engine: Engine) -> None:
+    """memory.vram as a limit of this process. Of what others hold no more counts in than a CUDA context may be."""
+    context = CONTEXT[engine.name] + page_table_bytes(pinned_bytes())
+    cap_memory(recipe.memory.vram_gib, context / GIB)
 
 
 def engage(model: PeftModel, engine: str, plan: Plan) -> list[Engaged]:

@@ -71,10 +71,21 @@ def peak_allocated_gib() -> float:
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
 
 
+def pinned_bytes() -> int:
+    """In PyTorch's blocks of pinned host memory, in use or not; 0 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
+
+
 def cap_memory(cap_gib: float | None, most_context_gib: float = inf) -> None:
     """Let this process have no more of the GPU than a smaller card would: the CUDA context counts in,
     which the allocator's own limit leaves out. What other processes hold cannot be told from it: it counts in as well,
-    but for what is above most_context_gib."""
+    but for what is above most_context_gib.
+
+    The context grows with kernels that are loaded and host memory that is pinned, so to be called again after work."""
     import torch
 
     if cap_gib is None or not torch.cuda.is_available():

@@ -108,7 +108,9 @@ def memory(
     if setup.engine == "unsloth":
         buffers.append(dequantized)
     lasting = [*always, *buffers]
-    context = working.CONTEXT[setup.engine]
+    host = _host(shape, setup)
+    pinned = sum(one.bytes for one in host if one.name.startswith("pinned"))
+    context = working.CONTEXT[setup.engine] + working.page_table_bytes(pinned)
     kept = _kept(shape, setup)
     free = vram_gib * GIB - context - _sum((*lasting, *kept))
     loss = Term("loss", working.loss_bytes(shape, setup, free), _LOSSES[setup.loss])
@@ -134,7 +136,7 @@ def memory(
         # Gradients and the optimizer's state come later; each weight comes in 16 bits to be quantized.
         there = [one for one in always if one.name not in ("gradients", "optimizer state")]
         loading = _sum((*there, dequantized)) + embedding
-    return Memory(moments, holes, context, _host(shape, setup), loading, correction)
+    return Memory(moments, holes, context, host, loading, correction)
 
 
 _LOSSES = {

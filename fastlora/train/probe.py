@@ -31,6 +31,7 @@ from accelerate.utils import send_to_device
 from fastlora_kernels.layers.head import is_attached
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastlora.engines.engaged import cap_as_asked
 from fastlora.engines.memory import (
     GIB,
     forget_peak,
@@ -154,6 +155,9 @@ class Probe(TrainerCallback):
                 held = self._hold_what_steps_do(args, state, control)
                 for batch, items in batches:
                     self.job.signals.raise_pending()
+                    cap_as_asked(
+                        recipe, self.job.engine
+                    )  # beside the context as the last one left it
                     if not self._gradients_stay:
                         trainer.model.zero_grad()
                     trainer.training_step(trainer.model_wrapped, batch, items)
@@ -198,6 +202,7 @@ class Probe(TrainerCallback):
             held = self._hold_what_steps_do(args, state, control)
             for batch, items in batches * (static.graphs.warm_ups + 1):
                 self.job.signals.raise_pending()  # unsloth may compile in each: minutes, in all
+                cap_as_asked(self.job.recipe, self.job.engine)
                 self._trainer.training_step(self._trainer.model_wrapped, batch, items)
                 if static.graphs.why_not or self._ooms() > known:
                     break

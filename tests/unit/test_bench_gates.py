@@ -55,6 +55,13 @@ def test_every_tensor_needs_a_gradient_and_a_change() -> None:
     assert not gates.gate_weights({**RESULT, "adapter_tensors": 0}).passed
 
 
+def test_the_driver_must_count_no_more_than_the_cap() -> None:
+    assert gates.gate_memory(5.999, 6.0).passed
+    gate = gates.gate_memory(6.013, 6.0)
+    assert not gate.passed
+    assert gate.detail.startswith("6.013 GiB in use at the peak")
+
+
 def gradients(*, noise: float, seed: int = 1) -> dict[str, torch.Tensor]:
     """Two tensors, with relative noise."""
     exact = {name: torch.randn(16, 8, generator=torch.Generator().manual_seed(0)) for name in "ab"}

@@ -40,7 +40,7 @@ def test_the_peak_is_of_what_was_written_and_stays_when_it_has_gone(tmp_path: Pa
 @pytest.mark.parametrize("beside", [True, False])
 def test_pinned_memory_is_counted_once(monkeypatch: pytest.MonkeyPatch, beside: bool) -> None:
     pinned = 2**30
-    monkeypatch.setattr(memory, "_pinned_bytes", lambda: pinned)
+    monkeypatch.setattr(memory, "pinned_bytes", lambda: pinned)
     monkeypatch.setattr(memory, "_pinned_is_beside", lambda: beside)
     with HostPeak() as host:
         found = host.gib()
@@ -63,7 +63,7 @@ def test_whether_it_is_counted_is_tried(monkeypatch: pytest.MonkeyPatch, counted
         return torch.zeros(1, dtype=torch.uint8)
 
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(memory, "_pinned_bytes", lambda: sum(blocks))
+    monkeypatch.setattr(memory, "pinned_bytes", lambda: sum(blocks))
     monkeypatch.setattr(memory, "written_bytes", lambda: written)
     assert memory._pinned_is_beside() is not counted
 

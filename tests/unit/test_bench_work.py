@@ -33,6 +33,16 @@ def test_full_rows_are_full_and_all_supervised() -> None:
     assert all(0 <= token < 100 for row in rows for token in row["input_ids"])
 
 
+def test_padding_is_not_drawn() -> None:
+    for lengths in ("full", "real"):
+        rows = works.random_rows(
+            Work(steps=50, lengths=lengths), vocabulary=50, seq_len_tokens=512, rows_per_step=4,
+            padding=1,
+        )  # fmt: skip
+        drawn = {token for row in rows for token in row["input_ids"]}
+        assert drawn == set(range(50)) - {1}
+
+
 def test_the_seed_decides() -> None:
     assert draw() == draw()
     assert draw() != draw(seed=1)

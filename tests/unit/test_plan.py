@@ -351,7 +351,7 @@ def test_a_run_says_its_prediction_before_it_loads(
     assert found.setup.row_tokens == 1500
     assert found.speed
     seconds = 2_000_000 / found.speed.tokens_per_s
-    assert said[0].startswith(f"plan: {found.memory.reserved_gib:.2f} GiB and 0.82 of CUDA context")
+    assert said[0].startswith(f"plan: {found.memory.reserved_gib:.2f} GiB and 0.83 of CUDA context")
     assert f"{seconds / 60:.0f} min in all" in said[0]
     teach(found, found.memory.reserved_gib + 1)
     assert predict_run(job)
