@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastlora.bench.schema import Arm
 from fastlora.bench.suites import bundled, load_suite
+from fastlora.plan.advise import with_settings
 from fastlora.plan.gpus import gpu_named
 from fastlora.plan.memory import Memory, memory
 from fastlora.plan.setup import setup_of
@@ -30,6 +33,7 @@ from fastlora.rundir.store import write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- plan:begin -->", "<!-- plan:end -->"
 WITHIN = 0.05
+_CHOSEN = re.compile(r'^  (?P<key>(train|memory)\.\w+) = (?P<value>"\w+"|\w+): ')
 CHECKPOINTS = {"1b": "llama32-1b", "8b": "llama31-8b", "8b-nf4": "llama31-8b"}
 
 
@@ -60,13 +64,16 @@ class Row:
 
 def row(
     suite: str, arm: str, gpu: str, source: str, *, micro_batch: int | None = None,
-    seq_len_tokens: int | None = None, ceilings: dict[str, float] | None = None, **measured: Any,
+    seq_len_tokens: int | None = None, ceilings: dict[str, float] | None = None,
+    chosen: Mapping[str, Any] | None = None, **measured: Any,
 ) -> Row:  # fmt: skip
-    """What is predicted for that arm of a bundled suite, and what was measured of it."""
+    """What is predicted for that arm of a bundled suite, and what was measured of it. `chosen`: what it was left to
+    choose (+budget)."""
     spec = load_suite(bundled()[suite])
     one = Arm.parse(arm)
     assert spec.shape is not None
     recipe: Recipe = one.recipe(spec.recipe("made by the benchmark"))
+    recipe = with_settings(recipe, dict(chosen or {}))
     train = recipe.train.model_copy(update={"micro_batch": micro_batch or recipe.train.micro_batch})
     length = seq_len_tokens or recipe.model.seq_len_tokens
     model = recipe.model.model_copy(update={"seq_len_tokens": length})
@@ -83,6 +90,12 @@ def row(
     )  # fmt: skip
 
 
+def chosen(notes: Sequence[str]) -> dict[str, Any]:
+    """The settings that a run within memory.vram says it took: "  memory.keep_layers = 12: ..."."""
+    found = (_CHOSEN.match(note) for note in notes)
+    return {one["key"]: tomllib.loads(f"value = {one['value']}")["value"] for one in found if one}
+
+
 def rows(root: Path = ROOT) -> Iterator[Row]:
     results = root / "benchmarks" / "results"
     for path in sorted(results.glob("*/report.json")):
@@ -92,8 +105,9 @@ def rows(root: Path = ROOT) -> Iterator[Row]:
             if report["name"] in bundled() and arm["status"] == "ok":
                 yield row(
                     report["name"], arm["arm"], environment["machine"]["gpu"], path.parent.name,
-                    ceilings=environment["ceilings"], allocated_gib=arm["peak_allocated_gib"],
-                    reserved_gib=arm["peak_reserved_gib"], tokens_per_s=arm["tokens_per_s"]["p50"],
+                    ceilings=environment["ceilings"], chosen=chosen(arm["notes"]),
+                    allocated_gib=arm["peak_allocated_gib"], reserved_gib=arm["peak_reserved_gib"],
+                    tokens_per_s=arm["tokens_per_s"]["p50"],
                 )  # fmt: skip
     for path in sorted(results.glob("*engines*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():

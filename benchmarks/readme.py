@@ -3,8 +3,9 @@
 python benchmarks/readme.py          # what lies between the two markers is made anew
 python benchmarks/readme.py --check  # exit 1 if README.md is not what it would be
 
-Of each benchmark (suite, model, lengths, cap, quantization) and GPU the newest report counts; one that is
-interrupted, or that no commit can repeat, is left out with a line on stderr.
+Of each benchmark (suite, model, lengths, cap, quantization) and GPU the newest report counts; one that was interrupted
+before two arms were measured, or that no commit can repeat, is left out with a line on stderr. Arms that an
+interrupted one did not come to are not shown.
 """
 
 from __future__ import annotations
@@ -49,13 +50,19 @@ def label(report: Report) -> str:
 
 def unfit(report: Report) -> str | None:
     """Why a report is not shown."""
-    if any(arm.status == "interrupted" for arm in report.arms):
-        return "it was interrupted"
+    if (count := len(measured(report).arms)) < min(2, len(report.arms)):
+        return f"it was interrupted after {count} arms"
     if not report.environment.get("commit"):
         return "it names no commit"
     if report.environment.get("dirty"):
         return "it was measured with changes that no commit holds"
     return None
+
+
+def measured(report: Report) -> Report:
+    """Without the arms that it did not come to."""
+    arms = [arm for arm in report.arms if arm.status != "interrupted"]
+    return report.model_copy(update={"arms": arms})
 
 
 def when(report: Report) -> datetime:
@@ -78,7 +85,7 @@ def newest(root: Path) -> list[tuple[Path, Report]]:
         )  # fmt: skip
         try:
             if key not in found or when(report) > when(found[key][1]):
-                found[key] = (path.parent, report)
+                found[key] = (path.parent, measured(report))
         except ValueError:
             raise UsageError(f"{path}: started: {report.started!r} is not an ISO time") from None
     return [found[key] for key in sorted(found)]

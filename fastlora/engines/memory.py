@@ -80,6 +80,10 @@ def pinned_bytes() -> int:
     return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
 
 
+_GROWTH = 2**24
+"""Bytes that a context may come to take until the limit is set anew."""
+
+
 def cap_memory(cap_gib: float | None, most_context_gib: float = inf) -> None:
     """Let this process have no more of the GPU than a smaller card would: the CUDA context counts in,
     which the allocator's own limit leaves out. What other processes hold cannot be told from it: it counts in as well,
@@ -93,7 +97,7 @@ def cap_memory(cap_gib: float | None, most_context_gib: float = inf) -> None:
     torch.zeros(1, device="cuda")  # makes the context
     free, total = torch.cuda.mem_get_info()
     context = min(total - free - torch.cuda.memory_reserved(), most_context_gib * GIB)
-    fraction = max(0.01, (cap_gib * GIB - context) / total)
+    fraction = max(0.01, (cap_gib * GIB - context - _GROWTH) / total)
     torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
 
 

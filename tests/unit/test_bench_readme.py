@@ -99,6 +99,17 @@ def test_reports_of_other_work_stand_beside_each_other(readme: Path) -> None:
         assert text.count(f"- {name} on NVIDIA H200") == 1, name
 
 
+def test_arms_that_were_not_come_to_are_not_shown(readme: Path) -> None:
+    whole = report(environment={"commit": "5eed", "dirty": False})
+    cut = ArmResult(arm="unsloth+keep7", status="interrupted")
+    results = readme.parent / "benchmarks" / "results"
+    arms = [*whole.arms, whole.arms[0].model_copy(update={"arm": "liger"}), cut]
+    write(whole.model_copy(update={"arms": arms}), results / "cut")
+    assert sync(readme.parent) == 0
+    text = readme.read_text()
+    assert [f"| {arm.arm} |" in text for arm in arms] == [True, True, False]
+
+
 def test_reports_that_cannot_be_repeated_are_left_out(
     readme: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,7 +124,7 @@ def test_reports_that_cannot_be_repeated_are_left_out(
     assert capsys.readouterr().err.splitlines() == [
         "benchmarks/results/dirty/report.json: left out: it was measured with changes that no "
         "commit holds",
-        "benchmarks/results/partial/report.json: left out: it was interrupted",
+        "benchmarks/results/partial/report.json: left out: it was interrupted after 0 arms",
         "benchmarks/results/unknown/report.json: left out: it names no commit",
     ]
 

@@ -20,6 +20,7 @@ from fastlora.plan import gpus
 from fastlora.plan.advise import with_settings
 from fastlora.plan.predict import predict
 from fastlora.plan.shape import shape_of
+from fastlora.plan.working import CONTEXT
 from fastlora.recipe.load import load_recipe
 from fastlora.recipe.schema import Recipe
 from fastlora.train.advising import filled_from
@@ -150,6 +151,9 @@ def test_a_budget_does_not_shrink_the_card() -> None:
     assert budget[-1].bytes > 1.5 * small[-1].bytes
 
 
+CONTEXT_GIB = CONTEXT["unsloth"] / 2**30
+
+
 def on_a_card(monkeypatch: pytest.MonkeyPatch, name: str, card_gib: float, others_gib: float = 0) -> None:  # fmt: skip
     import torch
 
@@ -158,7 +162,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, name: str, card_gib: float, other
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
-    used = int((others_gib + 0.82) * 2**30)  # with this process's own context
+    used = int((others_gib + CONTEXT_GIB) * 2**30)  # with this process's own
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (size - used, size))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
@@ -209,7 +213,7 @@ def test_no_more_is_chosen_than_pytorch_may_take(model: Path, monkeypatch: pytes
     asked = recipe(**OPEN, model={"name": str(model)}, memory={"vram": "auto"})
     _, memory = fit_memory(asked, "unsloth", 1500, lambda said: None)
     assert memory
-    assert memory["budget_gib"] == pytest.approx(0.25 * 79.2 + 0.82, abs=0.01)
+    assert memory["budget_gib"] == pytest.approx(0.25 * 79.2 + CONTEXT_GIB, abs=0.01)
 
 
 @pytest.mark.parametrize("others_gib", [0, 60])
@@ -229,7 +233,7 @@ def test_the_limit_is_on_what_this_process_holds(
     engine: Any = SimpleNamespace(name="unsloth", load=load)
     with pytest.raises(EngineError, match="not needed"):
         load_model(engine, recipe(memory={"vram": "12GiB"}), print)
-    assert shares == [pytest.approx((12 - 0.82) / 79.2, abs=1e-4)]
+    assert shares == [pytest.approx((12 - CONTEXT_GIB - 2**-6) / 79.2, abs=1e-5)]
 
 
 def test_no_more_is_chosen_than_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

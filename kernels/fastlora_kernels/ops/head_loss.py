@@ -13,10 +13,12 @@ labelled ones first, and those without a label count 0. The rows go in equal chu
 max(1, LOGITS_BYTES / (V x bytes of a logit)) rows through one buffer, which holds logits and then g in the compute
 dtype; maximum, sum, loss and softmax are float32. g is kept without 1/n, which in float16 could make it vanish: n and
 the upstream gradient come in during backward, in float32. dA, dB, dW and db are summed over the chunks in float32.
+g B and g^T S come of one read of g, where that is faster (ops/skinny.py).
 
-Memory beside inputs and outputs: the buffer; dh of the labelled rows (N x K); 2 x chunk x K; the sums. Without Triton
-also three times the buffer in float32. Deterministic: no atomics, a fixed order. Shapes: T tokens, N of them labelled,
-C in a chunk, K inputs, V vocabulary, R rank.
+Memory beside inputs and outputs: the buffer; dh of the labelled rows (N x K); 2 x chunk x K; the sums; their parts of
+one read, in float32: chunk x R for each 512 of V, and V x R. Without Triton also three times the buffer in float32.
+Deterministic: no atomics, a fixed order. Shapes: T tokens, N of them labelled, C in a chunk, K inputs, V vocabulary,
+R rank.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
 from fastlora_kernels.ops.lora_linear import dense, frozen
+from fastlora_kernels.ops.skinny import product, up_and_gradient
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
@@ -207,11 +210,17 @@ def _check(
         )
 
 
-def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """In float32 where it can be: without 1/n, a sum over a chunk may be more than float16 holds."""
-    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
+def _product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    begun: torch.Tensor | None,
+    out: torch.Tensor,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """out = begun + scaling left right, which is returned; `begun` may be `out`, or one row for all."""
+    if begun is None:
+        return out.addmm_(left, right, beta=0, alpha=scaling)
+    return torch.addmm(begun, left, right, alpha=scaling, out=out)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -258,29 +267,30 @@ class HeadLoss(torch.autograd.Function):
             here = slice(start, start := start + len(rows_C))
             h_CK = hidden_TK.index_select(0, rows_C).to(dtype)
             logits_CV = buffer[: len(rows_C)]
-            if bias is None:
-                torch.mm(h_CK, weight_VK.T, out=logits_CV)
-            else:
-                torch.addmm(bias, h_CK, weight_VK.T, out=logits_CV)
+            begun_CV = bias
             if a is not None and b is not None:
+                # Its part first: the large product adds to it as it writes, and nothing is read once more.
                 down_CR = h_CK @ a.T
-                logits_CV.addmm_(down_CR, b.T, alpha=scaling)
+                begun_CV = _product(down_CR, b.T, bias, logits_CV, scaling)
+            _product(h_CK, weight_VK.T, begun_CV, logits_CV)
             losses_N[here] = cross_entropy_(
                 logits_CV, labels_N[here], shape, any(wants), ignore_index
             )
             g_CV = logits_CV  # by now
             if dh_NK is not None:
                 torch.mm(g_CV, weight_VK, out=dh_NK[here])
-            if a is not None and b is not None and (wants[0] or wants[3]):
-                up_CR = g_CV @ b
+            if a is not None and b is not None and any((wants[0], *wants[3:])):
+                up_CR = torch.empty_like(down_CR)
+                wanted = None if db_VR is None else wide
+                found = up_and_gradient(g_CV, b, down_CR, 1.0, up_CR, wanted)
                 if dh_NK is not None:
                     dh_NK[here].addmm_(up_CR, a, alpha=scaling)
                 if da_RK is not None:
-                    da_RK += _wide_product(up_CR.T, h_CK)
-            if db_VR is not None:
-                db_VR += _wide_product(g_CV.T, down_CR)
+                    da_RK += product(up_CR.T, h_CK)
+                if db_VR is not None and found is not None:
+                    db_VR += found
             if dw_VK is not None:
-                dw_VK += _wide_product(g_CV.T, h_CK)
+                dw_VK += product(g_CV.T, h_CK)
             if dbias_V is not None:
                 dbias_V += g_CV.sum(dim=0, dtype=wide)
         ctx.tokens, ctx.scaling, ctx.limit = hidden_TK.shape[0], scaling, limit
