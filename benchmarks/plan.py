@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlora.bench.schema import Arm
+from fastlora.bench.schema import Arm, Suite, SuiteModel
 from fastlora.bench.suites import bundled, load_suite
 from fastlora.plan.advise import with_settings
 from fastlora.plan.gpus import gpu_named
@@ -63,13 +63,13 @@ class Row:
 
 
 def row(
-    suite: str, arm: str, gpu: str, source: str, *, micro_batch: int | None = None,
+    suite: str, arm: str, gpu: str, source: str, *, spec: Suite | None = None, micro_batch: int | None = None,
     seq_len_tokens: int | None = None, ceilings: dict[str, float] | None = None,
     chosen: Mapping[str, Any] | None = None, **measured: Any,
 ) -> Row:  # fmt: skip
-    """What is predicted for that arm of a bundled suite, and what was measured of it. `chosen`: what it was left to
-    choose (+budget)."""
-    spec = load_suite(bundled()[suite])
+    """What is predicted for that arm, and what was measured of it. `spec`: of a suite that is not bundled. `chosen`:
+    what it was left to choose (+budget)."""
+    spec = spec or load_suite(bundled()[suite])
     one = Arm.parse(arm)
     assert spec.shape is not None
     recipe: Recipe = one.recipe(spec.recipe("made by the benchmark"))
@@ -90,6 +90,16 @@ def row(
     )  # fmt: skip
 
 
+def own_suite(report: Mapping[str, Any]) -> Suite | None:
+    """That of benchmarks/suites/plan, as the report has it; None if it is a bundled one."""
+    if report["name"] in bundled():
+        return None
+    settings = report["settings"]
+    parts = {key: settings["recipe"][key] for key in ("model", "lora", "train")}
+    parts["model"] = {key: parts["model"][key] for key in SuiteModel.model_fields}
+    return Suite(vram_gib=0, arms=["peft"], shape=settings["shape"], **parts)
+
+
 def chosen(notes: Sequence[str]) -> dict[str, Any]:
     """The settings that a run within memory.vram says it took: "  memory.keep_layers = 12: ..."."""
     found = (_CHOSEN.match(note) for note in notes)
@@ -102,10 +112,10 @@ def rows(root: Path = ROOT) -> Iterator[Row]:
         report = json.loads(path.read_text(encoding="utf-8"))
         environment = report["environment"]
         for arm in report["arms"]:
-            if report["name"] in bundled() and arm["status"] == "ok":
+            if arm["status"] == "ok":
                 yield row(
                     report["name"], arm["arm"], environment["machine"]["gpu"], path.parent.name,
-                    ceilings=environment["ceilings"], chosen=chosen(arm["notes"]),
+                    spec=own_suite(report), ceilings=environment["ceilings"], chosen=chosen(arm["notes"]),
                     allocated_gib=arm["peak_allocated_gib"], reserved_gib=arm["peak_reserved_gib"],
                     tokens_per_s=arm["tokens_per_s"]["p50"],
                 )  # fmt: skip

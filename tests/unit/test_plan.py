@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from plans import H100, LLAMA_8B, card, predicted, recipe
 
+from fastlora.bench.suites import load_suite, plan_for
 from fastlora.cli.main import cli
 from fastlora.errors import EngineError, RecipeError
 from fastlora.plan import gpus, measured
@@ -113,6 +114,22 @@ def test_times_of_the_gpu_are_those_that_an_h200_took(
 
 def test_the_tables_in_the_docs_are_in_step(generator: ModuleType) -> None:
     assert generator.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/suites/plan").glob("*.toml")))
+def test_a_suite_that_is_not_bundled_is_predicted_by_its_report(
+    path: Path, generator: ModuleType
+) -> None:
+    plan, spec = plan_for(str(path), 0.0), load_suite(path)
+    settings = {"recipe": plan.recipe.model_dump(mode="json"), "shape": plan.shape}
+    found = generator.own_suite({"name": plan.name, "settings": settings})
+    assert generator.own_suite({"name": "llama31-8b", "settings": settings}) is None
+    for arm in plan.arms:
+        told, wanted = (
+            generator.row(plan.name, arm.name, "NVIDIA H200", "here", spec=one)
+            for one in (found, spec)
+        )
+        assert told == wanted
 
 
 def test_a_table_that_is_not_in_step_is_mended(generator: ModuleType, tmp_path: Path) -> None:
