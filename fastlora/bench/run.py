@@ -192,11 +192,14 @@ class Bench:
         if request.frontier and not vram:
             raise UsageError("--frontier: there is no CUDA GPU here to fill")
         settings = _asked_work(plan, request)
-        arms = list(request.arms or plan.arms)
+        eager = [arm for arm in plan.arms if "+record" not in arm.options]
+        # Recorded are few shapes, on a GPU: not rows of many lengths.
+        arms = list(request.arms or (plan.arms if vram and settings.lengths == "full" else eager))
         if settings.lengths == "real" and not request.arms:
-            arms += [Arm.parse(f"{arm.name}+packing") for arm in plan.arms if not arm.packed]
+            arms += [Arm.parse(f"{arm.name}+packing") for arm in eager if not arm.packed]
         if request.ledger:
-            own = ingredients(arms[-1], plan.recipe, gpu=bool(vram))
+            whole = request.arms[-1] if request.arms else eager[-1]
+            own = ingredients(whole, plan.recipe, gpu=bool(vram))
             arms += [arm for arm in own if arm not in arms]
         recipe, shape = plan.recipe, plan.shape
         if request.model is not None:

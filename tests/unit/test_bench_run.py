@@ -242,6 +242,25 @@ def test_an_arm_that_would_not_be_what_its_name_says_is_refused(
         planned("peft", "unsloth+attention4", "unsloth+stream4-checkpointing")
 
 
+def test_what_is_recorded_is_measured_where_it_can_be(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(machine: dict[str, Any], **request: Any) -> list[str]:
+        running = bench(tmp_path, told, monkeypatch, machine, target="llama32-1b", **request)
+        running.machine = machine
+        return [arm.name for arm in running._plan().arms]
+
+    ours = ["unsloth+fastlora+offload+record-kernels", "unsloth+fastlora+record+budget-kernels"]
+    eager = ["peft", "liger", "unsloth"]
+    assert names(GPU) == eager + ours
+    assert names(PROBED) == eager
+    assert names(GPU, lengths="real") == eager + [f"{name}+packing" for name in eager]
+    asked = [Arm.parse(ours[0])]
+    assert names(GPU, arms=asked) == ours[:1]
+    assert "unsloth-loss" in names(GPU, ledger=True)  # of what is not recorded
+    assert "unsloth-loss" not in names(GPU, arms=asked, ledger=True)
+
+
 def test_a_frontier_is_within_the_cap(
     tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
