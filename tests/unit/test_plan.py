@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -392,7 +393,29 @@ def test_a_gpu_is_known_by_its_name_and_goes_by_what_was_measured() -> None:
     assert own
     assert own.host_gb_s == 11.0
     assert (own.tflops, own.source) == (150.0, "measured by fastlora bench")
-    assert gpus.gpu_named("Voodoo 2") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("A100 40GB", "A100-PCIE-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("Tesla V100-SXM2-16GB", "V100 16GB"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        *((name, None) for name in (
+            "NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA T400 4GB", "NVIDIA GH200 480GB", "NVIDIA H20",
+            "NVIDIA GeForce RTX 4090 Laptop GPU", "Voodoo 2",
+        )),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_not_taken_for_one_whose_name_is_part_of_its_own(
+    name: str, like: str | None
+) -> None:
+    found, wanted = gpus.gpu_named(name), like and gpus.gpu_named(like)
+    assert (found and replace(found, name="")) == (wanted and replace(wanted, name=""))
 
 
 def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
