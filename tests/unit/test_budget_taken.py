@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from click.testing import CliRunner
@@ -100,7 +101,7 @@ def test_plan_says_what_a_run_takes_by_itself(model: Path) -> None:
     assert json.loads(budget.stdout)["default"] is None
 
 
-def test_plan_refuses_the_budget_that_a_run_refuses(model: Path) -> None:
+def test_plan_refuses_the_budget_that_a_run_refuses(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Also where it fits tightly."""
 
     def plan(*more: str) -> tuple[Any, int, str]:
@@ -124,9 +125,22 @@ def test_plan_refuses_the_budget_that_a_run_refuses(model: Path) -> None:
         refused = verdict != "fits"
         assert (found["budget"] is None) == ("a run would refuse" in said) == refused
         assert code == 3 * refused
+    monkeypatch.setattr(gpus, "installed", lambda: None)
     _, code, said = plan("--set", "memory.vram=20GiB")
     assert code == 0
     assert "name one with --gpu" in said
+    _, code, said = plan("--gpu", "RTX 4090", "--set", "memory.vram=20GiB", "--host", "4GiB")
+    assert code == 3
+    assert "20.00 GiB, and 4.0 of the host; a run would refuse" in said
+    # One that is not known is taken for another, as a run takes it.
+    monkeypatch.setattr(gpus, "installed", lambda: ("Voodoo 2", 12.0))
+    found, code, _ = plan("--set", "memory.vram=20GiB")
+    assert code == 0
+    assert found["budget"]["budget_gib"] == found["vram_gib"] == 12
+    assert found["gpu"] == {"name": "Voodoo 2", "tflops": ANY, "source": gpus.GUESSED}
+    _, code, said = plan("--set", f"memory.vram={least - 0.1}GiB")
+    assert code == 3
+    assert "a run would refuse" in said
 
 
 def test_a_budget_is_no_larger_than_the_card(model: Path) -> None:
