@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from plans import H100, LLAMA_8B, card, predicted, recipe
 
 from fastlora.cli.main import cli
-from fastlora.engines.engaged import load_model
+from fastlora.engines.engaged import cap_as_asked, load_model
 from fastlora.engines.peft import PeftEngine
 from fastlora.errors import EngineError, RecipeError
 from fastlora.plan import gpus
@@ -248,6 +248,26 @@ def test_the_limit_is_on_what_this_process_holds(
     with pytest.raises(EngineError, match="not needed"):
         load_model(engine, recipe(memory={"vram": "12GiB"}), print)
     assert shares == [pytest.approx((12 - CONTEXT_GIB - 2**-6) / 79.2, abs=1e-5)]
+
+
+def test_the_limit_leaves_room_for_page_tables_that_were_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """unsloth pins streamed weights past PyTorch, which then knows of none."""
+    import torch
+
+    streams = {"stream_layers": 20, "vram": "12GiB"}
+    found = predicted(engine="unsloth", memory=streams)
+    tables_gib = found.memory.context / 2**30 - CONTEXT_GIB
+    assert tables_gib > 2**-8
+    on_a_card(monkeypatch, H100, 79.2, tables_gib)
+    shares: list[float] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    engine: Any = SimpleNamespace(name="unsloth")
+    cap_as_asked(recipe(memory=streams), engine, found.memory.context)
+    wanted = (12 - CONTEXT_GIB - tables_gib - 2**-6) / 79.2
+    assert shares == [pytest.approx(wanted, abs=1e-6)]
 
 
 def test_no_more_is_chosen_than_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
