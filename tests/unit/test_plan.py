@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -131,6 +132,25 @@ def test_a_suite_that_is_not_bundled_is_predicted_by_its_report(
             for one in (found, spec)
         )
         assert told == wanted
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("settings", "shape", None), ("settings", "work", {"lengths": "real"})],
+)
+def test_a_report_of_what_is_not_predicted_is_left_out(
+    section: str, key: str, value: Any, generator: ModuleType, tmp_path: Path
+) -> None:
+    source = next((ROOT / "benchmarks/results").glob("*-llama31-8b-24gib-h200")) / "report.json"
+    report = json.loads(source.read_text())
+    folder = tmp_path / "benchmarks/results/one"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks/measured.json", tmp_path / "benchmarks")
+    for expected in (2, 0):
+        (folder / "report.json").write_text(json.dumps(report))
+        assert sum(one.source == "one" for one in generator.rows(tmp_path)) == expected
+        report["name"] = "a recipe"
+        report[section][key] = value
 
 
 def test_a_table_that_is_not_in_step_is_mended(generator: ModuleType, tmp_path: Path) -> None:
