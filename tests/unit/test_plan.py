@@ -196,6 +196,16 @@ def test_policies_go_from_much_memory_to_little_and_from_fast_to_slow() -> None:
     assert pinned[0].bytes == 32 * 8 * 2048 * 4096 * 2
 
 
+def test_streamed_layers_were_measured_with_our_kernels_alone(generator: ModuleType) -> None:
+    measured = [one.arm for one in generator.rows() if "+stream" in one.arm]
+    assert measured
+    assert all("+fastlora" in arm for arm in measured)
+    for mode, told in (("all", False), ("auto", True)):
+        asked = {"memory": {"stream_layers": 4}, "kernels": {"mode": mode}}
+        notes = predicted(engine="unsloth", **asked).setup.notes
+        assert any("stream_layers" in note for note in notes) is told
+
+
 def test_verdicts() -> None:
     need = predicted(**PLAIN_PEFT).memory
     assert predicted(need.comfortable_gib + 0.01, **PLAIN_PEFT).verdict == "fits"
