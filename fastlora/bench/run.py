@@ -225,6 +225,9 @@ class Bench:
                 for arm, why in asked
                 if why
             ]
+            if not request.arms and all(map(_no_frontier, arms)):
+                why = _no_frontier(arms[0])
+                problems.append(f"--frontier: no arm has one: {why}; name another with --arms")
         if problems:
             raise UsageError("\n".join(problems))
         return replace(plan, recipe=recipe, arms=arms, work=settings, shape=shape)

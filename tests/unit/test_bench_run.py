@@ -315,6 +315,10 @@ def test_an_arm_without_a_frontier_is_refused_or_of_a_suite_left_out(
     for arm in running.plan.arms[3:]:
         running._frontier(arm, {})
     assert running.frontiers == []
+    suite = tmp_path / "packs.toml"
+    suite.write_text('like = "llama32-1b"\narms = ["peft+packing"]\n')
+    with pytest.raises(UsageError, match=r"^--frontier: no arm has one: its rows are full"):
+        bench(tmp_path, told, monkeypatch, GPU, target=str(suite), frontier=True).run()
     assert " ".join(told.getvalue().split()).count(": no frontier: a size is tried twice") == 2
 
 
