@@ -110,7 +110,9 @@ def rows(root: Path = ROOT) -> Iterator[Row]:
     results = root / "benchmarks" / "results"
     for path in sorted(results.glob("*/report.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
-        environment = report["environment"]
+        settings, environment = report["settings"], report["environment"]
+        if not settings["shape"] or settings["work"]["lengths"] != "full":
+            continue  # of a checkpoint whose shape is not there (--model, a recipe), or rows that are not full
         for arm in report["arms"]:
             if arm["status"] == "ok":
                 yield row(

@@ -117,6 +117,7 @@ def run_frontier(task: FrontierTask) -> dict[str, Any]:
             free_memory()
             forget_peak()
             for _ in range(2):
+                cap_memory(task.vram_cap_gib)  # beside a context that has grown
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 inputs = loaded.on_device(loaded.collate(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,9 @@ from fastlora.bench.schema import (
     Frontier,
     Report,
     Work,
+    kind_of,
 )
-from fastlora.bench.suites import Plan, ingredients, plan_for, renamed
+from fastlora.bench.suites import Plan, does_nothing, ingredients, plan_for, renamed
 from fastlora.cache import cache_folder
 from fastlora.engines.base import load_tokenizer, not_loadable
 from fastlora.errors import EngineError, UsageError
@@ -196,15 +198,36 @@ class Bench:
         # Recorded are few shapes, on a GPU: not rows of many lengths.
         arms = list(request.arms or (plan.arms if vram and settings.lengths == "full" else eager))
         if settings.lengths == "real" and not request.arms:
-            arms += [Arm.parse(f"{arm.name}+packing") for arm in eager if not arm.packed]
+            packed = [Arm.parse(f"{arm.name}+packing") for arm in eager if not arm.packed]
+            arms += [arm for arm in packed if arm not in arms]
+        if not arms:
+            why = "rows of many lengths" if vram else "what has no CUDA GPU"
+            raise UsageError(
+                f"{plan.name}: all its arms are recorded (+record), which {why} cannot be; name others with --arms"
+            )
         if request.ledger:
-            whole = request.arms[-1] if request.arms else eager[-1]
+            whole = request.arms[-1] if request.arms else (eager or arms)[-1]
             own = ingredients(whole, plan.recipe, gpu=bool(vram))
             arms += [arm for arm in own if arm not in arms]
         recipe, shape = plan.recipe, plan.shape
         if request.model is not None:
             recipe, shape = renamed(recipe, request.model), None
         problems = [line for arm in arms for line in self._cannot_keep(arm, recipe, shape)]
+        problems += [
+            f"--arms {arm.name}: it is named {count} times"
+            for arm, count in Counter(arms).items()
+            if count > 1
+        ]
+        if request.frontier:
+            asked = ((arm, _no_frontier(arm)) for arm in request.arms)
+            problems += [
+                f"--frontier: {arm.name} has none: {why}; leave one of both out"
+                for arm, why in asked
+                if why
+            ]
+            if not request.arms and all(map(_no_frontier, arms)):
+                why = _no_frontier(arms[0])
+                problems.append(f"--frontier: no arm has one: {why}; name another with --arms")
         if problems:
             raise UsageError("\n".join(problems))
         return replace(plan, recipe=recipe, arms=arms, work=settings, shape=shape)
@@ -218,9 +241,12 @@ class Bench:
             return
         made = arm.recipe(recipe, self.request.vram_cap_gib)
         policy = policy_of(made, arm.engine)
-        problems = list(memory_problems(made, arm.engine, policy, streams=arm.engine == "unsloth"))
+        gpu = "gpu" in self.machine["machine"]
+        nothing = ((one, does_nothing(arm, one, recipe, gpu=gpu)) for one in sorted(arm.options))
+        problems = [f"{option} would change nothing: {why}" for option, why in nothing if why]
+        problems += list(memory_problems(made, arm.engine, policy, streams=arm.engine == "unsloth"))
         if made.memory.embedding == "host" and not problems:
-            if "gpu" not in self.machine["machine"]:
+            if not gpu:
                 problems.append("+hostembed: there is no CUDA GPU here that it would be kept from")
             elif shape is not None:
                 known = shape_of(shape)
@@ -278,8 +304,6 @@ class Bench:
             self._arm(arm, {**own, "gradients": str(scratch / f"{arm.name}.safetensors")})
         if self.request.frontier:
             for arm in plan.arms:
-                if arm.packed:
-                    continue  # its rows are full: there is nothing to pack
                 self._frontier(arm, {**common, "gradients": ""})
 
     def _save_rows(self, path: Path) -> None:
@@ -325,16 +349,14 @@ class Bench:
         self.results[arm.name] = answer
 
     def _frontier(self, arm: Arm, task: dict[str, Any]) -> None:
-        if "+record" in arm.options:
-            self._say(f"{arm.name}: no frontier: a size is tried twice, too seldom to be recorded")
+        if why := _no_frontier(arm):
+            self._say(f"{arm.name}: no frontier: {why}")
             return
         self._say(f"{arm.name}: how much fits ...")
         own = {
             **task,
             "arm": arm.model_dump(mode="json"),
-            "recipe": arm.recipe(self.plan.recipe, self.request.vram_cap_gib).model_dump(
-                mode="json"
-            ),
+            "recipe": arm.recipe(self.plan.recipe).model_dump(mode="json"),
             "limits": {
                 "seq_len_tokens": _config(self.plan.recipe.model).max_position_embeddings,
                 "micro_batch": FRONTIER_BATCHES,
@@ -404,6 +426,20 @@ class Bench:
             ledger=ledger(arms) if self.request.ledger else [],
             frontier=self.frontiers,
         )
+
+
+_NO_FRONTIER = {
+    "+record": "a size is tried twice, too seldom to be recorded",
+    "+batch": "it searches for the micro-batch, from one row on",
+    "+budget": "what is chosen depends on the size, which it searches for",
+    "+packing": "its rows are full, so that there is nothing to pack",
+}
+
+
+def _no_frontier(arm: Arm) -> str:
+    """Why none is searched for; "": one is."""
+    kinds = {kind_of(option) for option in arm.options}
+    return next((why for kind, why in _NO_FRONTIER.items() if kind in kinds), "")
 
 
 def _failed(error: Exception) -> Failed:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastlora.bench.schema import NUMBERED, OPTIONS, Arm, Suite, Work
+from fastlora.bench.schema import NUMBERED, OPTIONS, Arm, Suite, Work, kind_of
 from fastlora.errors import RecipeError, UsageError
 from fastlora.recipe import library
 from fastlora.recipe.load import explain, load_recipe
@@ -128,7 +128,6 @@ def fitting(vram_gib: float) -> str:
 def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:
     """The arm without each of its ingredients, and with each that it could have and has not; none that
     would change nothing."""
-    in_recipe = {"-checkpointing", "-offload", "+offload", "-optimizer"}
     others = []
     for option, (engines, _) in OPTIONS.items():
         # What has no one value, needs another option, or is asked for.
@@ -145,10 +144,29 @@ def ingredients(arm: Arm, recipe: Recipe, *, gpu: bool) -> list[Arm]:
         }:  # fmt: skip
             continue  # they exclude each other
         other = Arm.parse(arm.name + option)
-        if option in in_recipe and other.recipe(recipe).train == arm.recipe(recipe).train:
-            continue
-        others.append(other)
+        if not does_nothing(other, option, recipe, gpu=gpu):
+            others.append(other)
     return others
+
+
+_NOT_IN_RECIPE = frozenset({"+fastlora", "+graphs", "-kernels", "-loss"})
+_OF_A_GPU = frozenset({"+record", "+graphs", "+budget", "-optimizer"})
+
+
+def does_nothing(arm: Arm, option: str, recipe: Recipe, *, gpu: bool) -> str:
+    """Why `arm` is the same as without that option of it; "": it may be another."""
+    kind, bare = kind_of(option), arm.model_copy(update={"options": arm.options - {option}})
+    if kind in _OF_A_GPU and not gpu:
+        return "there is no CUDA GPU here"
+    its, without = (one.recipe(recipe).model_dump() for one in (arm, bare))
+    for one in (its["train"], without["train"]):
+        if one["checkpointing"] == "auto" and not gpu:
+            one["checkpointing"] = "none"  # a CPU keeps every layer
+    if kind in ("+keep", "+attention", "+dequantized") and its["train"]["checkpointing"] == "none":
+        return "no layer is computed again"
+    same = kind not in _NOT_IN_RECIPE and its == without
+    same = same or (arm.micro_batch == recipe.train.micro_batch and kind == "+batch")
+    return "it is so without it" if same or option == f"{kind}0" else ""
 
 
 def renamed(recipe: Recipe, name: str) -> Recipe:

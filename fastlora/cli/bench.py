@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
+from click.core import ParameterSource
 
 from fastlora.cli.options import gib, json_option
 from fastlora.errors import RunDirError, UsageError
@@ -83,6 +84,7 @@ def command(
     try:
         with StopSignals():  # from here on: the imports alone take seconds
             if compare:
+                _compares_alone()
                 sys.exit(_compare(compare, as_json))
 
             from fastlora.bench.run import Request
@@ -90,7 +92,7 @@ def command(
 
             request = Request(
                 target=target,
-                arms=[Arm.parse(name) for name in arms.split(",")] if arms else [],
+                arms=[Arm.parse(name) for name in arms.split(",")] if arms is not None else [],
                 steps=steps,
                 lengths=lengths,
                 vram_cap_gib=vram_cap,
@@ -103,6 +105,21 @@ def command(
             sys.exit(_measure(request, out, as_json))
     except Interrupted as stopped:
         sys.exit(stopped.exit_code)
+
+
+def _compares_alone() -> None:
+    """Raises UsageError: what nothing would be made of was typed beside --compare."""
+    context = click.get_current_context()
+    others = [
+        option.metavar if isinstance(option, click.Argument) else option.opts[0]
+        for option in context.command.params
+        if option.name not in ("compare", "as_json")
+        and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+    ]
+    if others:
+        raise UsageError(
+            f"--compare reads two reports and measures nothing; leave out {', '.join(map(str, others))}"
+        )
 
 
 def _compare(reports: tuple[Path, Path], as_json: bool) -> int:

@@ -41,7 +41,7 @@ def command(
 
     from fastlora.plan.advise import advise, with_settings
     from fastlora.plan.budget import NONE_FITS
-    from fastlora.plan.gpus import gpu_named, installed, known
+    from fastlora.plan.gpus import gpu_named, installed, known, like_a_3090
     from fastlora.plan.measured import ceilings
     from fastlora.plan.predict import Card, Prediction, predict
     from fastlora.plan.settle import FREE_SHARE, full_rows, settle, without_budget
@@ -53,6 +53,8 @@ def command(
     found = gpu_named(name, ceilings(name)) if name else None
     if gpu and found is None:
         raise UsageError(f"--gpu {gpu}: not known; known are {', '.join(known())}")
+    if here and found is None:
+        found = like_a_3090(*here)  # as a run here does
     if here and loaded.engine == "auto" and find_spec("unsloth") is None:
         loaded = with_settings(loaded, {"engine": "peft"})  # as a run here would
     own = here[1] if here else found.vram_gib if found else None
@@ -98,9 +100,9 @@ def command(
 
         show(now, best, singles, choice, default, Console())
     if refused:
+        of_host = "" if host is None else f", and {host:.1f} of the host"
         click.echo(
-            f"memory.vram: {NONE_FITS} {size:.2f} GiB; a run would refuse",
-            err=True,
+            f"memory.vram: {NONE_FITS} {size:.2f} GiB{of_host}; a run would refuse", err=True
         )
     elif asked and now.speed is None:
         click.echo("memory.vram: a choice needs a GPU's speed; name one with --gpu", err=True)

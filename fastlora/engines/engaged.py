@@ -88,10 +88,11 @@ def load_model(
     return model, rows
 
 
-def cap_as_asked(recipe: Recipe, engine: Engine) -> None:
-    """memory.vram as a limit of this process. Of what others hold no more counts in than a CUDA context may be."""
+def cap_as_asked(recipe: Recipe, engine: Engine, planned: float = 0.0) -> None:
+    """memory.vram as a limit of this process. Of what others hold no more counts in than a CUDA context may be.
+    `planned`: its bytes as predicted, with page tables of what not PyTorch pins (streamed weights, an embedding)."""
     context = CONTEXT[engine.name] + page_table_bytes(pinned_bytes())
-    cap_memory(recipe.memory.vram_gib, context / GIB)
+    cap_memory(recipe.memory.vram_gib, max(context, planned) / GIB)
 
 
 def engage(model: PeftModel, engine: str, plan: Plan) -> list[Engaged]:

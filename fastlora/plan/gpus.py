@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import dataclass, replace
 
@@ -29,20 +30,20 @@ class Gpu:
 # Part of the name that nvidia-smi gives -> (GiB that CUDA can use, dense 16-bit TFLOP/s with float32 sums, GB/s,
 # compute capability, generation of its PCIe with 16 lanes). TFLOP/s and GB/s are NVIDIA's; of the memory, H100's and
 # H200's were read here, the others are what is usually reported and hold to 1 %. The first match counts, so longer
-# names come first.
+# names come first. Whole words: an RTX A1000 is no A100, a GH200 no H200.
 _STATED: dict[str, tuple[float, float, float, float, int]] = {
     "B200": (178, 2250, 8000, 10.0, 5),
     "H200": (139.8, 989, 4800, 9.0, 5),
     "H100 NVL": (93.1, 835, 3900, 9.0, 5),
     "H100 PCIe": (79.2, 756, 2000, 9.0, 5),
     "H100": (79.2, 989, 3350, 9.0, 5),
-    "A100-PCIE-40GB": (39.4, 312, 1555, 8.0, 4),
-    "A100-SXM4-40GB": (39.4, 312, 1555, 8.0, 4),
+    "A100 40GB": (39.4, 312, 1555, 8.0, 4),
     "A100": (79.2, 312, 1935, 8.0, 4),
     "L40S": (44.4, 362, 864, 8.9, 4),
     "L40": (44.4, 181, 864, 8.9, 4),
     "L4": (22.0, 121, 300, 8.9, 4),
     "A40": (44.4, 150, 696, 8.6, 4),
+    "A10G": (22.0, 70, 600, 8.6, 4),
     "A10": (22.0, 125, 600, 8.6, 4),
     "RTX A6000": (47.5, 155, 768, 8.6, 4),
     "RTX 6000 Ada": (47.4, 364, 960, 8.9, 4),
@@ -50,6 +51,7 @@ _STATED: dict[str, tuple[float, float, float, float, int]] = {
     "RTX 4090": (23.5, 165, 1008, 8.9, 4),
     "RTX 3090": (23.6, 71, 936, 8.6, 4),
     "T4": (14.6, 65, 320, 7.5, 3),
+    "V100 16GB": (15.8, 125, 900, 7.0, 3),
     "V100": (31.7, 125, 900, 7.0, 3),
 }
 
@@ -76,7 +78,9 @@ def like_a_3090(name: str, vram_gib: float) -> Gpu:
 
 def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None:
     """`ceilings`: measured by `fastlora bench` on this GPU; they go before the stated ones. None: not known."""
-    key = next((known for known in _STATED if known.lower() in name.lower()), None)
+    words = _words(name)
+    # A laptop's has the name of a larger one.
+    key = next((one for one in _STATED if _words(one) <= words and "laptop" not in words), None)
     if key is None and not ceilings:
         return None
     vram, tflops, gb_s, capability, pcie = _STATED.get(key or "", (None, 0.0, 0.0, 8.0, 4))
@@ -97,6 +101,10 @@ def gpu_named(name: str, ceilings: dict[str, float] | None = None) -> Gpu | None
         bfloat16=capability >= 8,
         source=source,
     )
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[\s-]+", name.lower()))
 
 
 def installed() -> tuple[str, float] | None:

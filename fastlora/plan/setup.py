@@ -300,8 +300,8 @@ def _not_measured(setup: Setup, shape: Shape) -> list[str]:
         found.append("only nf4 in 16-bit arithmetic has been measured")
     if setup.keep_attention_layers and not setup.kernels:
         found.append("keep_attention_layers without fastlora's kernels: counted, not measured")
-    if setup.stream_layers:
-        found.append("stream_layers: counted, not measured")
+    if setup.stream_layers and not setup.kernels:
+        found.append("stream_layers without fastlora's kernels: counted, not measured")
     if setup.dora or setup.dropout:
         found.append("DoRA and dropout keep more activations: counted, not measured")
     return found

@@ -110,6 +110,7 @@ class Probe(TrainerCallback):
         signals, began = self.job.signals, time.perf_counter()
         signals.raise_pending()
         self.figures = self._probe(args, state, control, began)
+        self._cap()
         self._tell(self.figures)
         self.metrics.leave_out(time.perf_counter() - began)
         signals.raise_pending()
@@ -124,6 +125,11 @@ class Probe(TrainerCallback):
             if self.predicted and figures and figures.as_planned:
                 learn_from(self.predicted, figures.peak_gib, str(self.job.run.path))
             raise
+
+    def _cap(self) -> None:
+        """memory.vram beside the CUDA context as the micro-batch before has left it."""
+        planned = self.predicted.memory.context if self.predicted else 0.0
+        cap_as_asked(self.job.recipe, self.job.engine, planned)
 
     @property
     def _trainer(self) -> Trainer:
@@ -155,9 +161,7 @@ class Probe(TrainerCallback):
                 held = self._hold_what_steps_do(args, state, control)
                 for batch, items in batches:
                     self.job.signals.raise_pending()
-                    cap_as_asked(
-                        recipe, self.job.engine
-                    )  # beside the context as the last one left it
+                    self._cap()
                     if not self._gradients_stay:
                         trainer.model.zero_grad()
                     trainer.training_step(trainer.model_wrapped, batch, items)
@@ -202,7 +206,7 @@ class Probe(TrainerCallback):
             held = self._hold_what_steps_do(args, state, control)
             for batch, items in batches * (static.graphs.warm_ups + 1):
                 self.job.signals.raise_pending()  # unsloth may compile in each: minutes, in all
-                cap_as_asked(self.job.recipe, self.job.engine)
+                self._cap()
                 self._trainer.training_step(self._trainer.model_wrapped, batch, items)
                 if static.graphs.why_not or self._ooms() > known:
                     break

@@ -81,30 +81,30 @@ def test_planted_faults_show_no_speed_and_dead_arms_are_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = {
-        "peft-checkpointing": "gradient",
-        "peft-optimizer": "frozen",
-        "peft-checkpointing-optimizer": "tokens",
+        "peft+offload": "gradient",
+        "peft+batch1": "frozen",
+        "peft+offload+batch1": "tokens",
         "peft+fastlora": "oom",
-        "peft+fastlora-optimizer": "kill",
-        "peft+fastlora-checkpointing": "deep",
+        "peft+fastlora+batch1": "kill",
+        "peft+fastlora+offload": "deep",
     }
     _, arms = bench(tmp_path, monkeypatch, faults)
     assert arms["peft"].status == "ok", arms["peft"].detail
-    assert red(arms["peft-checkpointing"]) == {"parity"}
-    assert "1 of 15 are wrong" in arms["peft-checkpointing"].detail
-    assert {"weights", "loss"} <= red(arms["peft-optimizer"])
-    assert "28 of 28 adapter tensors did not change" in arms["peft-optimizer"].detail
-    assert {"work", "parity", "depth"} <= red(arms["peft-checkpointing-optimizer"])
+    assert red(arms["peft+offload"]) == {"parity"}
+    assert "1 of 15 are wrong" in arms["peft+offload"].detail
+    assert {"weights", "loss"} <= red(arms["peft+batch1"])
+    assert "28 of 28 adapter tensors did not change" in arms["peft+batch1"].detail
+    assert {"work", "parity", "depth"} <= red(arms["peft+offload+batch1"])
     for name in list(faults)[:3]:
         assert arms[name].status == "red"
         assert arms[name].tokens_per_s is None
         assert arms[name].mfu is None
-    oom, killed = arms["peft+fastlora"], arms["peft+fastlora-optimizer"]
+    oom, killed = arms["peft+fastlora"], arms["peft+fastlora+batch1"]
     assert (oom.status, oom.tokens_per_s) == ("oom", None)
     assert oom.detail == "CUDA out of memory. Tried to allocate 2.00 GiB"
     assert killed.status == "failed"
     assert "SIGKILL" in killed.detail
-    assert red(arms["peft+fastlora-checkpointing"]) == {"depth"}  # past the layers that parity sees
+    assert red(arms["peft+fastlora+offload"]) == {"depth"}  # past the layers that parity sees
 
 
 @pytest.mark.usefixtures("forked")
@@ -130,13 +130,11 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("forked")
 def test_ctrl_c_leaves_a_partial_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running, arms = bench(
-        tmp_path, monkeypatch, {"peft-optimizer": "interrupt", "peft-checkpointing": ""}
-    )
+    running, arms = bench(tmp_path, monkeypatch, {"peft+batch1": "interrupt", "peft+offload": ""})
     assert running.stopped is not None
     assert running.stopped.exit_code == 130
     assert arms["peft"].tokens_per_s is not None
-    assert arms["peft-optimizer"].status == arms["peft-checkpointing"].status == "interrupted"
+    assert arms["peft+batch1"].status == arms["peft+offload"].status == "interrupted"
 
 
 def fastlora(*arguments: str, folder: Path, expect: int = 0) -> str:
@@ -201,6 +199,7 @@ def test_a_recipe_is_measured_with_its_own_rows(
     ("arguments", "told"),
     [
         (["--arms", "peft,unslot"], "no engine 'unslot'; known: peft, liger, unsloth"),
+        (["--arms", ""], "no engine ''"),
         (["--arms", "peft+graphs"], "peft has no option '+graphs'"),
         (["llama31-8"], "did you mean llama31-8b?"),
         (["nosuch"], "no suite or recipe of that name"),
@@ -210,6 +209,10 @@ def test_a_recipe_is_measured_with_its_own_rows(
         (["tiny", "--vram-cap", "8GiB"], "no CUDA GPU here"),
         (["tiny", "--frontier"], "no CUDA GPU here"),
         (["--compare", "no.json", "no.json"], "no.json"),
+        (
+            ["tiny", "--compare", "no.json", "no.json", "--vram-cap", "8GiB", "--ledger", "--json"],
+            "measures nothing; leave out [SUITE|RECIPE], --vram-cap, --ledger",
+        ),
         (["tiny", "--arms", "peft+hostembed"], "+hostembed: there is no CUDA GPU here"),
         (["tiny", "--arms", "peft+batch3"], "4 rows, which micro-batches of 3 do not make"),
     ],

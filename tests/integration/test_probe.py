@@ -370,7 +370,15 @@ def test_with_less_at_a_time_than_was_predicted_for_nothing_is_learnt(
 def test_a_budget_is_told_of(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"allocated_gib": 1.0, "allowed_gib": 11.25}
     monkeypatch.setattr("fastlora.train.probe.memory_now", lambda: figures)
-    Probes(monkeypatch, peak_gib=6.5)
+    probes, caps = Probes(monkeypatch, peak_gib=6.5), []
+    found = predicted(engine="unsloth", memory={"stream_layers": 20})
+    monkeypatch.setattr(learn, "predict_run", lambda job: found)
+    monkeypatch.setattr(
+        "fastlora.train.probe.cap_as_asked",
+        lambda recipe, engine, planned: caps.append((len(probes.tried), planned)),
+    )
     manifest = place.run(*SETTINGS, "train.steps=1", 'memory.vram="12GiB"')
     assert "; 7.25 of 12.00 GiB with the CUDA context" in place.said
+    # Before each micro-batch and after the last, since each may load kernels and pin memory.
+    assert caps == [(tried, found.memory.context) for tried in (0, 1, 2)]
     assert last(manifest) > 0

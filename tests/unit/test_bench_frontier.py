@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from plans import recipe
 
-from fastlora.bench.frontier import RESOLUTION, Trial, search
+from fastlora.bench import frontier
+from fastlora.bench.frontier import RESOLUTION, FrontierTask, Trial, search
+from fastlora.bench.schema import Arm, Work
 
 
 def card(
@@ -60,3 +65,38 @@ def test_batches_go_down_to_one() -> None:
     assert search(attempt, 1, 1024, 1, 24).fits == 2
     attempt, _ = card(lambda size: 20 + 7 * size, 24)
     assert search(attempt, 1, 1024, 1, 24).fits == 0
+
+
+def test_the_cap_is_set_anew_before_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context grows with the kernels that longer rows load, which the allocator's limit leaves out."""
+    import torch
+
+    weight, caps, steps = torch.nn.Parameter(torch.ones(1)), [], []
+
+    def loss(*_: Any) -> torch.Tensor:
+        steps.append(len(caps))
+        return weight.sum()
+
+    loaded: Any = SimpleNamespace(
+        set_adapter=lambda _: None,
+        adapter=lambda: [("lora_A", weight)],
+        recipe=recipe(),
+        model=SimpleNamespace(config=SimpleNamespace(vocab_size=16)),
+        collate=lambda rows: {},
+        on_device=lambda inputs: inputs,
+        device="cpu",
+        loss=loss,
+    )
+    monkeypatch.setattr(FrontierTask, "load", lambda _: loaded)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(frontier, "cap_memory", caps.append)
+    monkeypatch.setattr(frontier, "memory", lambda: {"peak_reserved_gib": 1.0})
+    arm = Arm.parse("peft")
+    task = FrontierTask(
+        arm=arm, recipe=recipe(), parity_checkpoint="", rows="", gradients="", work=Work(),
+        vram_cap_gib=24.0, limits={"seq_len_tokens": 512, "micro_batch": 1},
+    )  # fmt: skip
+    found = frontier.run_frontier(task)
+    assert [found[axis]["fits"] for axis in task.limits] == [512, 1]
+    assert caps == [24.0] * 5
+    assert steps == [2, 3, 4, 5]

@@ -103,6 +103,11 @@ def test_what_the_card_cannot_give_is_refused_and_what_disturbs_is_told(
         ("llama31-8b", "unsloth+hostembed+dequantized+fastlora+record+offload", ""),
         ("llama31-8b-dora", "peft+fastlora+dequantized", "memory.keep_dequantized: DoRA's"),
         ("tiny", "peft+fastlora+dequantized", "only 4-bit weights are dequantized"),
+        ("tiny", "peft-optimizer", r"^--arms peft-optimizer: -optimizer would change nothing"),
+        ("tiny", "peft+batch2", "batch2 would change nothing: it is so without it"),
+        ("llama31-8b", "peft+keep0", "keep0 would change nothing"),
+        ("llama31-8b", "peft+keep4-checkpointing", "keep4 would change nothing: no layer is comp"),
+        ("llama31-8b", "peft+batch4+offload-optimizer", ""),
     ],
 )
 def test_an_arm_that_would_not_be_what_its_name_says_is_refused_before_anything_is_loaded(
@@ -114,6 +119,41 @@ def test_an_arm_that_would_not_be_what_its_name_says_is_refused_before_anything_
         return
     with pytest.raises(UsageError, match=why):
         running.run()
+
+
+@pytest.mark.parametrize(
+    ("arms", "why"),
+    [
+        ("peft+fastlora+record", r"\+record would change nothing: there is no CUDA GPU here"),
+        ("peft+budget", r"\+budget would change nothing: there is no CUDA GPU here"),
+        ("peft-checkpointing", "-checkpointing would change nothing: it is so without it"),
+        ("peft+keep1", "keep1 would change nothing: no layer is computed again"),
+        ("peft,peft+offload,peft", "^--arms peft: it is named 2 times$"),
+        ("peft+offload,peft+offload+keep1,peft+batch1", ""),
+    ],
+)
+def test_what_a_cpu_does_not_have_is_refused_before_anything_is_loaded(
+    arms: str, why: str, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = [Arm.parse(arm) for arm in arms.split(",")]
+    running = bench(tmp_path, told, monkeypatch, arms=parsed)
+    if not why:
+        running.run()
+        return
+    with pytest.raises(UsageError, match=why):
+        running.run()
+
+
+def test_a_suite_of_recorded_arms_says_where_they_cannot_be(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = tmp_path / "ours.toml"
+    suite.write_text('like = "llama32-1b"\narms = ["peft+fastlora+record"]\n')
+    for machine, request in ((PROBED, {}), (GPU, {"lengths": "real"})):
+        with pytest.raises(UsageError, match=r"^ours: all its arms are recorded .* with --arms$"):
+            bench(tmp_path, told, monkeypatch, machine, target=str(suite), **request).run()
+    running = bench(tmp_path, told, monkeypatch, GPU, target=str(suite), ledger=True)
+    assert "peft+fastlora+record-optimizer" in [arm.arm for arm in running.run().arms]
 
 
 def test_what_a_recipe_asks_for_in_vain_is_told(
@@ -261,33 +301,25 @@ def test_what_is_recorded_is_measured_where_it_can_be(
     assert "unsloth-loss" not in names(GPU, arms=asked, ledger=True)
 
 
-def test_a_frontier_is_within_the_cap(
+def test_an_arm_without_a_frontier_is_refused_or_of_a_suite_left_out(
     tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running = bench(tmp_path, told, monkeypatch, GPU, vram_cap_gib=12.0)
-    running.machine = GPU
-    running.plan = running._plan()
-    asked: list[Any] = []
-
-    def worker(self: Bench, kind: str, task: str, **_: Any) -> dict[str, Any]:
-        asked.append(json.loads(task)["recipe"]["memory"]["vram"])
-        raise Failed("timeout", "no answer")
-
-    monkeypatch.setattr(Bench, "_worker", worker)
-    monkeypatch.setattr(
-        bench_run, "_config", lambda _: SimpleNamespace(max_position_embeddings=512)
-    )
-    running._frontier(Arm.parse("peft+budget"), {})
-    assert asked == ["12.0GiB"]
-
-
-def test_a_recorded_arm_has_no_frontier_of_calls_that_are_not_recorded(
-    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    running = bench(tmp_path, told, monkeypatch)
-    running._frontier(Arm.parse("peft+fastlora+record"), {})
+    names = "peft+batch1", "peft+fastlora+record", "unsloth+budget", "unsloth+packing"
+    arms = [Arm.parse(name) for name in ("peft", *names)]
+    with pytest.raises(UsageError) as refused:
+        bench(tmp_path, told, monkeypatch, GPU, arms=arms, frontier=True).run()
+    lines = str(refused.value).splitlines()
+    assert [line.split(" has none")[0] for line in lines] == [f"--frontier: {one}" for one in names]
+    running = bench(tmp_path, told, monkeypatch, GPU, target="llama32-1b", frontier=True)
+    running.run()
+    for arm in running.plan.arms[3:]:
+        running._frontier(arm, {})
     assert running.frontiers == []
-    assert "peft+fastlora+record: no frontier" in " ".join(told.getvalue().split())
+    suite = tmp_path / "packs.toml"
+    suite.write_text('like = "llama32-1b"\narms = ["peft+packing"]\n')
+    with pytest.raises(UsageError, match=r"^--frontier: no arm has one: its rows are full"):
+        bench(tmp_path, told, monkeypatch, GPU, target=str(suite), frontier=True).run()
+    assert " ".join(told.getvalue().split()).count(": no frontier: a size is tried twice") == 2
 
 
 def test_an_arm_whose_frontier_fails_has_its_rows(

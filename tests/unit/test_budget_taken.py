@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from click.testing import CliRunner
 from plans import H100, LLAMA_8B, card, predicted, recipe
 
 from fastlora.cli.main import cli
-from fastlora.engines.engaged import load_model
+from fastlora.engines.engaged import cap_as_asked, load_model
 from fastlora.engines.peft import PeftEngine
 from fastlora.errors import EngineError, RecipeError
 from fastlora.plan import gpus
@@ -100,7 +101,7 @@ def test_plan_says_what_a_run_takes_by_itself(model: Path) -> None:
     assert json.loads(budget.stdout)["default"] is None
 
 
-def test_plan_refuses_the_budget_that_a_run_refuses(model: Path) -> None:
+def test_plan_refuses_the_budget_that_a_run_refuses(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Also where it fits tightly."""
 
     def plan(*more: str) -> tuple[Any, int, str]:
@@ -124,9 +125,22 @@ def test_plan_refuses_the_budget_that_a_run_refuses(model: Path) -> None:
         refused = verdict != "fits"
         assert (found["budget"] is None) == ("a run would refuse" in said) == refused
         assert code == 3 * refused
+    monkeypatch.setattr(gpus, "installed", lambda: None)
     _, code, said = plan("--set", "memory.vram=20GiB")
     assert code == 0
     assert "name one with --gpu" in said
+    _, code, said = plan("--gpu", "RTX 4090", "--set", "memory.vram=20GiB", "--host", "4GiB")
+    assert code == 3
+    assert "20.00 GiB, and 4.0 of the host; a run would refuse" in said
+    # One that is not known is taken for another, as a run takes it.
+    monkeypatch.setattr(gpus, "installed", lambda: ("Voodoo 2", 12.0))
+    found, code, _ = plan("--set", "memory.vram=20GiB")
+    assert code == 0
+    assert found["budget"]["budget_gib"] == found["vram_gib"] == 12
+    assert found["gpu"] == {"name": "Voodoo 2", "tflops": ANY, "source": gpus.GUESSED}
+    _, code, said = plan("--set", f"memory.vram={least - 0.1}GiB")
+    assert code == 3
+    assert "a run would refuse" in said
 
 
 def test_a_budget_is_no_larger_than_the_card(model: Path) -> None:
@@ -234,6 +248,26 @@ def test_the_limit_is_on_what_this_process_holds(
     with pytest.raises(EngineError, match="not needed"):
         load_model(engine, recipe(memory={"vram": "12GiB"}), print)
     assert shares == [pytest.approx((12 - CONTEXT_GIB - 2**-6) / 79.2, abs=1e-5)]
+
+
+def test_the_limit_leaves_room_for_page_tables_that_were_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """unsloth pins streamed weights past PyTorch, which then knows of none."""
+    import torch
+
+    streams = {"stream_layers": 20, "vram": "12GiB"}
+    found = predicted(engine="unsloth", memory=streams)
+    tables_gib = found.memory.context / 2**30 - CONTEXT_GIB
+    assert tables_gib > 2**-8
+    on_a_card(monkeypatch, H100, 79.2, tables_gib)
+    shares: list[float] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    engine: Any = SimpleNamespace(name="unsloth")
+    cap_as_asked(recipe(memory=streams), engine, found.memory.context)
+    wanted = (12 - CONTEXT_GIB - tables_gib - 2**-6) / 79.2
+    assert shares == [pytest.approx(wanted, abs=1e-6)]
 
 
 def test_no_more_is_chosen_than_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -132,6 +134,25 @@ def test_a_suite_that_is_not_bundled_is_predicted_by_its_report(
         assert told == wanted
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("settings", "shape", None), ("settings", "work", {"lengths": "real"})],
+)
+def test_a_report_of_what_is_not_predicted_is_left_out(
+    section: str, key: str, value: Any, generator: ModuleType, tmp_path: Path
+) -> None:
+    source = next((ROOT / "benchmarks/results").glob("*-llama31-8b-24gib-h200")) / "report.json"
+    report = json.loads(source.read_text())
+    folder = tmp_path / "benchmarks/results/one"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks/measured.json", tmp_path / "benchmarks")
+    for expected in (2, 0):
+        (folder / "report.json").write_text(json.dumps(report))
+        assert sum(one.source == "one" for one in generator.rows(tmp_path)) == expected
+        report["name"] = "a recipe"
+        report[section][key] = value
+
+
 def test_a_table_that_is_not_in_step_is_mended(generator: ModuleType, tmp_path: Path) -> None:
     for folder in ("docs", "benchmarks/results"):
         (tmp_path / folder).mkdir(parents=True)
@@ -173,6 +194,16 @@ def test_policies_go_from_much_memory_to_little_and_from_fast_to_slow() -> None:
     assert ways[0].speed.tokens_per_s > ways[1].speed.tokens_per_s
     pinned = [term for term in ways[2].memory.host if term.name == "pinned checkpoints"]
     assert pinned[0].bytes == 32 * 8 * 2048 * 4096 * 2
+
+
+def test_streamed_layers_were_measured_with_our_kernels_alone(generator: ModuleType) -> None:
+    measured = [one.arm for one in generator.rows() if "+stream" in one.arm]
+    assert measured
+    assert all("+fastlora" in arm for arm in measured)
+    for mode, told in (("all", False), ("auto", True)):
+        asked = {"memory": {"stream_layers": 4}, "kernels": {"mode": mode}}
+        notes = predicted(engine="unsloth", **asked).setup.notes
+        assert any("stream_layers" in note for note in notes) is told
 
 
 def test_verdicts() -> None:
@@ -392,7 +423,29 @@ def test_a_gpu_is_known_by_its_name_and_goes_by_what_was_measured() -> None:
     assert own
     assert own.host_gb_s == 11.0
     assert (own.tflops, own.source) == (150.0, "measured by fastlora bench")
-    assert gpus.gpu_named("Voodoo 2") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("A100 40GB", "A100-PCIE-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("Tesla V100-SXM2-16GB", "V100 16GB"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        *((name, None) for name in (
+            "NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA T400 4GB", "NVIDIA GH200 480GB", "NVIDIA H20",
+            "NVIDIA GeForce RTX 4090 Laptop GPU", "Voodoo 2",
+        )),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_not_taken_for_one_whose_name_is_part_of_its_own(
+    name: str, like: str | None
+) -> None:
+    found, wanted = gpus.gpu_named(name), like and gpus.gpu_named(like)
+    assert (found and replace(found, name="")) == (wanted and replace(wanted, name=""))
 
 
 def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

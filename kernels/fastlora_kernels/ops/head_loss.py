@@ -16,7 +16,9 @@ the upstream gradient come in during backward, in float32. dA, dB, dW and db are
 g B and g^T S come of one read of g, where that is faster (ops/skinny.py).
 
 Memory beside inputs and outputs: the buffer; dh of the labelled rows (N x K); 2 x chunk x K; the sums; their parts of
-one read, in float32: chunk x R for each 512 of V, and V x R. Without Triton also three times the buffer in float32.
+one read, in float32: chunk x R for each 512 of V (256 or 128 where a processor has less shared memory than Hopper's,
+ops/skinny.py), and V x R for each program that shares such a strip: one from V = 67,000 on. Without Triton
+also three times the buffer in float32.
 Deterministic: no atomics, a fixed order. Shapes: T tokens, N of them labelled, C in a chunk, K inputs, V vocabulary,
 R rank.
 """
