@@ -337,7 +337,7 @@ class OutputSection(Section):
 
 AdvisedKey = Literal[
     "all", "data.sources", "data.eval_split", "data.rehearsal", "train.lr", "train.epochs", "train.effective_batch",
-    "lora.rank", "lora.alpha", "lora.dropout", "model.seq_len_tokens",
+    "train.eval_every_steps", "lora.rank", "lora.alpha", "lora.dropout", "model.seq_len_tokens",
 ]  # fmt: skip
 
 
