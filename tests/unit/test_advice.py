@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastlora.errors import RecipeError
-from fastlora.recipe.advice import Facts, advise, apply, fill, fill_eval
+from fastlora.recipe.advice import Facts, _epochs_range, advise, apply, fill, fill_eval
 from fastlora.recipe.curves import advise_after, overfitting
 from fastlora.recipe.library import bundled
 from fastlora.recipe.load import load_recipe
@@ -278,3 +278,21 @@ def test_a_source_that_is_forgotten(general: float, forgotten: bool) -> None:
     assert [one.what for one in said] == (["general is forgotten"] if forgotten else [])
     if forgotten:
         assert said[0].set == "Raise data.rehearsal.share above 0.15, or lower train.lr"
+
+
+def test_the_readme_has_the_same_rules() -> None:
+    """Its command for 800 rows gets no advice, and its table is what the rules say."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    command = next(part for part in readme.split("\n\n") if "train.eval_every_steps=" in part)
+    words = [word.strip("'") for word in command.split()]
+    settings = [word for word in words if "=" in word and not word.startswith("data.sources")]
+    own = load_recipe(bundled()["llama31"], settings)
+    assert keys(own, **rows(720, examples=800, held_out=80)) == []
+    bare = Recipe.model_validate(BARE)
+    named = {999: "under 1,000", 10_000: "to 10,000", 50_000: "to 50,000", 50_001: "more"}
+    for count, name in named.items():
+        filled = {one.key: one.value for one in fill(bare, replace(FACTS, **rows(count)))}
+        low, high = _epochs_range(count)
+        epochs = f"{low}" if low == high else f"{low} to {high}"
+        split = fill_eval(bare, count)[0].value
+        assert f"| {name} | {epochs} | {filled['lora.rank']} | {split} |" in readme
