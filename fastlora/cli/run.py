@@ -50,6 +50,8 @@ def command(
         with StopSignals(), contextlib.redirect_stdout(sys.stderr):
             document = _run(recipe, settings, resume, dry_run, auto)
     except Interrupted as stopped:
+        if not stopped.told:
+            click.echo(f"stopped by {stopped} before the first step; nothing was changed", err=True)
         sys.exit(stopped.exit_code)
     if as_json:
         click.echo(json.dumps(document, default=str))
