@@ -45,7 +45,10 @@ def _lines(report: Report) -> list[str]:
         if report.looked_at >= len(rows.good)
         else f"{len(rows.all):,} rows for exact repeats and leaks, a sample of {report.looked_at:,} for the rest"
     )
-    lines = [f"check: {looked}: {len(report.refused):,} with errors"]
+    way_out = (
+        "; `fastlora check` names them, --write-clean leaves them out" if report.refused else ""
+    )
+    lines = [f"check: {looked}: {len(report.refused):,} with errors{way_out}"]
     # What keeps the run from beginning at all it says itself; what is cut has a line of its own.
     told = [one for one in report.findings if not one.general and one.code != "truncated_answer"]
     for finding in told[:_SHOWN_FINDINGS]:

@@ -16,7 +16,7 @@ def command(name: str | None, as_json: bool) -> None:
     Save one to a file and change it: fastlora recipes llama31 > mine.toml
     """
     if name is not None:
-        text = library.read(library.find(name))
+        text = library.text(library.find(name))
         click.echo(json.dumps({"name": name, "toml": text}) if as_json else text, nl=as_json)
         return
     described = {name: library.describe(path) for name, path in library.bundled().items()}

@@ -50,6 +50,8 @@ def command(
         with StopSignals(), contextlib.redirect_stdout(sys.stderr):
             document = _run(recipe, settings, resume, dry_run, auto)
     except Interrupted as stopped:
+        if not stopped.told:
+            click.echo(f"stopped by {stopped} before the first step; nothing was changed", err=True)
         sys.exit(stopped.exit_code)
     if as_json:
         click.echo(json.dumps(document, default=str))
@@ -78,19 +80,21 @@ def _run(
 
 
 def _print_result(manifest: dict[str, Any]) -> None:
-    from fastlora.rundir.sections import exports
+    from fastlora.rundir.sections import exports, held_out_losses
 
     result = manifest["result"]
     click.echo(f"run       {manifest['path']}")
     click.echo(
         f"loss      {result['first_loss']:.4f} -> {result['last_loss']:.4f} in {result['steps']} steps"
     )
+    began = manifest.get("eval_before", {})
     if result["eval_losses"]:
-        click.echo(f"held out  {result['eval_losses'][0]:.4f} -> {min(result['eval_losses']):.4f}")
-    before = manifest.get("eval_before", {}).get("by_source", {})
+        said = held_out_losses(result["eval_losses"], began.get("loss"), " -> ")
+        click.echo(f"held out  {said}")
+    before = began.get("by_source", {})
     for label, losses in result["eval_losses_by_source"].items():
-        began = f"{before[label]:.4f} before training -> " if label in before else ""
-        click.echo(f"  {label}: {began}{losses[-1]:.4f} at the end")
+        from_base = f"{before[label]:.4f} before training -> " if label in before else ""
+        click.echo(f"  {label}: {from_base}{losses[-1]:.4f} at the end")
     memory = f", peak {result['peak_reserved_gib']:.2f} GiB" if result["peak_reserved_gib"] else ""
     click.echo(
         f"speed     {result['tokens_per_s_median']:,.0f} tokens/s{memory}, {result['seconds']:.0f} s"

@@ -16,8 +16,8 @@ from fastlora.data.mask import Encoder
 from fastlora.data.prepared import Announce, DataStats, Prepared, SplitStats
 from fastlora.recipe.schema import Recipe
 
-# Part of the cache key: raise it when the same input would give other tokens.
-CACHE_VERSION = 4
+# Part of the cache key: raise it when the same input would give other tokens or counts.
+CACHE_VERSION = 5
 
 
 def cache_key(recipe: Recipe, encoder: Encoder, tables: Sequence[Table]) -> str:

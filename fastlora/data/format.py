@@ -8,8 +8,8 @@
 | prompt_completion | prompt, completion: both strings, or both lists of {role, content} |
 | text              | text                                                               |
 
-All but text may have a field system. An assistant's message of weight 0 is not learnt
-(data.supervise = "all" means all).
+A message's content is a string, or a list of parts {type: "text", text}. All but text may have a field system. An
+assistant's message of weight 0 is not learnt (data.supervise = "all" means all).
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ REQUIRED_FIELDS: dict[DataFormat, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+}
+_OPTIONAL_FIELDS: dict[DataFormat, tuple[str, ...]] = {
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system"),
+    "prompt_completion": ("system", "tools"),
+    "text": (),
 }
 FIELDS = (*dict.fromkeys(sum(REQUIRED_FIELDS.values(), ())), "input", "system", "tools")
 
@@ -79,6 +86,12 @@ def detect_format(fields: Iterable[Iterable[str]]) -> DataFormat | None:
                 votes[data_format] += 1
                 break
     return votes.most_common(1)[0][0] if votes else None
+
+
+def unread(fields: Iterable[str], data_format: DataFormat) -> list[str]:
+    """Those that a row of this format may have and nothing reads."""
+    read = {*REQUIRED_FIELDS[data_format], *_OPTIONAL_FIELDS[data_format]}
+    return sorted({*map(str, fields)} - read)
 
 
 def to_example(row: dict[str, Any], data_format: DataFormat, *, templated: bool) -> Chat | Plain:
@@ -234,6 +247,8 @@ def _messages(row: dict[str, Any], field: str) -> list[Message]:
             extras.pop("tool_calls", None)
         elif not isinstance(calls, list) or not all(map(_is_call, calls)):
             raise BadRow(f"{field}: message {place} has tool_calls that are not a list of calls")
+        if isinstance(content, list):
+            content = _joined(content, f"{field}: message {place}")
         if content is None and calls:
             content = ""
         elif not isinstance(content, str):
@@ -244,6 +259,18 @@ def _messages(row: dict[str, Any], field: str) -> list[Message]:
             raise EmptyText(f"{field}: message {place} is empty")
         messages.append({"role": role, "content": content, **extras})
     return messages
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """The text of content that is a list of parts, {type: "text", text}, as templates of models that see join it."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        text = part.get("text") if isinstance(part, dict) and kind == "text" else None
+        if not isinstance(text, str):
+            raise BadRow(f"{where} has a part of type {kind}; text alone is trained on")
+        texts.append(text)
+    return "".join(texts)
 
 
 def _is_call(call: Any) -> bool:

@@ -35,8 +35,9 @@ class SplitStats:
 @dataclass(slots=True)
 class DataStats:
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """Per source: name, label (short), role (train, rehearsal or eval), format, fingerprint, rows, bad_rows as
-    [number, reason], and of its rows: train and eval (rows and supervised_tokens of each), held_out, dropped."""
+    """Per source: name, label (short), role (train, rehearsal or eval), format, fingerprint, unread (columns), rows,
+    bad_rows as [number, reason], and of its rows: train and eval (rows and supervised_tokens of each), held_out,
+    dropped."""
     train: SplitStats = field(default_factory=SplitStats)
     eval: SplitStats | None = None
     stop_token: str = ""
@@ -72,10 +73,17 @@ class Prepared:
         return parts
 
 
+_SHOWN_COLUMNS = 6
+
+
 def announce_stats(stats: DataStats, recipe: Recipe, announce: Announce) -> None:
     for source in stats.sources:
         how = "detected" if source["detected"] else "as the recipe says"
-        skipped = f", {len(source['bad_rows'])} bad rows skipped" if source["bad_rows"] else ""
+        bad, unread = len(source["bad_rows"]), source["unread"]
+        skipped = f", {bad} bad row{'s' if bad > 1 else ''} skipped" if bad else ""
+        if unread:
+            more = f" and {len(unread) - _SHOWN_COLUMNS} more" if unread[_SHOWN_COLUMNS:] else ""
+            skipped += f"; not read: {', '.join(unread[:_SHOWN_COLUMNS])}{more}"
         announce(
             f"data: {source['name']}: {source['rows']:,} rows, format {source['format']} ({how}){skipped}"
         )

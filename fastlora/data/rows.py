@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlora.data.blend import Role, labels, sources_of
-from fastlora.data.format import FIELDS, BadRow, Chat, Plain, detect_format, to_example
+from fastlora.data.format import FIELDS, BadRow, Chat, Plain, detect_format, to_example, unread
 from fastlora.data.load import Table, load_table
 from fastlora.data.mask import Encoder, Rendered
 from fastlora.data.prepared import DataStats
@@ -51,6 +51,7 @@ def render_rows(
         data_format = format_of(source, table)
         if encoder.templated and data_format != "text":
             encoder.require_template()
+        columns: set[str] = set()
         bad: list[tuple[int, str]] = []
         good: list[Rendered] = []
         rendered.append(good)
@@ -58,6 +59,9 @@ def render_rows(
             try:
                 if row.value is None:
                     raise BadRow(row.problem)
+                columns.update(
+                    key for key, cell in row.value.items() if cell not in (None, "", [], {})
+                )
                 value = renamed(row.value, source.columns)
                 example: Chat | Plain = to_example(value, data_format, templated=encoder.templated)
                 good.append(encoder.render(example))
@@ -71,6 +75,7 @@ def render_rows(
                 "format": data_format,
                 "detected": source.format == "auto",
                 "fingerprint": table.fingerprint,
+                "unread": unread(columns - {*source.columns.values()}, data_format),
                 "rows": len(good),
                 "bad_rows": bad,
             }

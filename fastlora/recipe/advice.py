@@ -19,6 +19,8 @@ ALPHA_RANGE = (0.5, 2.0)  # alpha / rank
 _FEW_EXAMPLES = 50
 _LARGE_DATA = 5_000
 _SHORT_ANSWER_TOKENS = 16
+_FEW_HELD_OUT = 20
+_EVALUATIONS = 5  # a curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Facts:
     """Rows of data.sources, held-out ones too."""
     rows: int
     """Rows trained on, rehearsal too."""
+    held_out: int
     sequences: int
     supervised_tokens: int
     longest_row_tokens: int
@@ -107,6 +110,10 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> Advice | None:
     return Advice("train.lr", f"train.lr = {lr:g}", f"it is {how}", "Set train.lr = 2e-4")
 
 
+def _counted(epochs: float) -> str:
+    return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
+
+
 def _epochs_range(rows: int) -> tuple[float, float]:
     return (3, 5) if rows < 1_000 else (1, 3) if rows <= 10_000 else (1, 1)
 
@@ -129,7 +136,7 @@ def _epochs(recipe: Recipe, facts: Facts) -> Advice | None:
         better = high
     elif epochs < low and train.steps is None:
         why = (
-            f"{facts.rows:,} rows make few steps in {epochs:.3g} epochs; {good} is usual for so few"
+            f"{facts.rows:,} rows make few steps in {_counted(epochs)}; {good} is usual for so few"
         )
         better = low
     else:
@@ -152,6 +159,52 @@ def _no_eval(recipe: Recipe, facts: Facts) -> Advice | None:
         "data.eval_split: nothing is held out",
         f"training loss on {facts.rows:,} rows falls whether the model learns the task or the rows",
         f"Set data.eval_split = {split} ({rows:,} rows)",
+    )
+
+
+def _held_out(recipe: Recipe, facts: Facts) -> Advice | None:
+    split, held_out = recipe.data.eval_split, facts.held_out
+    if not split or facts.examples < _FEW_EXAMPLES:
+        return None
+    good = _good_eval_split(facts.examples)
+    rows = round(facts.examples * good) if good < 1 else int(good)
+    if held_out < _FEW_HELD_OUT and rows >= 2 * held_out:
+        why = f"the loss on {held_out} row{'s' * (held_out != 1)} is mostly luck, and {_judges(recipe)} by it"
+    elif held_out > facts.rows / 2:
+        why = f"{held_out:,} of {held_out + facts.rows:,} rows are not learnt from"
+    else:
+        return None
+    key = "data.eval_split"
+    return Advice(key, f"{key} = {split:g}", why, f"Set {key} = {good} ({rows:,} rows)")
+
+
+def _judges(recipe: Recipe) -> str:
+    train = recipe.train
+    judges = ["best checkpoint"] * train.keep_best
+    judges += ["early stopping"] * bool(train.early_stopping_patience)
+    return f"{' and '.join(judges)} {'go' if len(judges) > 1 else 'goes'}" if judges else "you go"
+
+
+def _evaluations(recipe: Recipe, facts: Facts) -> Advice | None:
+    train = recipe.train
+    if not (train.keep_best or train.early_stopping_patience):
+        return None
+    epoch = math.ceil(facts.sequences / _batch(recipe))
+    steps = train.steps or math.ceil(epochs_of(recipe, facts) * epoch)
+    count = math.ceil(steps / (train.eval_every_steps or epoch))
+    # A run is cut short after patience + 1 of them at the soonest, which must not be the last.
+    needed = (train.early_stopping_patience or 0) + 2
+    every = steps // max(needed, _EVALUATIONS)
+    if count >= needed or not every:
+        return None
+    what = "early stopping never comes" if train.early_stopping_patience else "none can be better"
+    key = "train.eval_every_steps"
+    times = "once" if count == 1 else f"{count} times"
+    return Advice(
+        key,
+        f"{key} = {train.eval_every_steps}" if train.eval_every_steps else f"{key}: not set",
+        f"{steps:,} steps are evaluated {times}, so {what}",
+        f"Set {key} = {every}",
     )
 
 
@@ -270,8 +323,8 @@ def _seq_len(recipe: Recipe, facts: Facts) -> Advice | None:
 
 
 _RULES: tuple[Callable[[Recipe, Facts], Advice | None], ...] = (
-    _prompting_first, _learning_rate, _epochs, _no_eval, _effective_batch, _alpha, _rank,
-    _rehearsal, _dropout, _seq_len,
+    _prompting_first, _learning_rate, _epochs, _no_eval, _held_out, _evaluations,
+    _effective_batch, _alpha, _rank, _rehearsal, _dropout, _seq_len,
 )  # fmt: skip
 
 

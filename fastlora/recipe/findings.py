@@ -26,7 +26,7 @@ KINDS: dict[str, Kind] = {
     "role_order": Kind("error", "turns in an order that no chat has"),
     "template_unusable": Kind("error", "the model's tokenizer or template cannot lay out these rows", True),
     "template_refused": Kind("error", "the chat template refuses the row or drops a part of it", True),
-    "template_token": Kind("error", "special tokens or markers of a chat template inside the text"),
+    "template_token": Kind("error", "special tokens or markers of a chat template in the text itself"),
     "template_bos": Kind("error", "begins with two BOS tokens", True),
     "template_stop": Kind("error", "the last answer is not followed by a token that ends it", True),
     "leakage_pair": Kind("error", "question and answer are in the held-out rows as well"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from fastlora.errors import UsageError
@@ -45,6 +46,17 @@ def read(path: Path) -> str:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+def text(path: Path) -> str:
+    """The text of a recipe file that may be saved in another folder: of the paths in it, those of files beside it are
+    absolute."""
+
+    def anchored(quoted: re.Match[str]) -> str:
+        beside = path.parent / quoted[1]
+        return f'"{beside.resolve().as_posix()}"' if beside.exists() else quoted[0]
+
+    return re.sub(r'"([^"\n]+/[^"\n]+)"', anchored, read(path))
 
 
 def find(name: str) -> Path:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from fastlora.errors import RecipeError
 from fastlora.recipe import library
-from fastlora.recipe.schema import Recipe, SourceSection
+from fastlora.recipe.schema import TEMPLATE_TYPES, Recipe, SourceSection
 
 TomlTable = dict[str, Any]
 
@@ -107,7 +107,6 @@ def _is_text(parts: Sequence[str]) -> bool:
 _SOURCES = ("data.sources", "data.eval_sources", "data.rehearsal.source")
 _PATHS = ("model.name", "data.template", *_SOURCES, "eval.prompts")
 _FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-_TEMPLATE_TYPES = (".jinja", ".j2")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -145,7 +144,7 @@ def _anchor_paths(table: TomlTable, folder: Path, keys: Sequence[str]) -> None:
             continue
         if name == "prompts" and isinstance(holder[name], list):
             continue  # of texts
-        if name != "template" or str(holder[name]).endswith(_TEMPLATE_TYPES):
+        if name != "template" or str(holder[name]).endswith(TEMPLATE_TYPES):
             holder[name] = anchored(holder[name])
 
 
@@ -210,14 +209,23 @@ _ALIASES = {
     "learning_rate": "train.lr",
     "r": "lora.rank",
     "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_target": "lora.target_modules",
+    "lora_target_linear": "lora.target_modules",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "use_rslora": "lora.rslora",
     "use_dora": "lora.dora",
     "max_seq_length": "model.seq_len_tokens",
     "max_length": "model.seq_len_tokens",
+    "max_seq_len": "model.seq_len_tokens",
+    "cutoff_len": "model.seq_len_tokens",
     "sequence_len": "model.seq_len_tokens",
     "base_model": "model.name",
+    "model_name": "model.name",
+    "model_name_or_path": "model.name",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
     "load_in_4bit": "model.quantization",
     "load_in_8bit": "model.quantization",
     "num_train_epochs": "train.epochs",
@@ -228,10 +236,31 @@ _ALIASES = {
     "batch_size": "train.micro_batch",
     "gradient_accumulation_steps": "train.accumulation",
     "warmup_ratio": "train.warmup_fraction",
+    "warmup_steps": "train.warmup_fraction",
+    "lr_scheduler_type": "train.scheduler",
+    "optim": "train.optimizer",
+    "logging_steps": "train.log_every_steps",
+    "evals_per_epoch": "train.eval_every_steps",
+    "saves_per_epoch": "train.save_every_steps",
+    "save_total_limit": "train.keep_checkpoints",
+    "load_best_model_at_end": "train.keep_best",
+    "random_state": "train.seed",
+    "resume_from_checkpoint": "fastlora run --resume",
     "gradient_checkpointing": "train.checkpointing",
+    "use_gradient_checkpointing": "train.checkpointing",
     "val_set_size": "data.eval_split",
+    "val_size": "data.eval_split",
     "datasets": "data.sources",
+    "dataset": "data.sources",
+    "dataset_path": "data.sources",
+    "type": "format",
+    "sample_packing": "data.packing",
+    "train_on_inputs": "data.supervise",
+    "train_on_responses_only": "data.supervise",
+    "assistant_only_loss": "data.supervise",
+    "completion_only_loss": "data.supervise",
     "output_dir": "output.dir",
+    "wandb_project": "output.report_to",
     "exact_match_rows": "eval.rows",
 }
 

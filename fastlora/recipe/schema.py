@@ -19,6 +19,8 @@ DataFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "tex
 MixUnit = Literal["tokens", "rows"]
 """What a share of a mix is counted in: supervised tokens, or rows."""
 
+TEMPLATE_TYPES = (".jinja", ".j2")
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -122,6 +124,13 @@ class DataSection(Section):
                 "eval_split: a number of rows must be whole; a fraction must be below 1"
             )
         problems = [_weights_problem("sources", self.sources)]
+        if self.template not in ("tokenizer", "none") and not self.template.endswith(
+            TEMPLATE_TYPES
+        ):
+            problems.append(
+                f'template: {self.template!r} is neither "tokenizer", which is the model\'s own, "none" nor a .jinja '
+                "file; no template comes by name: put another one into a file"
+            )
         if self.rehearsal:
             problems.append(_weights_problem("rehearsal.source", self.rehearsal.source))
         if any(source.weight is not None for source in self.eval_sources):
@@ -337,7 +346,7 @@ class OutputSection(Section):
 
 AdvisedKey = Literal[
     "all", "data.sources", "data.eval_split", "data.rehearsal", "train.lr", "train.epochs", "train.effective_batch",
-    "lora.rank", "lora.alpha", "lora.dropout", "model.seq_len_tokens",
+    "train.eval_every_steps", "lora.rank", "lora.alpha", "lora.dropout", "model.seq_len_tokens",
 ]  # fmt: skip
 
 

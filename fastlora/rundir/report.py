@@ -88,7 +88,8 @@ def _headline(manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
         steps = max(e.get("step", 0) for e in entries)
         said.append(f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {steps:,} steps")
     if held_out:
-        said.append(f"held out {held_out[0]:.4f} to {min(held_out):.4f} at best")
+        before = (manifest.get("eval_before") or {}).get("loss")
+        said.append(f"held out {sections.held_out_losses(held_out, before, ' to ')}")
     answers = manifest.get("answers") or {}
     for metric, *values in sections.scores(answers)["rows"]:
         if len(values) == 2 and all(values):

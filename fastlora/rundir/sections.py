@@ -53,6 +53,15 @@ def scores(answers: Mapping[str, Any]) -> dict[str, Any]:
     return _aligned(["metric", *times], rows)
 
 
+def held_out_losses(losses: Sequence[float], before: float | None, to: str) -> str:
+    """From the first that is known, which with `before` is the base model's, to the last; and the lowest, where the
+    last is above it. Of one alone nothing is said to have changed."""
+    known = [*([] if before is None else [before]), *losses]
+    ends = [f"{loss:.4f}" for loss in (known if len(known) < 2 else (known[0], known[-1]))]
+    best = f"{min(losses):.4f}"
+    return to.join(ends) + ("" if best == ends[-1] else f", {best} at best")
+
+
 def shown_score(metric: str, value: float) -> str:
     """chrF goes to 100; the others are shares."""
     return f"{value:.1f}" if metric == "chrf" else f"{value:.1%}"
@@ -102,7 +111,7 @@ def splits(data: Mapping[str, Any]) -> dict[str, Any]:
 def sources(sources: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
-            key: len(value) if key == "bad_rows" else value
+            key: len(value) if key == "bad_rows" else ", ".join(value) if key == "unread" else value
             for key, value in source.items()
             if key not in ("fingerprint", "detected", "label")
         }

@@ -22,6 +22,7 @@ def facts_of(data: Prepared, engine: str) -> Facts:
     return Facts(
         examples=_examples(data),
         rows=train.rows,
+        held_out=data.stats.eval.rows if data.stats.eval else 0,
         sequences=train.sequences,
         supervised_tokens=train.supervised_tokens,
         longest_row_tokens=train.longest_row_tokens,

@@ -195,6 +195,7 @@ def train_run(
         except Interrupted as stopped:
             run.update(status="interrupted", ended=_now())
             notes.say(f"stopped by {stopped}; resume with:\n  {request.resume_command}")
+            stopped.told = True
             raise
         except BaseException as error:
             explained = _failed(run, request, error)

@@ -17,6 +17,8 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int) -> None:
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+        self.told = False
+        """Whether the user has been told how to go on."""
         super().__init__(signal.Signals(signal_number).name)
 
 

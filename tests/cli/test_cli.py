@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from fastlora.cli.main import COMMANDS, cli
+from fastlora.recipe import library
+from fastlora.recipe.load import load_recipe
+from fastlora.train.stop import Interrupted
 
 HEAVY = ("torch", "transformers", "pydantic", "datasets", "rich", "matplotlib", "pandas")
 
@@ -68,6 +72,25 @@ def test_recipes_lists_and_shows() -> None:
     assert "[train]" in shown
     document = json.loads(CliRunner().invoke(cli, ["recipes", "--json"]).output)
     assert {entry["name"] for entry in document} >= {"tiny", "qwen3"}
+
+
+def test_a_recipe_saved_elsewhere_finds_its_model_and_data(tmp_path: Path) -> None:
+    saved = tmp_path / "mine.toml"
+    saved.write_text(CliRunner().invoke(cli, ["recipes", "tiny"]).output)
+    recipe, bundled = load_recipe(saved), load_recipe(library.find("tiny"))
+    assert Path(recipe.model.name).samefile(bundled.model.name)
+    assert Path(recipe.data.sources[0].path).samefile(bundled.data.sources[0].path)
+    assert recipe.output == bundled.output
+
+
+def test_ctrl_c_before_a_run_has_begun_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr("fastlora.cli.run._run", interrupted)
+    stopped = CliRunner().invoke(cli, ["run", "tiny"])
+    assert stopped.exit_code == 130
+    assert "stopped by SIGINT before the first step" in stopped.stderr
 
 
 def test_usage_errors_exit_with_2(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastlora.errors import RecipeError
-from fastlora.recipe.advice import Facts, advise, apply, fill, fill_eval
+from fastlora.recipe.advice import Facts, _epochs_range, advise, apply, fill, fill_eval
 from fastlora.recipe.curves import advise_after, overfitting
 from fastlora.recipe.library import bundled
 from fastlora.recipe.load import load_recipe
@@ -26,6 +26,7 @@ GOOD: dict[str, Any] = {
 FACTS = Facts(
     examples=5_200,
     rows=5_000,
+    held_out=200,
     sequences=5_000,
     supervised_tokens=1_000_000,
     longest_row_tokens=1_900,
@@ -50,10 +51,12 @@ def keys(recipe: Recipe, **facts: Any) -> list[str]:
 
 
 def rows(count: int, **more: Any) -> dict[str, Any]:
-    return {"examples": count, "rows": count, "sequences": count, "supervised_tokens": 200 * count, **more}  # fmt: skip
+    same = dict.fromkeys(("examples", "rows", "sequences"), count)
+    return {**same, "held_out": 20, "supervised_tokens": 200 * count, **more}  # fmt: skip
 
 
 REHEARSAL = {"source": "general.jsonl", "share": 0.15}
+EVERY_9, EVERY_700 = {"train__eval_every_steps": 9}, {"train__eval_every_steps": 700}
 PACKED = rows(5_000, sequences=500)
 
 
@@ -67,7 +70,7 @@ PACKED = rows(5_000, sequences=500)
         (None, {"train__lr": 1e-4}, {}, ""),
         (None, {"train__lr": 3e-4}, {}, ""),
         ("train.epochs", {"train__epochs": 6}, rows(999), "999 rows seen 6 times"),
-        ("train.epochs", {"train__epochs": 1}, rows(999), "999 rows make few steps in 1 epochs"),
+        ("train.epochs", {"train__epochs": 1}, rows(999), "999 rows make few steps in 1 epoch;"),
         (None, {"train__epochs": 5}, rows(999), ""),
         ("train.epochs", {"train__epochs": 4}, {}, "5,000 rows seen 4 times"),
         (None, {"train__epochs": 3}, {}, ""),
@@ -80,6 +83,19 @@ PACKED = rows(5_000, sequences=500)
         (None, {"train__epochs": 9, "train__early_stopping_patience": 3}, {}, ""),
         ("data.eval_split", {"data__eval_split": 0}, {}, "data.eval_split = 0.05 (260 rows)"),
         (None, {"data__eval_split": 0, "data__eval_sources": ["e.jsonl"]}, {}, ""),
+        ("data.eval_split", {"train__epochs": 3}, rows(300, held_out=6), "6 rows is mostly luck, and you go by it"),
+        ("data.eval_split", {"train__epochs": 3}, rows(300, held_out=6), "data.eval_split = 0.1 (30 rows)"),
+        ("data.eval_split", EVERY_9 | {"train__keep_best": True}, {"held_out": 19}, "best checkpoint goes by it"),
+        (None, {"train__epochs": 3}, rows(60, held_out=4), ""),
+        ("data.eval_split", {"train__epochs": 3}, rows(300, held_out=200), "200 of 500 rows are not learnt from"),
+        (None, {"data__eval_split": 0, "data__eval_sources": ["e.jsonl"]}, {"held_out": 6}, ""),
+        ("train.eval_every_steps", EVERY_700 | {"train__keep_best": True}, {}, "626 steps are evaluated once, so none"),
+        ("train.eval_every_steps", {"train__early_stopping_patience": 3}, {}, "626 steps are evaluated 2 times"),
+        ("train.eval_every_steps", {"train__early_stopping_patience": 3}, {}, "Set train.eval_every_steps = 125"),
+        (None, {"train__keep_best": True}, {}, ""),
+        (None, EVERY_9 | {"train__early_stopping_patience": 3}, {}, ""),
+        (None, {"train__keep_best": True, "train__epochs": None, "train__steps": 4}, {}, ""),
+        (None, EVERY_700, {}, ""),
         ("train.effective_batch", {"train__effective_batch": 8}, {}, "gradient of 8 rows"),
         ("train.effective_batch", {"train__effective_batch": 64}, {}, "leave 79 steps an epoch"),
         (None, {"train__effective_batch": 32}, {}, ""),
@@ -144,8 +160,8 @@ def test_a_key_that_no_advice_is_about_cannot_be_silenced(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", sorted(bundled()))
 def test_bundled_recipes_get_no_advice_on_data_as_theirs(name: str) -> None:
     recipe = load_recipe(bundled()[name])
-    tiny = Facts(1_200, 1_000, 1_000, 7_000, 40, 0.05, "peft")
-    usual = Facts(10_000, 9_800, 9_800, 3_000_000, 9_000, 0.2, "unsloth")
+    tiny = Facts(1_200, 1_000, 200, 1_000, 7_000, 40, 0.05, "peft")
+    usual = Facts(10_000, 9_800, 200, 9_800, 3_000_000, 9_000, 0.2, "unsloth")
     assert advise(recipe, tiny if name == "tiny" else usual) == []
 
 
@@ -262,3 +278,21 @@ def test_a_source_that_is_forgotten(general: float, forgotten: bool) -> None:
     assert [one.what for one in said] == (["general is forgotten"] if forgotten else [])
     if forgotten:
         assert said[0].set == "Raise data.rehearsal.share above 0.15, or lower train.lr"
+
+
+def test_the_readme_has_the_same_rules() -> None:
+    """Its command for 800 rows gets no advice, and its table is what the rules say."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    command = next(part for part in readme.split("\n\n") if "train.eval_every_steps=" in part)
+    words = [word.strip("'") for word in command.split()]
+    settings = [word for word in words if "=" in word and not word.startswith("data.sources")]
+    own = load_recipe(bundled()["llama31"], settings)
+    assert keys(own, **rows(720, examples=800, held_out=80)) == []
+    bare = Recipe.model_validate(BARE)
+    named = {999: "under 1,000", 10_000: "to 10,000", 50_000: "to 50,000", 50_001: "more"}
+    for count, name in named.items():
+        filled = {one.key: one.value for one in fill(bare, replace(FACTS, **rows(count)))}
+        low, high = _epochs_range(count)
+        epochs = f"{low}" if low == high else f"{low} to {high}"
+        split = fill_eval(bare, count)[0].value
+        assert f"| {name} | {epochs} | {filled['lora.rank']} | {split} |" in readme

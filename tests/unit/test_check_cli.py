@@ -263,7 +263,8 @@ def test_before_a_run_a_sample_is_looked_at_and_gates_look_at_all(
     recipe = load_recipe(path)
     found = check_before_run(recipe, load_tokenizer(recipe.model), said.append)
     assert said[0] == (
-        "check: 100 rows for exact repeats and leaks, a sample of 50 for the rest: 1 with errors"
+        "check: 100 rows for exact repeats and leaks, a sample of 50 for the rest: 1 with errors; "
+        "`fastlora check` names them, --write-clean leaves them out"
     )
     assert "duplicate_pair: 1 row: " in said[1]
     assert "first train.jsonl: line 61" in said[1]

@@ -51,6 +51,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def said(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
 @pytest.mark.parametrize("suffix", FILE_TYPES)
 @pytest.mark.parametrize("name", ROWS)
 def test_each_format_from_each_file_type(name: Any, suffix: str, tmp_path: Path) -> None:
@@ -201,6 +205,14 @@ def test_unreadable_sources(name: str, content: bytes | None, message: str, tmp_
         ({"messages": [{"role": "user", "content": ""}]}, "messages", "message 1 is empty"),
         ({"messages": ["hi"]}, "messages", "message 1 is str"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "sharegpt", "content of type int"),
+        (
+            {"messages": [said([{"type": "image_url"}])]},
+            "messages",
+            "message 1 has a part of type image_url",
+        ),
+        ({"messages": [said([{"type": "text"}])]}, "messages", "message 1 has a part of type text"),
+        ({"messages": [said(["a"])]}, "messages", "message 1 has a part of type str"),
+        ({"messages": [said([])]}, "messages", "message 1 is empty"),
         ({"text": None}, "text", "has no text"),
         ({"messages": [{**TURNS[1], "weight": 0.5}]}, "messages", "weight 0.5; known: 0, 1"),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "messages", "no assistant turn"),
@@ -225,6 +237,12 @@ def test_unreadable_sources(name: str, content: bytes | None, message: str, tmp_
 def test_bad_rows_say_why(row: dict[str, Any], data_format: Any, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
         to_example(row, data_format, templated=True)
+
+
+def test_content_may_be_a_list_of_texts() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    example = to_example({"messages": [said(parts), TURNS[1]]}, "messages", templated=True)
+    assert example == Chat([said("Hello"), TURNS[1]])
 
 
 def test_detection_goes_with_most_rows_and_may_find_nothing() -> None:

@@ -119,9 +119,18 @@ def test_bad_rows_are_skipped_and_counted_on_request(tmp_path: Path, tokenizer: 
     data, said = run(recipe(path, on_bad_row="skip"), tokenizer)
     assert data.stats.train.rows == 2
     assert data.stats.sources[0]["bad_rows"][0][0] == 2
-    assert any("1 bad rows skipped" in line for line in said)
+    assert any("1 bad row skipped" in line for line in said)
     with pytest.raises(DataError, match="no rows"):
         run(recipe(write(tmp_path, ["{"], "all_bad.jsonl"), on_bad_row="skip"), tokenizer)
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path: Path, tokenizer: Any) -> None:
+    asked = {"question": "a", "output": "b", "input": "", "empty": "", "tags": None}
+    rows = [asked, {**asked, "history": [["c", "d"]], "id": 7}]
+    source = {"path": str(write(tmp_path, rows)), "columns": {"instruction": "question"}}
+    data, said = run(recipe("", sources=[source]), tokenizer)
+    assert data.stats.sources[0]["unread"] == ["history", "id"]
+    assert any(line.endswith("(detected); not read: history, id") for line in said)
 
 
 def test_unknown_columns_name_what_is_known_and_can_be_renamed(

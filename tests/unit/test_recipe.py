@@ -101,6 +101,9 @@ def test_set_values_are_toml() -> None:
         ("train", "gradient_accumulation_steps", "train.accumulation"),
         ("eval", "exact_match_rows", "eval.rows"),
         ("output", "merg", "output.merge"),
+        ("train", "warmup_steps", "train.warmup_fraction"),
+        ("train", "train_on_responses_only", "data.supervise"),
+        ("data", "type", "format"),
     ],
 )
 def test_typos_name_what_was_meant(tmp_path: Path, section: str, typo: str, meant: str) -> None:
@@ -122,6 +125,7 @@ def test_typos_name_what_was_meant(tmp_path: Path, section: str, typo: str, mean
         ("lora.dropout", "1.0"),
         ("lora.target_modules", '"all"'),
         ("data.packing", "1"),
+        ("data.template", "chatml"),
         ("data.on_bad_row", '"ignore"'),
         ("data.eval_split", "-1"),
         ("data.eval_split", "true"),

@@ -14,6 +14,7 @@ from runs import HOSTILE, entries, make_run
 from fastlora.cli.main import cli
 from fastlora.rundir.curves import plots
 from fastlora.rundir.report import write_report
+from fastlora.rundir.sections import held_out_losses
 from fastlora.rundir.store import RunDir
 
 
@@ -51,7 +52,7 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "llama31" / "7"))
     text = seen(page)
     for figure in (
-        "llama31/7", "finished", "Loss 3.0000 to 0.0750 in 40 steps", "held out 1.9000 to 1.6000 at best",
+        "llama31/7", "finished", "Loss 3.0000 to 0.0750 in 40 steps", "held out 2.2500 to 1.6000;",
         "lora.rank = 32 for 1,150 rows", "12.00 GiB: 11.43 GiB and 10,729 tokens/s predicted",
         "memory.keep_layers = 10 of 28 layers", "tokens 120,130", "median 9,123", "reserved 7.06 GiB", "for 600 s",
         "Loss (nats", "held out", "Held-out loss by source", "cipher", "$general$", "Learning rate",
@@ -186,3 +187,17 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str | None)
     assert done.exit_code == 1
     assert "not a run's folder" in done.output
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "before", "said"),
+    [
+        ([9.8], None, "9.8000"),  # and not 9.8000 to 9.8000
+        ([3.2], 9.7, "9.7000 to 3.2000"),
+        ([2.0, 1.5, 1.9], None, "2.0000 to 1.9000, 1.5000 at best"),
+        ([2.0, 1.5], None, "2.0000 to 1.5000"),
+        ([1.50001, 1.50002], 2.0, "2.0000 to 1.5000"),
+    ],
+)
+def test_held_out_losses_as_they_went(losses: list[float], before: float | None, said: str) -> None:
+    assert held_out_losses(losses, before, " to ") == said
