@@ -113,11 +113,12 @@ def rows(root: Path = ROOT) -> Iterator[Row]:
         settings, environment = report["settings"], report["environment"]
         if not settings["shape"] or settings["work"]["lengths"] != "full":
             continue  # of a checkpoint whose shape is not there (--model, a recipe), or rows that are not full
+        spec = own_suite(report)
         for arm in report["arms"]:
             if arm["status"] == "ok":
                 yield row(
                     report["name"], arm["arm"], environment["machine"]["gpu"], path.parent.name,
-                    spec=own_suite(report), ceilings=environment["ceilings"], chosen=chosen(arm["notes"]),
+                    spec=spec, ceilings=environment["ceilings"], chosen=chosen(arm["notes"]),
                     allocated_gib=arm["peak_allocated_gib"], reserved_gib=arm["peak_reserved_gib"],
                     tokens_per_s=arm["tokens_per_s"]["p50"],
                 )  # fmt: skip

@@ -33,13 +33,13 @@ REQUIRED_FIELDS: dict[DataFormat, tuple[str, ...]] = {
     "text": ("text",),
 }
 _OPTIONAL_FIELDS: dict[DataFormat, tuple[str, ...]] = {
+    "alpaca": ("input", "system"),
     "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system"),
     "prompt_completion": ("system", "tools"),
     "text": (),
 }
-FIELDS = (*dict.fromkeys(sum(REQUIRED_FIELDS.values(), ())), "input", "system", "tools")
+FIELDS = tuple(dict.fromkeys(sum((*REQUIRED_FIELDS.values(), *_OPTIONAL_FIELDS.values()), ())))
 
 _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",

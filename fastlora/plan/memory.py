@@ -108,9 +108,8 @@ def memory(
     if setup.engine == "unsloth":
         buffers.append(dequantized)
     lasting = [*always, *buffers]
-    host = _host(shape, setup)
-    pinned = sum(one.bytes for one in host if one.name.startswith("pinned"))
-    context = working.CONTEXT[setup.engine] + working.page_table_bytes(pinned)
+    pinned = _pinned(shape, setup)
+    context = working.CONTEXT[setup.engine] + working.page_table_bytes(_sum(pinned))
     kept = _kept(shape, setup)
     free = vram_gib * GIB - context - _sum((*lasting, *kept))
     loss = Term("loss", working.loss_bytes(shape, setup, free), _LOSSES[setup.loss])
@@ -136,6 +135,7 @@ def memory(
         # Gradients and the optimizer's state come later; each weight comes in 16 bits to be quantized.
         there = [one for one in always if one.name not in ("gradients", "optimizer state")]
         loading = _sum((*there, dequantized)) + embedding
+    host = _host(shape, setup, pinned)
     return Memory(moments, holes, context, host, loading, correction)
 
 
@@ -243,18 +243,24 @@ _SHARD = 5e9
 """Of a checkpoint's files, as save_pretrained cuts them; they are read one after the other."""
 
 
-def _host(shape: Shape, setup: Setup) -> tuple[Term, ...]:
+def _pinned(shape: Shape, setup: Setup) -> tuple[Term, ...]:
+    """Of the host's memory, what the GPU's page tables are for."""
+    streamed = f"of {setup.stream_layers} layers"
+    terms = (
+        Term("pinned checkpoints", working.host_kept_bytes(shape, setup), "what layers keep for their backward"),
+        Term("pinned weights", stored.streamed_bytes(shape, setup), streamed),
+        Term("pinned embedding", stored.host_embedding_bytes(shape, setup), "its rows are read over the bus"),
+    )  # fmt: skip
+    return tuple(one for one in terms if one.bytes)
+
+
+def _host(shape: Shape, setup: Setup, pinned: tuple[Term, ...]) -> tuple[Term, ...]:
     file = shape.parameters * (0.55 if shape.quantized == "bitsandbytes" else 2)
     terms = [
         Term("process", _PROCESS, "estimate: Python, PyTorch, CUDA"),
         Term("loading", min(_SHARD, file), "one file of the checkpoint"),
+        *pinned,
     ]
-    if pinned := working.host_kept_bytes(shape, setup):
-        terms.append(Term("pinned checkpoints", pinned, "what layers keep for their backward"))
-    if streamed := stored.streamed_bytes(shape, setup):
-        terms.append(Term("pinned weights", streamed, f"of {setup.stream_layers} layers"))
-    if embedding := stored.host_embedding_bytes(shape, setup):
-        terms.append(Term("pinned embedding", embedding, "its rows are read over the bus"))
     if paged := stored.optimizer_bytes(shape, setup, paged=True):
         terms.append(Term("paged optimizer state", paged, "where the card has no room"))
     return tuple(terms)

@@ -19,7 +19,6 @@ GIB = 2**30
 CONTEXT = {"peft": 768 * MIB, "liger": 768 * MIB, "unsloth": 846 * MIB}
 """What the driver counts beside PyTorch's allocator: CUDA context and loaded kernels (Hopper: 0.75 and 0.83 GiB)."""
 
-
 HOLES, SMALL_HOLES = 0.02, 40 * MIB
 """Reserved beside allocated where no tensor is a great part of all: this share of it, and so much in any case."""
 

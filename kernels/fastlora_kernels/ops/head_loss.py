@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
-from fastlora_kernels.ops.lora_linear import dense, frozen
+from fastlora_kernels.ops.lora_linear import add_up, dense, frozen
 from fastlora_kernels.ops.skinny import product, up_and_gradient
 from fastlora_kernels.triton_or_not import jit, tl, triton
 
@@ -212,19 +212,6 @@ def _check(
         )
 
 
-def _product(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    begun: torch.Tensor | None,
-    out: torch.Tensor,
-    scaling: float = 1.0,
-) -> torch.Tensor:
-    """out = begun + scaling left right, which is returned; `begun` may be `out`, or one row for all."""
-    if begun is None:
-        return out.addmm_(left, right, beta=0, alpha=scaling)
-    return torch.addmm(begun, left, right, alpha=scaling, out=out)
-
-
 class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -269,12 +256,11 @@ class HeadLoss(torch.autograd.Function):
             here = slice(start, start := start + len(rows_C))
             h_CK = hidden_TK.index_select(0, rows_C).to(dtype)
             logits_CV = buffer[: len(rows_C)]
-            begun_CV = bias
+            products = [(h_CK, weight_VK.T, 1.0)]
             if a is not None and b is not None:
-                # Its part first: the large product adds to it as it writes, and nothing is read once more.
                 down_CR = h_CK @ a.T
-                begun_CV = _product(down_CR, b.T, bias, logits_CV, scaling)
-            _product(h_CK, weight_VK.T, begun_CV, logits_CV)
+                products.insert(0, (down_CR, b.T, scaling))
+            add_up(logits_CV, bias, *products)
             losses_N[here] = cross_entropy_(
                 logits_CV, labels_N[here], shape, any(wants), ignore_index
             )

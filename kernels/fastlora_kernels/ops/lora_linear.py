@@ -429,16 +429,25 @@ def output(
     weight_KN = weight.to(x_TK.dtype).T
     y = x_TK.new_empty(*lead, weight_KN.shape[1])
     y_TN = y.view(-1, weight_KN.shape[1])
-    # S B^T first: the large product adds to it as it writes. Afterwards it would read and write y once more.
-    products = [(x_TK, weight_KN)] if low is None else [(low[0], low[1].T), (x_TK, weight_KN)]
-    first, *then = products
-    if bias_N is None:
-        torch.mm(*first, out=y_TN)
-    else:
-        torch.addmm(bias_N, *first, out=y_TN)
-    for left, right in then:
-        y_TN.addmm_(left, right)
+    adapters = [] if low is None else [(low[0], low[1].T, 1.0)]
+    add_up(y_TN, bias_N, *adapters, (x_TK, weight_KN, 1.0))
     return y
+
+
+def add_up(
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    *products: tuple[torch.Tensor, torch.Tensor, float],
+) -> None:
+    """out = bias + the sum of scaling left right. S B^T first: the large product adds to it as it writes. Afterwards it
+    would read and write `out` once more."""
+    for place, (left, right, scaling) in enumerate(products):
+        if place:
+            out.addmm_(left, right, alpha=scaling)
+        elif bias is None:
+            out.addmm_(left, right, beta=0, alpha=scaling)  # what is there is not read, NaN neither
+        else:
+            torch.addmm(bias, left, right, alpha=scaling, out=out)
 
 
 def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
