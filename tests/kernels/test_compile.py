@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from fastlora_kernels.ops import skinny
+from fastlora_kernels.ops import cast, dequantize, skinny
 
 OPS = "fastlora_kernels.ops."
 PLACES = {"KIND": "nested", "WORDS": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -31,9 +31,11 @@ TYPES = {  # of arguments that are not the usual *bf16 for ..._ptr and i32
 GLU = {"ACTIVATION": "gelu", "BLOCK": 1024}
 KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._dequantize", PLAIN | RANKS | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
-    ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"}, {}),
+    ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"},
+     {"num_warps": dequantize.FOLD_WARPS}),
     ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
     ("dequantize._row_norms", DENSE | RANKS, {"out_ptr": "*fp32", "absmax_ptr": "*bf16"}, {}),
+    ("cast._cast", {"BLOCK": cast.BLOCK}, dict.fromkeys([f"ptr_{i}" for i in range(cast.MOST)], "*fp32"), {}),
     ("skinny._sum_parts", {"RANK": 16, "BLOCK": 256, "AT_ONCE": 16}, {}, {}),
     ("glu._glu", GLU, {}, {}),
     ("glu._glu_backward", GLU, {}, {}),

@@ -27,6 +27,7 @@ BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 # The fastest of some twenty on an H200, without a fold and with one. Norms walk whole rows.
 PLAIN_TILE, FOLD_TILE, NORM_TILE = (16, 256), (64, 128), (16, 256)
 """Outputs x inputs."""
+PLAIN_WARPS, FOLD_WARPS = 4, 8
 
 Fold = tuple[torch.Tensor, torch.Tensor, float]
 """A (R, K) and B (N, R), and the scaling of their product."""
@@ -270,6 +271,7 @@ def dequantize(
         (*pointers, a, b, weight.table if row_scale is None else row_scale, out_NK),
         (n, k, float(scaling)),
         compiled | {"FOLD": fold is not None, "ROW_SCALE": row_scale is not None},
+        num_warps=FOLD_WARPS if fold else PLAIN_WARPS,
     )
     return out_NK
 

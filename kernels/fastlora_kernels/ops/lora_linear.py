@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import attention
 from fastlora_kernels.dense import kept_matrix
+from fastlora_kernels.ops.cast import cast_into
 from fastlora_kernels.ops.dequantize import Fold, dequantize
 from fastlora_kernels.ops.dropout import draw_seeds, dropout
 from fastlora_kernels.ops.eight_bit import EightBit
@@ -251,7 +252,7 @@ def low_rank(
 def in_one_dtype(
     adapters: Sequence[Any], dtype: torch.dtype
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Every A, one below the other, and each B, contiguous. In one launch: each is small, and launches add up."""
+    """Every A, one below the other, and each B, contiguous."""
     lower, upper = list(adapters[::3]), list(adapters[1::3])
     given = [*lower, *upper]
     if len(lower) == 1 and all(one.dtype == dtype and one.is_contiguous() for one in given):
@@ -260,15 +261,15 @@ def in_one_dtype(
     end = 0
     for one in given:
         if len(starts) >= len(lower):
-            end = -(-end // 8) * 8  # 16 bytes: what the products' fast kernels ask for
+            end = -(-end // 16) * 16  # what the fast kernels of products and of the cast ask for
         starts.append(end)
         end += one.numel()
     flat = given[0].new_empty(end, dtype=dtype)
+    cast_into(flat, starts, given)
     found = [
         flat[start : start + one.numel()].view(one.shape)
         for start, one in zip(starts, given, strict=True)
     ]
-    torch._foreach_copy_(found, given)
     a_RK = flat[: sum(one.numel() for one in lower)].view(-1, lower[0].shape[1])
     return a_RK, found[len(lower) :]
 
