@@ -39,9 +39,7 @@ from fastlora_kernels.triton_or_not import jit, tl, triton
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 LOGITS_BYTES = 2**28
 """1,046 rows of Llama 3's 128,256 logits in 16 bits: enough for the products to be bound by arithmetic."""
-TILE, CAPPED_TILE = (32768, 32), (8192, 8)
-"""Logits that a program takes at once, and its warps: the fastest of 16 on an H200 (docs/log.md). With a softcap, which
-was not among them, fewer, for want of registers."""
+BLOCK_V = 8192
 ALIGNED = 64
 """Rows of the buffer begin at multiples of so many logits: products and kernel then load whole vectors, at any V."""
 
@@ -122,12 +120,11 @@ def cross_entropy_(
     if choose_backend(logits.device, BACKENDS) == "reference":
         return reference.cross_entropy_(logits, labels, *shape, gradient, ignore_index)
     loss_C = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    widest, warps = TILE if shape.softcap is None else CAPPED_TILE
-    block = min(widest, triton.next_power_of_2(logits.shape[1]))
+    block = min(BLOCK_V, triton.next_power_of_2(logits.shape[1]))
     _cross_entropy[(logits.shape[0],)](
         logits, labels, loss_C, logits.shape[1], logits.stride(0), ignore_index, float(shape.logit_scale),
         float(shape.softcap or 1.0),
-        SOFTCAP=shape.softcap is not None, GRADIENT=gradient, BLOCK_V=block, num_warps=max(4, warps * block // widest),
+        SOFTCAP=shape.softcap is not None, GRADIENT=gradient, BLOCK_V=block, num_warps=8 if block > 1024 else 4,
     )  # fmt: skip
     return loss_C
 
