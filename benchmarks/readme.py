@@ -3,9 +3,9 @@
 python benchmarks/readme.py          # what lies between the two markers is made anew
 python benchmarks/readme.py --check  # exit 1 if README.md is not what it would be
 
-Of each benchmark (suite, model, lengths, cap, quantization) and GPU the newest report counts; one that was interrupted
-before two arms were measured, or that no commit can repeat, is left out with a line on stderr. Arms that an
-interrupted one did not come to are not shown.
+Of each benchmark (suite, model, lengths, cap, frontier, quantization) the newest report counts, whatever its GPU; one
+that was interrupted before two arms were measured, or that no commit can repeat, is left out with a line on stderr.
+Arms that an interrupted one did not come to are not shown.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def label(report: Report) -> str:
         quantization(report),
         "real lengths" if is_real(report) else "",
         f"{report.vram_cap_gib:g} GiB" if report.vram_cap_gib else "",
+        "frontier" if report.frontier else "",
     ]
     return ", ".join(filter(None, parts))
 
@@ -72,16 +73,21 @@ def when(report: Report) -> datetime:
 
 
 def newest(root: Path) -> list[tuple[Path, Report]]:
-    """(folder, report) per benchmark and GPU, in their order. Raises UsageError: a report that is none."""
+    """(folder, report) per benchmark, in their order. Raises UsageError: a report that is none."""
     found: dict[tuple[str | float, ...], tuple[Path, Report]] = {}
+    of_plan = {
+        path.stem for path in root.glob("benchmarks/suites/plan/*.toml")
+    }  # docs/plan.md shows them
     for path in sorted(root.glob("benchmarks/results/*/report.json")):
         report = read_report(path)
+        if report.name in of_plan:
+            continue
         if why := unfit(report):
             print(f"{path.relative_to(root)}: left out: {why}", file=sys.stderr)
             continue
         cap = report.vram_cap_gib or 0.0
         key = (
-            report.name, gpu(report), report.model, is_real(report), cap, quantization(report)
+            report.name, report.model, is_real(report), cap, bool(report.frontier), quantization(report)
         )  # fmt: skip
         try:
             if key not in found or when(report) > when(found[key][1]):

@@ -11,8 +11,8 @@ from fastlora.plan.shape import Shape
 from fastlora.plan.working import GIB
 
 SPARE = 0.015
-"""What is chosen for a budget was predicted to within 1 % where it is tightest, with weights streamed (docs/plan.md), and
-the limit of a process keeps 16 MiB for what the CUDA context has still to load."""
+"""What is chosen for a budget was predicted to within 1 % where it is tightest, with weights streamed (docs/plan.md),
+and the limit of a process keeps 16 MiB for what the CUDA context has still to load."""
 
 Moment = Literal["loss", "backward of a layer", "optimizer step"]
 
@@ -134,6 +134,7 @@ def memory(
         holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
     else:
         holes = working.HOLES * peak + working.SMALL_HOLES
+    holes += working.GRAPH_HOLES * setup.graphs
     loading = 0.0
     if embedding := stored.host_embedding_bytes(shape, setup):
         # Gradients and the optimizer's state come later; each weight comes in 16 bits to be quantized.

@@ -22,9 +22,12 @@ CONTEXT = {"peft": 768 * MIB, "liger": 768 * MIB, "unsloth": 846 * MIB}
 HOLES, SMALL_HOLES = 0.02, 40 * MIB
 """Reserved beside allocated where no tensor is a great part of all: this share of it, and so much in any case."""
 
+GRAPH_HOLES = 64 * MIB
+"""More where micro-batches are recorded: a graph's memory is a pool of its own."""
+
 LOGITS_HOLES = 1.6
 """The same where logits are kept whole, in logits of 2 bytes: freed in the forward pass, they leave room that the
-float32 ones of the backward do not fit into. 1.3 to 2.1 in 6 arms; which, is the allocator's luck."""
+float32 ones of the backward do not fit into. 1.1 to 2.1 in 12 arms; which, is the allocator's luck."""
 
 _UNSLOTH_LOGIT = 16
 """Bytes of one logit by which unsloth_zoo 2026.10 sizes its chunks; they aim at half of what is free, at most:"""

@@ -43,7 +43,8 @@ def test_readme_is_brought_in_sync(readme: Path, capsys: pytest.CaptureFixture[s
                          peak_reserved_gib=23.0)]  # fmt: skip
     write(report(*both, frontier=frontier, vram_cap_gib=24, model="small"), results / "new")
     old = report(arm("peft", (1.0, 1.0, 1.0)), started="2026-11-25T11:00:00+02:00")
-    write(old.model_copy(update={"vram_cap_gib": 24, "model": "small"}), results / "old")
+    replaced = {"vram_cap_gib": 24, "model": "small", "frontier": frontier}
+    write(old.model_copy(update=replaced), results / "old")
     red = arm("peft").model_copy(
         update={"status": "red", "gates": [Gate(name="loss", passed=False, detail="")]}
     )
@@ -59,23 +60,23 @@ def test_readme_is_brought_in_sync(readme: Path, capsys: pytest.CaptureFixture[s
         "| x peft | gates |\n"
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |\n"
         "| a\\|b, Small, nf4 | CPU | peft |  |  |  |  |  | red: loss |\n"
-        "| small, nf4, 24 GiB | NVIDIA H200 | peft | 1,000 [990..1,020] | 1.00x | 27 "
+        "| small, nf4, 24 GiB, frontier | NVIDIA H200 | peft | 1,000 [990..1,020] | 1.00x | 27 "
         "| 10.00 | 1.00x | 2 of 2 |\n"
-        "| small, nf4, 24 GiB | NVIDIA H200 | liger | 950 [900..1,000] | ~1 | 27 "
+        "| small, nf4, 24 GiB, frontier | NVIDIA H200 | liger | 950 [900..1,000] | ~1 | 27 "
         "| 10.00 | 1.00x | 2 of 2 |\n"
-        "| small, nf4, 24 GiB | NVIDIA H200 | unsloth | 2,000 [1,900..2,100] | 2.00x | 27 "
+        "| small, nf4, 24 GiB, frontier | NVIDIA H200 | unsloth | 2,000 [1,900..2,100] | 2.00x | 27 "
         "| 5.00 | 0.50x | 2 of 2 |\n"
         "\n"
         "- a\\|b, Small, nf4 on CPU: 2026-11-25, commit 5eed, "
         "[report](benchmarks/results/cpu/report.html)\n"
-        "- small, nf4, 24 GiB on NVIDIA H200: 2026-11-25, commit abc1234def56, "
+        "- small, nf4, 24 GiB, frontier on NVIDIA H200: 2026-11-25, commit abc1234def56, "
         "[report](benchmarks/results/new/report.html)\n"
         "\n"
         "The most that fits:\n\n"
         "| suite | GPU | arm | axis | fits | x first arm | fails at | tokens/s "
         "| peak reserved GiB |\n"
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
-        "| small, nf4, 24 GiB | NVIDIA H200 | peft | micro_batch | 7 | 1.00x | 8 | 1 | 23.00 |\n"
+        "| small, nf4, 24 GiB, frontier | NVIDIA H200 | peft | micro_batch | 7 | 1.00x | 8 | 1 | 23.00 |\n"
         "<!-- bench:end -->\nafter\n"
     )
 
@@ -87,9 +88,13 @@ def test_reports_of_other_work_stand_beside_each_other(readme: Path) -> None:
     int8["recipe"]["model"]["quantization"] = "int8"
     others: list[dict[str, Any]] = [
         {}, {"model": "Other"}, {"vram_cap_gib": 24}, {"settings": real}, {"settings": int8},
+        {"name": "tiny-8k"},
     ]  # fmt: skip
     for place, other in enumerate(others):
         write(report(**other), root / "benchmarks" / "results" / str(place))
+    plan = root / "benchmarks" / "suites" / "plan"
+    plan.mkdir(parents=True)
+    (plan / "tiny-8k.toml").touch()
     assert sync(root) == 0
     text = readme.read_text()
     for name in (
@@ -97,6 +102,7 @@ def test_reports_of_other_work_stand_beside_each_other(readme: Path) -> None:
         "small, Small, nf4, real lengths", "small, Small, int8",
     ):  # fmt: skip
         assert text.count(f"- {name} on NVIDIA H200") == 1, name
+    assert "tiny-8k" not in text  # it is for docs/plan.md
 
 
 def test_arms_that_were_not_come_to_are_not_shown(readme: Path) -> None:
