@@ -89,9 +89,11 @@ def _next(
     return round(guess) if low < guess < high else (low + high) // 2
 
 
-def run_frontier(task: FrontierTask) -> dict[str, Any]:
+def run_frontier(
+    task: FrontierTask, tell: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
     """For each axis fits, fails, tokens_per_s and peak_reserved_gib of its search; the model is loaded once, for
-    the longest row."""
+    the longest row. `tell` is given what was found so far after each of them."""
     import torch
 
     cap_memory(task.vram_cap_gib)
@@ -155,4 +157,5 @@ def run_frontier(task: FrontierTask) -> dict[str, Any]:
             "tokens_per_s": found.fits * row / found.trial.seconds if found.trial else None,
             "peak_reserved_gib": found.trial.peak_gib if found.trial else None,
         }
+        tell(answer)
     return answer

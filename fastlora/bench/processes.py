@@ -21,7 +21,8 @@ SWITCHES = frozenset({"UNSLOTH_BLOCK_CUDAGRAPHS", "UNSLOTH_RETURN_LOGITS"})
 
 
 class Failed(Exception):
-    """The process brought no result. `status`: oom, timeout or failed; `told`: what it could still say."""
+    """The process brought no result. `status`: oom, timeout or failed; `told`: what it could still say, or had said by
+    then."""
 
     def __init__(self, status: str, detail: str, told: Mapping[str, Any] | None = None) -> None:
         self.status, self.detail, self.told = status, detail, dict(told or {})
@@ -60,16 +61,18 @@ def run_worker(
         try:
             out, _ = process.communicate(task, timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise Failed("timeout", f"no answer within {timeout_s:.0f} s") from None
+            os.killpg(process.pid, signal.SIGKILL)
+            out, _ = process.communicate()
+            detail = f"no answer within {timeout_s:.0f} s"
+            raise Failed("timeout", detail, _answer(out)) from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    answer = _answer(out) or {
-        "status": "failed",
-        "detail": _last_words(log, began, process.returncode),
-    }
-    if answer.get("status") != "ok":
+    answer = _answer(out)
+    if answer is None or answer["status"] == "partial":
+        raise Failed("failed", _last_words(log, began, process.returncode), answer)
+    if answer["status"] != "ok":
         raise Failed(answer["status"], answer["detail"], answer)
     return answer
 

@@ -371,6 +371,7 @@ class Bench:
             nothing = {"fits": 0, "fails": None, "tokens_per_s": None, "peak_reserved_gib": None}
             detail = f"{failed.status}: {failed.detail}"
             answer = {axis: {**nothing, "detail": detail} for axis in AXES}
+            answer |= {axis: failed.told[axis] for axis in AXES if axis in failed.told}
         self.frontiers += [Frontier(arm=arm.name, axis=axis, **answer[axis]) for axis in AXES]
 
     def _worker(

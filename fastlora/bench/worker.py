@@ -114,19 +114,13 @@ def reference(task: str) -> dict[str, Any]:
     return run_reference(ReferenceTask.model_validate_json(task))
 
 
-def frontier(task: str) -> dict[str, Any]:
+def frontier(task: str, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     from fastlora.bench.frontier import FrontierTask, run_frontier
 
-    return run_frontier(FrontierTask.model_validate_json(task))
+    return run_frontier(FrontierTask.model_validate_json(task), tell)
 
 
-KINDS = {
-    "probe": probe,
-    "weights": weights,
-    "arm": arm,
-    "reference": reference,
-    "frontier": frontier,
-}
+KINDS = {"probe": probe, "weights": weights, "arm": arm, "reference": reference}
 
 
 def die_with_parent() -> None:
@@ -141,13 +135,23 @@ def main() -> int:
     die_with_parent()
     results, sys.stdout = sys.stdout, sys.stderr
     prefer_expandable_segments()
+
+    told: dict[str, Any] = {}
+
+    def tell(found: dict[str, Any]) -> None:
+        """What the parent is to have should this process come to no answer."""
+        told.update(found)
+        print(json.dumps({"status": "partial", **told}), file=results, flush=True)
+
     try:
-        answer = {"status": "ok", **KINDS[sys.argv[1]](sys.stdin.read())}
+        kind, task = sys.argv[1], sys.stdin.read()
+        found = frontier(task, tell) if kind == "frontier" else KINDS[kind](task)
+        answer = {"status": "ok", **found}
     except FastloraError as error:
-        answer = {"status": "failed", "detail": str(error)}
+        answer = told | {"status": "failed", "detail": str(error)}
     except Exception as error:
         traceback.print_exc()
-        answer = _explained(error)
+        answer = told | _explained(error)
     print(json.dumps(answer), file=results, flush=True)
     return 0
 

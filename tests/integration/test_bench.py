@@ -128,6 +128,22 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
     assert caught.value.detail == "no answer within 2 s"
 
 
+@pytest.mark.parametrize(
+    ("end", "status"), [("time.sleep(600)", "timeout"), ("os._exit(7)", "failed")]
+)
+def test_what_a_process_said_before_its_end_is_kept(end: str, status: str, tmp_path: Path) -> None:
+    script = f'import os, time; print(\'{{"status": "partial", "fits": 7}}\', flush=True); {end}'
+    with pytest.raises(Failed) as caught:
+        run_worker(
+            "frontier",
+            "",
+            log=tmp_path / "log",
+            timeout_s=2,
+            command=(sys.executable, "-c", script),
+        )
+    assert (caught.value.status, caught.value.told["fits"]) == (status, 7)
+
+
 @pytest.mark.usefixtures("forked")
 def test_ctrl_c_leaves_a_partial_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running, arms = bench(tmp_path, monkeypatch, {"peft+batch1": "interrupt", "peft+offload": ""})

@@ -96,7 +96,9 @@ def test_the_cap_is_set_anew_before_each_step(monkeypatch: pytest.MonkeyPatch) -
         arm=arm, recipe=recipe(), parity_checkpoint="", rows="", gradients="", work=Work(),
         vram_cap_gib=24.0, limits={"seq_len_tokens": 512, "micro_batch": 1},
     )  # fmt: skip
-    found = frontier.run_frontier(task)
+    told: list[list[str]] = []
+    found = frontier.run_frontier(task, lambda so_far: told.append([*so_far]))
+    assert told == [["seq_len_tokens"], ["seq_len_tokens", "micro_batch"]]
     assert [found[axis]["fits"] for axis in task.limits] == [512, 1]
     assert caps == [24.0] * 5
     assert steps == [2, 3, 4, 5]

@@ -60,11 +60,12 @@ def cast_into(out: torch.Tensor, starts: Sequence[int], given: Sequence[torch.Te
         torch._foreach_copy_(parts, list(given))
         return
     sizes = [one.numel() for one in given]
-    none = [0] * (MOST - len(given))
+    missing = MOST - len(given)
+    none = [0] * missing
     launch(
         _cast,
         (cdiv(max(sizes), BLOCK), len(given)),
-        (*given, *given[:1] * len(none), out),
+        (*given, *[given[0]] * missing, out),
         (*starts, *none, *sizes, *none),
         {"BLOCK": BLOCK},
     )
