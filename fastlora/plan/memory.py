@@ -130,11 +130,9 @@ def memory(
         pool = Term("CUDA graphs' memory", most, "a micro-batch's")
         moments["optimizer step"] = (*moments["optimizer step"], pool)
     peak = max(_sum(terms) for terms in moments.values())
+    holes = working.HOLES * peak + working.SMALL_HOLES + working.GRAPH_HOLES * setup.graphs
     if setup.loss == "logits":
-        holes = working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
-    else:
-        holes = working.HOLES * peak + working.SMALL_HOLES
-    holes += working.GRAPH_HOLES * setup.graphs
+        holes += working.LOGITS_HOLES * setup.tokens * shape.vocabulary * setup.item
     loading = 0.0
     if embedding := stored.host_embedding_bytes(shape, setup):
         # Gradients and the optimizer's state come later; each weight comes in 16 bits to be quantized.

@@ -53,12 +53,16 @@ PLAIN_PEFT: dict[str, Any] = {"engine": "peft", "kernels": {"mode": "off"}}
 
 NOT_MET = {
     # Dense weights were taken one by one then, and left holes (docs/log.md).
-    ("llama31-8b", "unsloth+fastlora+record+dense32-kernels-checkpointing", "reserved"),
-    # Of 16.93 GiB: what lies between logits in PyTorch's allocator is luck.
-    ("llama32-1b-bf16-8k", "peft", "reserved"),
+    (
+        "2026-11-28-llama31-8b-h200",
+        "unsloth+fastlora+record+dense32-kernels-checkpointing",
+        "reserved",
+    ),
+    # The allocator's luck: the same run took 8.58 and 8.60 elsewhere.
+    ("2026-11-24-llama32-1b-h100", "peft", "reserved"),
     # What PEFT's DoRA makes of the weights in a layer that unsloth compiled is not counted.
-    ("llama31-8b-dora", "unsloth", "allocated"),
-    ("llama31-8b-dora", "unsloth", "reserved"),
+    ("2026-11-28-llama31-8b-dora-h200", "unsloth", "allocated"),
+    ("2026-11-28-llama31-8b-dora-h200", "unsloth", "reserved"),
 }
 
 
@@ -70,7 +74,7 @@ def test_every_measured_peak_is_met(generator: ModuleType) -> None:
     for one in peaks:
         for what in ("allocated", "reserved"):
             met = abs(one.errors.get(what, 0)) <= generator.WITHIN
-            assert met or (one.suite, one.arm, what) in NOT_MET, (one.suite, one.arm, one.source)
+            assert met or (one.source, one.arm, what) in NOT_MET, (one.source, one.arm, what)
     frontier = [one for one in found if one.fits is not None]
     assert len(frontier) >= 13
     for one in frontier:
