@@ -539,8 +539,11 @@ def plan(model: Path, *arguments: str) -> Result:
 def test_it_says_whether_it_fits_and_what_to_change(model: Path) -> None:
     fits = plan(model, "--vram", "24GiB", "--gpu", "RTX 4090")
     assert fits.exit_code == 0
-    for text in ("weights", "nf4", "tokens/s", "24.0 GiB: fits", "backward of a layer"):
+    for text in ("weights", "nf4", "tokens/s", "24.00 GiB: fits", "backward of a layer"):
         assert text in fits.output
+    less = plan(model, "--vram", "6.05GiB", "--gpu", "RTX 4090")
+    assert "6.05 GiB: does not fit" in less.output
+    assert 'memory.vram = "6.05GiB" would choose' in less.output  # what would not fit into 6.0
     peft = ("--set", "engine=peft", "--set", "kernels.mode=off")
     small = plan(model, "--vram", "12GiB", "--gpu", "RTX 4090", *peft)
     assert small.exit_code == 3
