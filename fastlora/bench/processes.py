@@ -16,6 +16,9 @@ COMMAND = (sys.executable, "-P", "-m", "fastlora.bench.worker")
 """-P: in a checkout, the folder kernels/ must not pass for a module."""
 
 
+_READ_S = 10.0
+"""For what a process that was killed had said: another's that it started may hold the pipe open."""
+
 SWITCHES = frozenset({"UNSLOTH_BLOCK_CUDAGRAPHS", "UNSLOTH_RETURN_LOGITS"})
 """Set in the user's shell they would make every arm another one."""
 
@@ -62,7 +65,7 @@ def run_worker(
             out, _ = process.communicate(task, timeout=timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            out, _ = process.communicate()
+            out = _rest(process)
             detail = f"no answer within {timeout_s:.0f} s"
             raise Failed("timeout", detail, _answer(out)) from None
         finally:
@@ -75,6 +78,15 @@ def run_worker(
     if answer["status"] != "ok":
         raise Failed(answer["status"], answer["detail"], answer)
     return answer
+
+
+def _rest(process: subprocess.Popen[str]) -> str:
+    """What it had said by its end."""
+    try:
+        return process.communicate(timeout=_READ_S)[0]
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or b""  # bytes, whatever the pipe's mode
+        return said.decode(errors="replace") if isinstance(said, bytes) else said
 
 
 def _answer(out: str) -> dict[str, Any] | None:

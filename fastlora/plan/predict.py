@@ -15,7 +15,7 @@ from fastlora.plan.working import GIB
 from fastlora.recipe.schema import Recipe
 
 Verdict = Literal["fits", "tight", "no", "unknown"]
-"""tight: what is allocated fits, and the allocator will have to give back what it holds beside that."""
+"""tight: what is allocated fits, and the allocator may have to give back what it holds beside that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

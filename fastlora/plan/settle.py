@@ -81,15 +81,6 @@ def settle(
     `micro_batches` says what graphs are worth there. None: nothing fits."""
     if micro_batches is None:
         return choose(now, again)
-    choice = _settle(now, again, micro_batches)
-    mode = choice and _pefts(choice.result)
-    return replace(choice, filled=(*choice.filled, mode)) if choice and mode else choice
-
-
-def _settle(
-    now: Prediction, again: Again, micro_batches: Callable[[Recipe], MicroBatches]
-) -> Choice | None:
-    asked = now.recipe.memory.cuda_graphs
     of_size: dict[int, MicroBatches] = {}
 
     def of(recipe: Recipe) -> MicroBatches:
@@ -98,6 +89,13 @@ def _settle(
             of_size[size] = micro_batches(recipe)
         return of_size[size]
 
+    choice = _settle(now, again, of)
+    mode = choice and _pefts(choice.result, lambda recipe: of(recipe).tokens)
+    return replace(choice, filled=(*choice.filled, mode)) if choice and mode else choice
+
+
+def _settle(now: Prediction, again: Again, of: Callable[[Recipe], MicroBatches]) -> Choice | None:
+    asked = now.recipe.memory.cuda_graphs
     plain = choose(now, again, lambda recipe: of(recipe).tokens)
     if asked is False:
         return plain
@@ -116,14 +114,16 @@ def _settle(
     return _with(replace(recorded, plainest=plain.plainest) if chosen.value else plain, chosen)
 
 
-def _pefts(result: Prediction) -> Filled | None:
-    """PEFT's layers where unsloth fuses none but compiled all around them, if the GPU waits for Python: launched one by
-    one, ours keep Python longer than they save the GPU. On an H200 Gemma 3 4B had 0.76 of the tokens with them, Phi 4's
-    shape, where Python waits for the GPU, 1.03. Not with DoRA, of which PEFT's launches more (3.11)."""
-    setup, recipe, took = result.setup, result.recipe, result.speed
+def _pefts(result: Prediction, row_tokens: RowTokens) -> Filled | None:
+    """PEFT's layers where unsloth fuses none but compiled all around them, if the GPU waits for Python with rows as
+    long as they are: launched one by one, ours keep Python longer than they save the GPU. On an H200 Gemma 3 4B had
+    0.76 of the tokens with them, Phi 4's shape, where Python waits for the GPU, 1.03. Not with DoRA, of which PEFT's
+    launches more (3.11)."""
+    setup, recipe = result.setup, result.recipe
     is_open = recipe.kernels.mode == "auto" and not recipe.kernels.require_fast
-    if setup.engine != "unsloth" or not is_open or setup.dora or setup.graphs or took is None:
+    if setup.engine != "unsloth" or not is_open or setup.dora or setup.graphs:
         return None
+    took = speed_of(result, row_tokens)
     if took.bound_by != "host" or fused_by_unsloth(result.shape, setup):
         return None
     gpu_ms, host_ms = 1e3 * took.gpu_s, 1e3 * took.host_s

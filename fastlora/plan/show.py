@@ -136,7 +136,7 @@ def _verdict(found: Prediction, console: Console) -> None:
         "no": "[bold red]does not fit[/]",
     }[found.verdict]
     host = f" and {card.host_gib:.1f} GiB of the host" if card.host_gib else ""
-    console.print(f"{card.vram_gib:.1f} GiB{host}: {said}", highlight=False, soft_wrap=True)
+    console.print(f"{card.vram_gib:.2f} GiB{host}: {said}", highlight=False, soft_wrap=True)
 
 
 def _budget(found: Prediction, choice: Choice, console: Console) -> None:
@@ -146,7 +146,7 @@ def _budget(found: Prediction, choice: Choice, console: Console) -> None:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     elif choice.filled:
         console.print(
-            f'memory.vram = "{found.card.vram_gib:.1f}GiB" would choose {_chosen(choice)}',
+            f'memory.vram = "{found.card.vram_gib:.2f}GiB" would choose {_chosen(choice)}',
             highlight=False,
             soft_wrap=True,
         )

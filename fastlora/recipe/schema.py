@@ -287,8 +287,9 @@ class KernelsSection(Section):
     mode: Literal["auto", "off", "all"] = "auto"
     """Where fastlora's kernels run. auto: on a GPU, every LoRA layer that unsloth does not fuse, and on the peft
     engine every one they can serve; on a CPU, where they are for tests alone, none unless FASTLORA_KERNELS
-    is set. off: none. all: as auto, with unsloth's fused LoRA kernels taken out first, and on a CPU too, as auto
-    does itself where micro-batches are recorded (memory.cuda_graphs)."""
+    is set. off: none. all: as auto, with unsloth's fused LoRA kernels taken out first, and on a CPU too. A run that
+    has auto takes all by itself where micro-batches are recorded (memory.cuda_graphs), and off where unsloth fuses no
+    layer and the GPU is predicted to wait for Python."""
     require_fast: bool = False
     """Refuse to train where PEFT's plain layer would run any LoRA layer."""
 

@@ -78,7 +78,7 @@ def fit_memory(
             f"memory.vram: {NONE_FITS} {card.vram_gib:.2f} GiB, and {card.host_gib:.1f} of the host; as "
             f"it stands it needs {now.memory.comfortable_gib:.2f} and "
             f"{now.memory.host_gib:.1f}. Leave more keys open ({', '.join(OPEN)}), or see what to change: "
-            f"fastlora plan RECIPE --vram {card.vram_gib:.1f}GiB"
+            f"fastlora plan RECIPE --vram {card.vram_gib:.2f}GiB"
         )
     for line in choice.lines() if asked or choice.filled else ():
         announce(line)

@@ -144,6 +144,24 @@ def test_what_a_process_said_before_its_end_is_kept(end: str, status: str, tmp_p
     assert (caught.value.status, caught.value.told["fits"]) == (status, 7)
 
 
+def test_a_stranger_on_the_pipe_of_a_process_that_hangs_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server that a library started in a session of its own."""
+    monkeypatch.setattr(processes, "_READ_S", 0.5)
+    script = (
+        'import subprocess, time; print(\'{"status": "partial", "fits": 7}\', flush=True);'
+        "subprocess.Popen(['sleep', '20'], start_new_session=True); time.sleep(600)"
+    )
+    began = time.monotonic()
+    with pytest.raises(Failed) as caught:
+        run_worker(
+            "frontier", "", log=tmp_path / "log", timeout_s=2, command=(sys.executable, "-c", script)
+        )  # fmt: skip
+    assert time.monotonic() - began < 15
+    assert (caught.value.status, caught.value.told["fits"]) == ("timeout", 7)
+
+
 @pytest.mark.usefixtures("forked")
 def test_ctrl_c_leaves_a_partial_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running, arms = bench(tmp_path, monkeypatch, {"peft+batch1": "interrupt", "peft+offload": ""})

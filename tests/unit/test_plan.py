@@ -65,22 +65,33 @@ NOT_MET = {
     ("2026-11-28-llama31-8b-dora-h200", "unsloth", "reserved"),
 }
 
+NOT_FORESEEN = {("1 x 71,936", "frontier, 2026-11-28"), ("35 x 2,048", "frontier, 2026-11-28")}
+"""By unsloth: it fails, and is predicted to need 2 % less than the cap."""
+
 
 def test_every_measured_peak_is_met(generator: ModuleType) -> None:
     found = list(generator.rows())
     peaks = [one for one in found if one.reserved_gib]
     assert len(peaks) >= 19
     assert {one.arm for one in peaks} >= {"peft", "liger", "unsloth", "unsloth-checkpointing"}
-    for one in peaks:
-        for what in ("allocated", "reserved"):
-            met = abs(one.errors.get(what, 0)) <= generator.WITHIN
-            assert met or (one.source, one.arm, what) in NOT_MET, (one.source, one.arm, what)
+    missed = {
+        (one.source, one.arm, what)
+        for one in peaks
+        for what in ("allocated", "reserved")
+        if abs(one.errors.get(what, 0)) > generator.WITHIN
+    }
+    assert missed == NOT_MET
     frontier = [one for one in found if one.fits is not None]
     assert len(frontier) >= 13
+    wrong = {
+        (one.batch, one.source)
+        for one in frontier
+        if (one.predicted.needed_gib <= one.cap_gib) is not one.fits
+    }
+    assert wrong == NOT_FORESEEN
     for one in frontier:
-        needed = one.predicted.needed_gib
-        near = abs(needed / one.cap_gib - 1) < 0.025
-        assert near or (needed <= one.cap_gib) is one.fits, (one.arm, one.batch)
+        if (one.batch, one.source) in NOT_FORESEEN:
+            assert one.predicted.needed_gib > 0.975 * one.cap_gib
 
 
 def test_speeds_are_those_of_the_reports(generator: ModuleType) -> None:
@@ -528,8 +539,11 @@ def plan(model: Path, *arguments: str) -> Result:
 def test_it_says_whether_it_fits_and_what_to_change(model: Path) -> None:
     fits = plan(model, "--vram", "24GiB", "--gpu", "RTX 4090")
     assert fits.exit_code == 0
-    for text in ("weights", "nf4", "tokens/s", "24.0 GiB: fits", "backward of a layer"):
+    for text in ("weights", "nf4", "tokens/s", "24.00 GiB: fits", "backward of a layer"):
         assert text in fits.output
+    less = plan(model, "--vram", "6.05GiB", "--gpu", "RTX 4090")
+    assert "6.05 GiB: does not fit" in less.output
+    assert 'memory.vram = "6.05GiB" would choose' in less.output  # what would not fit into 6.0
     peft = ("--set", "engine=peft", "--set", "kernels.mode=off")
     small = plan(model, "--vram", "12GiB", "--gpu", "RTX 4090", *peft)
     assert small.exit_code == 3

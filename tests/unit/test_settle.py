@@ -126,6 +126,13 @@ def test_pefts_layers_stay_where_the_gpu_waits_for_python() -> None:
         apply(recipe(engine="unsloth", train={"micro_batch": 2}), found.filled).kernels.mode
         == "off"
     )
+    begun = manifest(**{one.key: one.value for one in found.filled})
+    assert as_begun(recipe(engine="unsloth"), begun).kernels.mode == "off"
+    # An A100 does where rows are short, whatever the longest.
+    a100 = given | {"gpu": "NVIDIA A100-SXM4-80GB", "free_gib": 79}
+    assert "kernels.mode" not in keys(settled(**a100))
+    short = settled(**a100, micro_batches=replace(FULL, tokens=512))
+    assert keys(short)["kernels.mode"] == "off"
     others: tuple[dict[str, Any], ...] = (
         {"gpu": "NVIDIA GeForce RTX 3090", "free_gib": 23}, {"lora": {"dora": True}},
         {"kernels": {"mode": "all"}}, {"kernels": {"require_fast": True}},
