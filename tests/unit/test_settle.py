@@ -134,8 +134,8 @@ def test_pefts_layers_stay_where_the_gpu_waits_for_python() -> None:
     short = settled(**a100, micro_batches=replace(FULL, tokens=512))
     assert keys(short)["kernels.mode"] == "off"
     others: tuple[dict[str, Any], ...] = (
-        {"gpu": "NVIDIA GeForce RTX 3090", "free_gib": 23}, {"model": {"quantization": "int8"}}, {"lora": {"dora": True}},
-        {"kernels": {"mode": "all"}}, {"kernels": {"require_fast": True}},
+        {"gpu": "NVIDIA GeForce RTX 3090", "free_gib": 23}, {"lora": {"dora": True}},
+        {"model": {"quantization": "int8"}}, {"kernels": {"mode": "all"}}, {"kernels": {"require_fast": True}},
         {"config": LLAMA_8B, "memory": {"cuda_graphs": False}},  # unsloth fuses all of it
         {"engine": "peft"}, {"memory": {"cuda_graphs": True}, "train": {"checkpointing": "offload"}},
     )  # fmt: skip
