@@ -66,8 +66,10 @@ def run_worker(
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out = _rest(process)
-            detail = f"no answer within {timeout_s:.0f} s"
-            raise Failed("timeout", detail, _answer(out)) from None
+            said = _answer(out)
+            if said is None or said["status"] != "ok":  # else it only could not end
+                detail = f"no answer within {timeout_s:.0f} s"
+                raise Failed("timeout", detail, said) from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
