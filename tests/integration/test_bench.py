@@ -118,6 +118,14 @@ def test_gradients_are_compared_on_as_many_rows_whatever_an_arms_micro_batch(
     assert running.results["peft"]["digest"] == running.results[own.arm]["digest"]
 
 
+def test_an_answer_counts_though_its_process_does_not_end(tmp_path: Path) -> None:
+    script = 'import time; print(\'{"status": "ok", "fits": 7}\', flush=True); time.sleep(600)'
+    answer = run_worker(
+        "arm", "", log=tmp_path / "log", timeout_s=2, command=(sys.executable, "-c", script)
+    )
+    assert answer["fits"] == 7
+
+
 def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
     script = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     with pytest.raises(Failed) as caught:
