@@ -75,9 +75,8 @@ def when(report: Report) -> datetime:
 def newest(root: Path) -> list[tuple[Path, Report]]:
     """(folder, report) per benchmark, in their order. Raises UsageError: a report that is none."""
     found: dict[tuple[str | float, ...], tuple[Path, Report]] = {}
-    of_plan = {
-        path.stem for path in root.glob("benchmarks/suites/plan/*.toml")
-    }  # docs/plan.md shows them
+    # Shown in docs/plan.md.
+    of_plan = {path.stem for path in root.glob("benchmarks/suites/plan/*.toml")}
     for path in sorted(root.glob("benchmarks/results/*/report.json")):
         report = read_report(path)
         if report.name in of_plan:

@@ -121,12 +121,11 @@ def _pefts(result: Prediction, row_tokens: RowTokens) -> Filled | None:
     launches more (3.11), and not in 8 bits, which was not measured."""
     setup, recipe = result.setup, result.recipe
     is_open = recipe.kernels.mode == "auto" and not recipe.kernels.require_fast
-    if setup.engine != "unsloth" or not is_open or setup.dora or setup.graphs:
-        return None
-    if setup.quantization == "int8":
+    measured = setup.engine == "unsloth" and not setup.dora and setup.quantization != "int8"
+    if not is_open or not measured or fused_by_unsloth(result.shape, setup):
         return None
     took = speed_of(result, row_tokens)
-    if took.bound_by != "host" or fused_by_unsloth(result.shape, setup):
+    if took.bound_by != "host":  # which a recorded micro-batch never is
         return None
     gpu_ms, host_ms = 1e3 * took.gpu_s, 1e3 * took.host_s
     return Filled(

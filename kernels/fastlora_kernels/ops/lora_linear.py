@@ -265,11 +265,7 @@ def in_one_dtype(
         starts.append(end)
         end += one.numel()
     flat = given[0].new_empty(end, dtype=dtype)
-    cast_into(flat, starts, given)
-    found = [
-        flat[start : start + one.numel()].view(one.shape)
-        for start, one in zip(starts, given, strict=True)
-    ]
+    found = cast_into(flat, starts, given)
     a_RK = flat[: sum(one.numel() for one in lower)].view(-1, lower[0].shape[1])
     return a_RK, found[len(lower) :]
 
