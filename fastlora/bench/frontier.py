@@ -89,9 +89,7 @@ def _next(
     return round(guess) if low < guess < high else (low + high) // 2
 
 
-def run_frontier(
-    task: FrontierTask, tell: Callable[[dict[str, Any]], None] = lambda found: None
-) -> dict[str, Any]:
+def run_frontier(task: FrontierTask, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """For each axis fits, fails, tokens_per_s and peak_reserved_gib of its search; the model is loaded once, for
     the longest row. `tell` is given what was found so far after each of them."""
     import torch

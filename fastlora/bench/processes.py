@@ -64,22 +64,27 @@ def run_worker(
         try:
             out, _ = process.communicate(task, timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            _end(process)
             out = _rest(process)
             said = _answer(out)
             if said is None or said["status"] != "ok":  # else it only could not end
                 detail = f"no answer within {timeout_s:.0f} s"
                 raise Failed("timeout", detail, said) from None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(process)
     answer = _answer(out)
     if answer is None or answer["status"] == "partial":
         raise Failed("failed", _last_words(log, began, process.returncode), answer)
     if answer["status"] != "ok":
         raise Failed(answer["status"], answer["detail"], answer)
     return answer
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """With all that it started in its session."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _rest(process: subprocess.Popen[str]) -> str:
@@ -92,13 +97,14 @@ def _rest(process: subprocess.Popen[str]) -> str:
 
 
 def _answer(out: str) -> dict[str, Any] | None:
-    """The last line that is one: a library may still write behind it."""
-    for line in reversed(out.splitlines()):
+    """Of all lines that are one, the later over the earlier, which were partial; a library may write between them."""
+    said: dict[str, Any] = {}
+    for line in out.splitlines():
         with contextlib.suppress(ValueError):
             found = json.loads(line)
             if isinstance(found, dict) and "status" in found:
-                return found
-    return None
+                said |= found
+    return said or None
 
 
 def _last_words(log: Path, began: int, code: int) -> str:

@@ -1,7 +1,7 @@
 """The processes' side: `python -m fastlora.bench.worker KIND`, a task on stdin, an answer on stdout.
 
-The answer is one line of JSON: {"status": "ok", ...}, or status oom or failed with a detail. All else
-that is printed goes to stderr.
+The answer is one line of JSON: {"status": "ok", ...}, or status oom or failed with a detail. Lines of status partial
+may come before it, with what was found by then. All else that is printed goes to stderr.
 """
 
 from __future__ import annotations
@@ -136,22 +136,19 @@ def main() -> int:
     results, sys.stdout = sys.stdout, sys.stderr
     prefer_expandable_segments()
 
-    told: dict[str, Any] = {}
-
     def tell(found: dict[str, Any]) -> None:
         """What the parent is to have should this process come to no answer."""
-        told.update(found)
-        print(json.dumps({"status": "partial", **told}), file=results, flush=True)
+        print(json.dumps({"status": "partial", **found}), file=results, flush=True)
 
     try:
         kind, task = sys.argv[1], sys.stdin.read()
         found = frontier(task, tell) if kind == "frontier" else KINDS[kind](task)
         answer = {"status": "ok", **found}
     except FastloraError as error:
-        answer = told | {"status": "failed", "detail": str(error)}
+        answer = {"status": "failed", "detail": str(error)}
     except Exception as error:
         traceback.print_exc()
-        answer = told | _explained(error)
+        answer = _explained(error)
     print(json.dumps(answer), file=results, flush=True)
     return 0
 
