@@ -3,7 +3,11 @@
 A compiler that traced the autograd.Functions would find the same dequantized W in forward and backward, and save it: a
 whole layer in 16 bits. Here it sees one op each way, and backward's takes the gradient that arrives, so that nothing
 dense can be made before. What runs inside are the functions that the autograd.Functions run; saved is what was given,
-and S is made again in backward. In eager those are faster: an op of this kind takes longer to call.
+and S is made again in backward.
+
+Each has three ops. What a model calls, as `lora_linear`, is an autograd.Function and disappears as a compiler looks into
+it; what a graph then calls are NAME_forward and NAME_backward, which know nothing of autograd. torch.library.custom_op
+would put four functions of Python around each of these calls, some 15 us (benchmarks/host.py).
 
 A frozen weight is passed as its tensors and a layout of numbers (see `taken_apart`). Not served: dropout and 8-bit
 weights. A second derivative raises RuntimeError: backward's ops have none.
@@ -12,11 +16,14 @@ weights. A second derivative raises RuntimeError: backward's ops have none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastlora_kernels.ops import dora_linear as dora
 from fastlora_kernels.ops import glu as gated
@@ -25,6 +32,8 @@ from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.four_bit import FourBit
 
 Tensors = list[torch.Tensor]
+OPS = torch.ops.fastlora
+LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 FROZEN = "Tensor[] frozen, int[] layout, Tensor? bias"
 
 
@@ -47,7 +56,7 @@ def lora_linears(x: torch.Tensor, projections: Sequence[lora.Projection]) -> Ten
         frozen, layout = taken_apart(weight)
         tensors += frozen
         layouts += [bias is not None, beta is not None, len(frozen), len(layout), *layout]
-    return torch.ops.fastlora.lora_linears(  # type: ignore[no-any-return]
+    return OPS.lora_linears(  # type: ignore[no-any-return]
         x, tensors, layouts,
         [one.bias for one in projections if one.bias is not None],
         [matrix for one in projections for matrix in (one.lora_a, one.lora_b)],
@@ -67,16 +76,14 @@ def dora_linear(
 ) -> torch.Tensor:
     """See ops/dora_linear.py."""
     lora.fitting("dora_linear", x, lora.frozen(weight), lora_a, lora_b)
-    y, *_ = torch.ops.fastlora.dora_linear(
-        x, *taken_apart(weight), bias, lora_a, lora_b, magnitude, scaling
-    )
+    y, *_ = OPS.dora_linear(x, *taken_apart(weight), bias, lora_a, lora_b, magnitude, scaling)
     return y  # type: ignore[no-any-return]
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor | None, activation: gated.Activation) -> torch.Tensor:
     """See ops/glu.py."""
     gated.both_fit("glu", gate, up)
-    return torch.ops.fastlora.glu(gate, up, activation)  # type: ignore[no-any-return]
+    return OPS.glu(gate, up, activation)  # type: ignore[no-any-return]
 
 
 def glu_lora_linear(
@@ -89,7 +96,7 @@ def glu_lora_linear(
     """See ops/glu.py."""
     gated.both_fit("glu_lora_linear", gate, up)
     weight, bias, a, b, scaling, beta, _ = projection
-    return torch.ops.fastlora.glu_lora_linear(  # type: ignore[no-any-return]
+    return OPS.glu_lora_linear(  # type: ignore[no-any-return]
         gate, up, activation, dtype, *taken_apart(weight), bias, a, b, beta, scaling
     )
 
@@ -120,17 +127,16 @@ def put_together(tensors: Tensors, layout: Sequence[int]) -> FourBit | torch.Ten
 
 
 def _register(
-    name: str,
-    schema: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any] | None = None
 ) -> None:
-    op = torch.library.custom_op(f"fastlora::{name}", run, mutates_args=(), schema=schema)
-    op.register_fake(fake)
-    if backward is not None:
-        op.register_autograd(backward, setup_context=setup_context)
+    """fastlora::`name`. With a fake it is an op that graphs have; else `run` calls such ops, and they have those."""
+    LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    if fake is None:
+        LIBRARY.impl(name, run, "CompositeImplicitAutograd")
+        return
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"fastlora::{name}", fake, lib=LIBRARY)
 
 
 def _wanted(found: Sequence[torch.Tensor | None], wants: Sequence[bool]) -> Tensors:
@@ -147,88 +153,99 @@ def _placed(gradients: Tensors, wants: Sequence[bool]) -> list[torch.Tensor | No
     return [next(found) if wanted else None for wanted in wants]
 
 
-def _remembered(
-    tokens: int, weights: Sequence[Any], adapters: Any, scalings: Sequence[float]
-) -> Any:
-    """ctx as ops/lora_linear.py has it in backward."""
-    ctx = SimpleNamespace()
-    fixed = [(weight, None, s, 0.0) for weight, s in zip(weights, scalings, strict=True)]
-    lora.remember(ctx, tokens, fixed, adapters)
-    return ctx
-
-
 # lora_linears: a list of tensors cannot hold None, so that biases and betas are those that are there
 
 
-def _weights(tensors: Tensors, layouts: Sequence[int]) -> list[FourBit | torch.Tensor]:
-    found, rest = [], list(tensors)
-    for _, _, count, layout in _each(layouts):
-        found.append(put_together(rest[:count], layout))
-        rest = rest[count:]
+@cache
+def _read(layouts: tuple[int, ...]) -> list[tuple[int, int, slice, tuple[int, ...]]]:
+    """Of each projection: whether it has a bias and a beta, which tensors its weight is, and their layout."""
+    found, first, rest = [], 0, layouts
+    while rest:
+        has_bias, has_beta, count, size, *_ = rest
+        found.append((has_bias, has_beta, slice(first, first + count), rest[4 : 4 + size]))
+        first, rest = first + count, rest[4 + size :]
     return found
 
 
-def _each(layouts: Sequence[int]) -> Iterator[tuple[int, int, int, list[int]]]:
-    """Of each projection: whether it has a bias and a beta, how many tensors its weight is, and their layout."""
-    rest = list(layouts)
-    while rest:
-        has_bias, has_beta, count, size, *rest = rest
-        yield has_bias, has_beta, count, rest[:size]
-        rest = rest[size:]
+def _fixed(
+    frozen: Tensors, layouts: Sequence[int], scalings: Sequence[float], biases: Tensors
+) -> list[Any]:
+    """As ops/lora_linear.py has it; backward gives no biases."""
+    there = iter(biases)
+    return [
+        (put_together(frozen[place], layout), next(there, None) if has_bias else None, scaling, 0.0)
+        for (has_bias, _, place, layout), scaling in zip(
+            _read(tuple(layouts)), scalings, strict=True
+        )
+    ]
 
 
 def _threes(layouts: Sequence[int], matrices: Sequence[Any], betas: Sequence[Any]) -> list[Any]:
     """A, B and its bias of each in turn, as ops/lora_linear.py takes them."""
-    there = iter(betas)
+    ab, there = iter(matrices), iter(betas)
     found: list[Any] = []
-    for n, (_, has_beta, *_) in enumerate(_each(layouts)):
-        found += [*matrices[2 * n : 2 * n + 2], next(there) if has_beta else None]
+    for _, has_beta, *_ in _read(tuple(layouts)):
+        found += (next(ab), next(ab), next(there) if has_beta else None)
     return found
 
 
-def _lora(x, frozen, layouts, biases, matrices, betas, scalings):
-    there = iter(biases)
-    fixed = [
-        (weight, next(there) if has_bias else None, scaling, 0.0)
-        for weight, scaling, (has_bias, *_) in zip(
-            _weights(frozen, layouts), scalings, _each(layouts), strict=True
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layouts: Any, scalings: Any, counts: Any, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        frozen, biases, matrices, betas = _split(tensors, counts)
+        ctx.save_for_backward(x, *frozen, *matrices, *betas)
+        ctx.layouts, ctx.scalings, ctx.counts = layouts, scalings, counts
+        return tuple(
+            OPS.lora_linears_forward(x, frozen, layouts, biases, matrices, betas, scalings)
         )
-    ]
-    x_TK, adapters = x.reshape(-1, x.shape[-1]), _threes(layouts, matrices, betas)
-    ys, *_ = lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], fixed, adapters)
-    return ys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        wants_x, _, _, _, *wanted = ctx.needs_input_grad
+        n_frozen, n_biases, n_matrices = ctx.counts
+        frozen, _, matrices, betas = _split(tensors, (n_frozen, 0, n_matrices))
+        _, _, *wants_each = _split(wanted, ctx.counts)
+        threes = _threes(ctx.layouts, *wants_each)
+        wants = [wants_x, *map(bool, threes)]  # None: there is no beta
+        found = OPS.lora_linears_backward(
+            list(gs), x, frozen, ctx.layouts, matrices, betas, ctx.scalings, wants
+        )
+        dx, *gradients = _placed(found, wants)
+        of_matrices = [one for place, one in enumerate(gradients) if place % 3 < 2]
+        of_betas = [gradients[n] for n in range(2, len(threes), 3) if threes[n] is not None]
+        return dx, None, None, None, *[None] * (n_frozen + n_biases), *of_matrices, *of_betas
+
+
+def _split(rest: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
+    """What there is of each kind; of the last kind, all that is left."""
+    ends = [0, *accumulate(counts), len(rest)]
+    return [list(rest[first:end]) for first, end in pairwise(ends)]
+
+
+def _lora(x, frozen, layouts, biases, matrices, betas, scalings):
+    counts = len(frozen), len(biases), len(matrices)
+    tensors = *frozen, *biases, *matrices, *betas
+    return list(_LoraLinears.apply(x, layouts, scalings, counts, *tensors))
+
+
+def _lora_forward(x, frozen, layouts, biases, matrices, betas, scalings):
+    fixed, adapters = _fixed(frozen, layouts, scalings, biases), _threes(layouts, matrices, betas)
+    x_TK = x.reshape(-1, x.shape[-1])
+    return lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], fixed, adapters)[0]
 
 
 def _lora_fake(x, frozen, layouts, biases, matrices, betas, scalings):
     return [x.new_empty(*x.shape[:-1], b.shape[0]) for b in matrices[1::2]]
 
 
-def _lora_saved(ctx: Any, inputs: Any, output: Any) -> None:
-    x, frozen, ctx.layouts, biases, matrices, betas, ctx.scalings = inputs
-    ctx.save_for_backward(x, *frozen, *matrices, *betas)
-    ctx.counts = len(frozen), len(biases), len(matrices)
-
-
-def _lora_gradients(ctx: Any, gs: Tensors) -> tuple[Any, ...]:
-    x, *rest = ctx.saved_tensors
-    n_frozen, n_biases, n_matrices = ctx.counts
-    frozen, rest = rest[:n_frozen], rest[n_frozen:]
-    matrices, betas = rest[:n_matrices], rest[n_matrices:]
-    wants_x, _, _, _, wants_matrices, wants_betas, _ = ctx.needs_input_grad
-    threes = _threes(ctx.layouts, wants_matrices, wants_betas)
-    wants = [wants_x, *map(bool, threes)]  # None: there is no beta
-    found = torch.ops.fastlora.lora_linears_backward(
-        gs, x, frozen, ctx.layouts, matrices, betas, ctx.scalings, wants
-    )
-    dx, *gradients = _placed(found, wants)
-    of_matrices = [one for place, one in enumerate(gradients) if place % 3 < 2]
-    of_betas = [gradients[n] for n in range(2, len(threes), 3) if threes[n] is not None]
-    return dx, [None] * n_frozen, None, [None] * n_biases, of_matrices, of_betas, None
-
-
 def _lora_backward(gs, x, frozen, layouts, matrices, betas, scalings, wants):
     x_TK, adapters = x.reshape(-1, x.shape[-1]), _threes(layouts, matrices, betas)
-    ctx = _remembered(x_TK.shape[0], _weights(frozen, layouts), adapters, scalings)
+    ctx = SimpleNamespace()
+    lora.remember(ctx, x_TK.shape[0], _fixed(frozen, layouts, scalings, []), adapters)
     gradients = lora.Gradients(ctx, x.dtype, adapters, gs, wants[1:], None, None)
     dx_TK = gradients.of_x() if wants[0] else None
     found = gradients.of_adapters(x_TK)
@@ -241,12 +258,12 @@ def _lora_backward_fake(gs, x, frozen, layouts, matrices, betas, scalings, wants
     return _fake_gradients([x, *_threes(layouts, matrices, betas)], wants)
 
 
-_register(
-    "lora_linears",
+LORA = (
     "(Tensor x, Tensor[] frozen, int[] layouts, Tensor[] biases, Tensor[] matrices, Tensor[] betas, "
-    "float[] scalings) -> Tensor[]",
-    _lora, _lora_fake, _lora_saved, _lora_gradients,
-)  # fmt: skip
+    "float[] scalings) -> Tensor[]"
+)
+_register("lora_linears", LORA, _lora)
+_register("lora_linears_forward", LORA, _lora_forward, _lora_fake)
 _register(
     "lora_linears_backward",
     "(Tensor[] gs, Tensor x, Tensor[] frozen, int[] layouts, Tensor[] matrices, Tensor[] betas, float[] scalings, "
@@ -258,7 +275,39 @@ _register(
 # dora_linear
 
 
+class _DoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layout: Any, bias: Any, a: Any, b: Any, magnitude: Any,
+        scaling: float, *frozen: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        y, *made = OPS.dora_linear_forward(x, frozen, layout, bias, a, b, magnitude, scaling)
+        ctx.save_for_backward(x, bias, a, b, magnitude, *made, *frozen)
+        ctx.layout, ctx.scaling = layout, scaling
+        ctx.mark_non_differentiable(*made)
+        ctx.set_materialize_grads(False)
+        return y, *made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, bias, a, b, magnitude, kept_TN, c_N, norm_N, *frozen = ctx.saved_tensors
+        wants_x, _, _, wants_a, wants_b, wants_m, *_ = ctx.needs_input_grad
+        wants = [wants_x, wants_a, wants_b, wants_m]
+        dx = da = db = dm = None
+        if g is not None:
+            found = OPS.dora_linear_backward(
+                g, x, frozen, ctx.layout, bias, a, b, magnitude, kept_TN, c_N, norm_N, ctx.scaling, wants,
+            )  # fmt: skip
+            dx, da, db, dm = _placed(found, wants)
+        return dx, None, None, da, db, dm, None, *[None] * len(frozen)
+
+
 def _dora(x, frozen, layout, bias, a, b, magnitude, scaling):
+    return _DoraLinear.apply(x, layout, bias, a, b, magnitude, scaling, *frozen)
+
+
+def _dora_forward(x, frozen, layout, bias, a, b, magnitude, scaling):
     weight = put_together(frozen, layout)
     y, _, *made = dora.output(x, weight, bias, scaling, a, b, magnitude)
     return y, *made
@@ -269,26 +318,6 @@ def _dora_fake(x, frozen, layout, bias, a, b, magnitude, scaling):
     norm_N = x.new_empty(n, dtype=torch.float32)
     c_N = x.new_empty(n, dtype=torch.promote_types(magnitude.dtype, torch.float32))
     return x.new_empty(*lead, n), x.new_empty(math.prod(lead), n), c_N, norm_N
-
-
-def _dora_saved(ctx: Any, inputs: Any, output: Any) -> None:
-    x, frozen, ctx.layout, bias, a, b, magnitude, ctx.scaling = inputs
-    ctx.save_for_backward(x, bias, a, b, magnitude, *output[1:], *frozen)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _dora_gradients(ctx: Any, g: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, bias, a, b, magnitude, kept_TN, c_N, norm_N, *frozen = ctx.saved_tensors
-    wants_x, *_, wants_a, wants_b, wants_m, _ = ctx.needs_input_grad
-    wants = [wants_x, wants_a, wants_b, wants_m]
-    dx = da = db = dm = None
-    if g is not None:
-        found = torch.ops.fastlora.dora_linear_backward(
-            g, x, frozen, ctx.layout, bias, a, b, magnitude, kept_TN, c_N, norm_N, ctx.scaling, wants,
-        )  # fmt: skip
-        dx, da, db, dm = _placed(found, wants)
-    return dx, [None] * len(frozen), None, None, da, db, dm, None
 
 
 def _dora_backward(
@@ -306,12 +335,12 @@ def _dora_backward_fake(
     return _fake_gradients((x, a, b, magnitude), wants)
 
 
-_register(
-    "dora_linear",
+DORA = (
     f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, float scaling) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _dora, _dora_fake, _dora_saved, _dora_gradients,
-)  # fmt: skip
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_register("dora_linear", DORA, _dora)
+_register("dora_linear_forward", DORA, _dora_forward, _dora_fake)
 _register(
     "dora_linear_backward",
     f"(Tensor g, Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, "
@@ -331,15 +360,21 @@ def _glu_fake(gate, up, activation):
     return gate.new_empty(*gate.shape[:-1], _width(gate, up))
 
 
-def _glu_saved(ctx: Any, inputs: Any, output: Any) -> None:
-    gate, up, ctx.activation = inputs
-    ctx.save_for_backward(gate, up)
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, activation: gated.Activation
+    ) -> torch.Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return OPS.glu_forward(gate, up, activation)  # type: ignore[no-any-return]
 
-
-def _glu_gradients(ctx: Any, dh: torch.Tensor) -> tuple[Any, ...]:
-    gate, up = ctx.saved_tensors
-    found = torch.ops.fastlora.glu_backward(dh, gate, up, ctx.activation)
-    return found[0], None if up is None else found[1], None
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        found = OPS.glu_backward(dh, gate, up, ctx.activation)
+        return found[0], None if up is None else found[1], None
 
 
 def _glu_backward(dh, gate, up, activation):
@@ -350,10 +385,9 @@ def _glu_backward_fake(dh, gate, up, activation):
     return [one.new_empty(one.shape) for one in (gate, up) if one is not None]
 
 
-_register(
-    "glu", "(Tensor gate, Tensor? up, str activation) -> Tensor",
-    gated.output, _glu_fake, _glu_saved, _glu_gradients,
-)  # fmt: skip
+GLU = "(Tensor gate, Tensor? up, str activation) -> Tensor"
+_register("glu", GLU, _Glu.apply)
+_register("glu_forward", GLU, gated.output, _glu_fake)
 _register(
     "glu_backward", "(Tensor dh, Tensor gate, Tensor? up, str activation) -> Tensor[]",
     _glu_backward, _glu_backward_fake,
@@ -363,39 +397,63 @@ _register(
 # glu_lora_linear
 
 
+class _GluLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, activation: gated.Activation, dtype: torch.dtype,
+        layout: Any, bias: Any, a: Any, b: Any, beta: Any, scaling: float, *frozen: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(gate, up, a, b, beta, *frozen)
+        ctx.activation, ctx.dtype, ctx.layout, ctx.scaling = activation, dtype, layout, scaling
+        return OPS.glu_lora_linear_forward(  # type: ignore[no-any-return]
+            gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, a, b, beta, *frozen = ctx.saved_tensors
+        wants_gate, wants_up, _, _, _, _, wants_a, wants_b, wants_beta, *_ = ctx.needs_input_grad
+        wants_h = wants_gate or wants_up
+        wants = [wants_h, wants_h and up is not None, wants_a, wants_b, wants_beta]
+        found = OPS.glu_lora_linear_backward(
+            g,
+            gate,
+            up,
+            ctx.activation,
+            ctx.dtype,
+            frozen,
+            ctx.layout,
+            a,
+            b,
+            beta,
+            ctx.scaling,
+            wants,
+        )
+        dgate, dup, da, db, dbeta = _placed(found, wants)
+        return dgate, dup, None, None, None, None, da, db, dbeta, None, *[None] * len(frozen)
+
+
 def _glu_lora(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
+    return _GluLoraLinear.apply(
+        gate, up, activation, dtype, layout, bias, a, b, beta, scaling, *frozen
+    )
+
+
+def _glu_lora_forward(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
     fixed = ((put_together(frozen, layout), bias, scaling, 0.0),)
     ctx = SimpleNamespace(activation=activation, dtype=dtype)
-    y, *_ = gated.lora_output(ctx, gate, up, fixed, (a, b, beta))
-    return y
+    return gated.lora_output(ctx, gate, up, fixed, (a, b, beta))[0]
 
 
 def _glu_lora_fake(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
     return gate.new_empty(*gate.shape[:-1], b.shape[0], dtype=dtype)
 
 
-def _glu_lora_saved(ctx: Any, inputs: Any, output: Any) -> None:
-    gate, up, ctx.activation, ctx.dtype, frozen, ctx.layout, _, a, b, beta, ctx.scaling = inputs
-    ctx.save_for_backward(gate, up, a, b, beta, *frozen)
-
-
-def _glu_lora_gradients(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
-    gate, up, a, b, beta, *frozen = ctx.saved_tensors
-    wants_gate, wants_up, *_, wants_a, wants_b, wants_beta, _ = ctx.needs_input_grad
-    wants_h = wants_gate or wants_up
-    wants = [wants_h, wants_h and up is not None, wants_a, wants_b, wants_beta]
-    found = torch.ops.fastlora.glu_lora_linear_backward(
-        g, gate, up, ctx.activation, ctx.dtype, frozen, ctx.layout, a, b, beta, ctx.scaling, wants
-    )
-    dgate, dup, da, db, dbeta = _placed(found, wants)
-    return dgate, dup, None, None, [None] * len(frozen), None, None, da, db, dbeta, None
-
-
 def _glu_lora_backward(g, gate, up, activation, dtype, frozen, layout, a, b, beta, scaling, wants):
-    adapters = (a, b, beta)
-    weights = [put_together(frozen, layout)]
-    ctx = _remembered(math.prod(gate.shape[:-1]), weights, adapters, [scaling])
-    ctx.activation, ctx.dtype, ctx.spent = activation, dtype, False
+    fixed, adapters = ((put_together(frozen, layout), None, scaling, 0.0),), (a, b, beta)
+    ctx = SimpleNamespace(activation=activation, dtype=dtype, spent=False)
+    lora.remember(ctx, math.prod(gate.shape[:-1]), fixed, adapters)
     made_and_adapters = (None, None, *adapters)
     found = gated.lora_gradients(ctx, made_and_adapters, gate, up, (g,), wants[0], wants[2:])
     return _wanted(found, wants)
@@ -407,12 +465,12 @@ def _glu_lora_backward_fake(
     return _fake_gradients((gate, up, a, b, beta), wants)
 
 
-_register(
-    "glu_lora_linear",
+GLU_LORA = (
     f"(Tensor gate, Tensor? up, str activation, ScalarType dtype, {FROZEN}, Tensor a, Tensor b, Tensor? beta, "
-    "float scaling) -> Tensor",
-    _glu_lora, _glu_lora_fake, _glu_lora_saved, _glu_lora_gradients,
-)  # fmt: skip
+    "float scaling) -> Tensor"
+)
+_register("glu_lora_linear", GLU_LORA, _glu_lora)
+_register("glu_lora_linear_forward", GLU_LORA, _glu_lora_forward, _glu_lora_fake)
 _register(
     "glu_lora_linear_backward",
     "(Tensor g, Tensor gate, Tensor? up, str activation, ScalarType dtype, Tensor[] frozen, int[] layout, Tensor a, "
