@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
 Backend = Literal["triton", "interpret", "reference"]
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def choose_backend(device: torch.device, available: tuple[Backend, ...]) -> Backend:
@@ -19,7 +25,7 @@ def choose_backend(device: torch.device, available: tuple[Backend, ...]) -> Back
     """
     wanted = os.environ.get("FASTLORA_KERNELS")
     if wanted is None:
-        on_gpu = device.type == "cuda" and find_spec("triton") is not None
+        on_gpu = device.type == "cuda" and _has_triton()
         return "triton" if on_gpu and "triton" in available else "reference"
     for backend in available:
         if backend == wanted:
