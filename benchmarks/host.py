@@ -92,7 +92,7 @@ class Seen(TorchDispatchMode):
         self.calls: list[tuple[Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastlora":
+        if func.namespace == registered.NAME:
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
 

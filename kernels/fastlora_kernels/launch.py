@@ -67,7 +67,7 @@ def launch(
     if found is not None:
         compiled, values = found
         try:
-            # Places, not tensors: of those Triton would ask the same once more, and the driver whether they are a GPU's.
+            # Places, not tensors: of those Triton asks the same once more, and the driver whether they are a GPU's.
             compiled[(*grid, 1, 1)[:3]](*places, *numbers, *values)
             return
         except TypeError:  # another version of Triton, with other arguments here

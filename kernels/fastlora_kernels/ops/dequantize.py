@@ -202,8 +202,21 @@ def _frozen(
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     """What the kernels are told of the frozen weight, the tile and the rank: pointers, and what is compiled in."""
     if isinstance(weight, torch.Tensor):
-        return (weight,) * 6, _compiled_in(tile, rank, "dense", 1, 1, weight.shape[1], False, **more)
-    _, codes, absmax, table, (_, k), blocksize, nested_absmax, nested_table, nested_blocksize, offset = weight
+        return (weight,) * 6, _compiled_in(
+            tile, rank, "dense", 1, 1, weight.shape[1], False, **more
+        )
+    (
+        _,
+        codes,
+        absmax,
+        table,
+        (_, k),
+        blocksize,
+        nested_absmax,
+        nested_table,
+        nested_blocksize,
+        offset,
+    ) = weight
     kind = "4bit" if nested_absmax is None else "nested"
     words = k % 8 == 0 and codes.data_ptr() % 4 == 0
     compiled = _compiled_in(tile, rank, kind, blocksize, nested_blocksize, k, words, **more)
@@ -258,7 +271,11 @@ def dequantize(
     tile = FOLD_TILE if fold else PLAIN_TILE
     a, b, scaling = _contiguous(fold) if fold else (weight.table, weight.table, 0.0)
     pointers, compiled = _frozen(
-        weight, tile, a.shape[0] if fold else 1, FOLD=fold is not None, ROW_SCALE=row_scale is not None
+        weight,
+        tile,
+        a.shape[0] if fold else 1,
+        FOLD=fold is not None,
+        ROW_SCALE=row_scale is not None,
     )
     launch(
         _dequantize,

@@ -277,7 +277,9 @@ def in_one_dtype(
     cast_into(flat, starts, given)
     k = lower[0].shape[1]
     bs = [
-        flat.as_strided(one.shape, (one.shape[1], 1), start)  # a slice and a view would be two calls
+        flat.as_strided(
+            one.shape, (one.shape[1], 1), start
+        )  # a slice and a view would be two calls
         for start, one in zip(starts[len(lower) :], upper, strict=True)
     ]
     return flat.as_strided((rows, k), (k, 1)), bs
@@ -417,9 +419,7 @@ def expanded(
     if seeds is None:
         return torch.mm(up_TR, a_RK)
     ups, each = strips(up_TR, ctx.ranks), a_RK.split_with_sizes(ctx.ranks)
-    first, *others = (
-        dropout(torch.mm(ups[i], each[i]), p, seeds[i]) for i, p in enumerate(ctx.ps)
-    )
+    first, *others = (dropout(torch.mm(ups[i], each[i]), p, seeds[i]) for i, p in enumerate(ctx.ps))
     for other in others:
         first += other
     return first

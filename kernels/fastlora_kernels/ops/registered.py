@@ -5,20 +5,22 @@ whole layer in 16 bits. Here it sees one op each way, and backward's takes the g
 dense can be made before. What runs inside are the functions that the autograd.Functions run; saved is what was given,
 and S is made again in backward.
 
-Each has three ops. What a model calls, as `lora_linear`, is an autograd.Function and disappears as a compiler looks into
-it; what a graph then calls are NAME_forward and NAME_backward, which know nothing of autograd. torch.library.custom_op
-would put four functions of Python around each of these calls, some 15 us (benchmarks/host.py).
+What a model calls, as OPS.lora_linears, is made of an autograd.Function, `_Op`, and is gone once a compiler has
+traced it; its graphs call lora_linears_forward and lora_linears_backward, which autograd knows nothing of.
+Both are called by Python and are Python, so that each of their arguments is converted twice: they take lists and a
+text, which costs the host half of what the model's arguments would (benchmarks/host.py), as torch.library.custom_op
+costs it twice as much.
 
 A frozen weight is passed as its tensors and a layout of numbers (see `taken_apart`). Not served: dropout and 8-bit
-weights. A second derivative raises RuntimeError: backward's ops have none.
+weights. A second derivative raises RuntimeError.
 """
 
 from __future__ import annotations
 
 import math
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,8 +34,11 @@ from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.four_bit import FourBit
 
 Tensors = list[torch.Tensor]
-OPS = torch.ops.fastlora
-LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
+Gradients = Sequence[torch.Tensor | None]
+NAME = "fastlora_2"
+"""Counted up when what an op takes changes: a compiled graph that a compiler keeps on disk calls it by its name."""
+OPS = getattr(torch.ops, NAME)
+LIBRARY = torch.library.Library(NAME, "FRAGMENT")
 FROZEN = "Tensor[] frozen, int[] layout, Tensor? bias"
 
 
@@ -76,8 +81,9 @@ def dora_linear(
 ) -> torch.Tensor:
     """See ops/dora_linear.py."""
     lora.fitting("dora_linear", x, lora.frozen(weight), lora_a, lora_b)
-    y, *_ = OPS.dora_linear(x, *taken_apart(weight), bias, lora_a, lora_b, magnitude, scaling)
-    return y  # type: ignore[no-any-return]
+    return OPS.dora_linear(  # type: ignore[no-any-return]
+        x, *taken_apart(weight), bias, lora_a, lora_b, magnitude, scaling
+    )
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor | None, activation: gated.Activation) -> torch.Tensor:
@@ -126,354 +132,235 @@ def put_together(tensors: Tensors, layout: Sequence[int]) -> FourBit | torch.Ten
     return FourBit(*given, nested_absmax, nested_table, nested_blocksize, offset)
 
 
-def _register(
-    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any] | None = None
-) -> None:
-    """fastlora::`name`. With a fake it is an op that graphs have; else `run` calls such ops, and they have those."""
-    LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
-    if fake is None:
-        LIBRARY.impl(name, run, "CompositeImplicitAutograd")
-        return
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"fastlora::{name}", fake, lib=LIBRARY)
+class _Op(torch.autograd.Function):
+    """`name` among OPS. `how`: what its functions below are told besides tensors, in Python's literals. `frozen` and
+    `trained`: tensors or None; gradients are for the latter. What forward gives beyond `outputs` is for backward, which
+    finds it behind `frozen`."""
 
-
-def _wanted(found: Sequence[torch.Tensor | None], wants: Sequence[bool]) -> Tensors:
-    """An op returns no None."""
-    return [one for one, wanted in zip(found, wants, strict=True) if wanted and one is not None]
-
-
-def _fake_gradients(of: Sequence[torch.Tensor | None], wants: Sequence[bool]) -> Tensors:
-    return [one.new_empty(one.shape) for one in _wanted(of, wants)]
-
-
-def _placed(gradients: Tensors, wants: Sequence[bool]) -> list[torch.Tensor | None]:
-    found = iter(gradients)
-    return [next(found) if wanted else None for wanted in wants]
-
-
-# lora_linears: a list of tensors cannot hold None, so that biases and betas are those that are there
-
-
-@cache
-def _read(layouts: tuple[int, ...]) -> list[tuple[int, int, slice, tuple[int, ...]]]:
-    """Of each projection: whether it has a bias and a beta, which tensors its weight is, and their layout."""
-    found, first, rest = [], 0, layouts
-    while rest:
-        has_bias, has_beta, count, size, *_ = rest
-        found.append((has_bias, has_beta, slice(first, first + count), rest[4 : 4 + size]))
-        first, rest = first + count, rest[4 + size :]
-    return found
-
-
-def _fixed(
-    frozen: Tensors, layouts: Sequence[int], scalings: Sequence[float], biases: Tensors
-) -> list[Any]:
-    """As ops/lora_linear.py has it; backward gives no biases."""
-    there = iter(biases)
-    return [
-        (put_together(frozen[place], layout), next(there, None) if has_bias else None, scaling, 0.0)
-        for (has_bias, _, place, layout), scaling in zip(
-            _read(tuple(layouts)), scalings, strict=True
-        )
-    ]
-
-
-def _threes(layouts: Sequence[int], matrices: Sequence[Any], betas: Sequence[Any]) -> list[Any]:
-    """A, B and its bias of each in turn, as ops/lora_linear.py takes them."""
-    ab, there = iter(matrices), iter(betas)
-    found: list[Any] = []
-    for _, has_beta, *_ in _read(tuple(layouts)):
-        found += (next(ab), next(ab), next(there) if has_beta else None)
-    return found
-
-
-class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layouts: Any, scalings: Any, counts: Any, *tensors: torch.Tensor
+        ctx: Any, name: str, how: Any, outputs: int, frozen: Any, *trained: Any
     ) -> tuple[torch.Tensor, ...]:
-        frozen, biases, matrices, betas = _split(tensors, counts)
-        ctx.save_for_backward(x, *frozen, *matrices, *betas)
-        ctx.layouts, ctx.scalings, ctx.counts = layouts, scalings, counts
-        return tuple(
-            OPS.lora_linears_forward(x, frozen, layouts, biases, matrices, betas, scalings)
-        )
+        found = getattr(OPS, f"{name}_forward")(frozen, trained, repr(how))
+        kept = (*frozen, *found[outputs:])
+        ctx.save_for_backward(*kept, *trained)
+        ctx.called = name, how, len(kept)
+        return tuple(found[:outputs])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        wants_x, _, _, _, *wanted = ctx.needs_input_grad
-        n_frozen, n_biases, n_matrices = ctx.counts
-        frozen, _, matrices, betas = _split(tensors, (n_frozen, 0, n_matrices))
-        _, _, *wants_each = _split(wanted, ctx.counts)
-        threes = _threes(ctx.layouts, *wants_each)
-        wants = [wants_x, *map(bool, threes)]  # None: there is no beta
-        found = OPS.lora_linears_backward(
-            list(gs), x, frozen, ctx.layouts, matrices, betas, ctx.scalings, wants
+    def backward(ctx: Any, *gs: torch.Tensor) -> tuple[Any, ...]:
+        (name, how, count), tensors = ctx.called, ctx.saved_tensors
+        wants = ctx.needs_input_grad[4:]
+        found = iter(
+            getattr(OPS, f"{name}_backward")(
+                gs, tensors[:count], tensors[count:], repr((how, wants))
+            )
         )
-        dx, *gradients = _placed(found, wants)
-        of_matrices = [one for place, one in enumerate(gradients) if place % 3 < 2]
-        of_betas = [gradients[n] for n in range(2, len(threes), 3) if threes[n] is not None]
-        return dx, None, None, None, *[None] * (n_frozen + n_biases), *of_matrices, *of_betas
+        return None, None, None, None, *[next(found) if wanted else None for wanted in wants]
 
 
-def _split(rest: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
-    """What there is of each kind; of the last kind, all that is left."""
-    ends = [0, *accumulate(counts), len(rest)]
-    return [list(rest[first:end]) for first, end in pairwise(ends)]
+@cache
+def _read(how: str) -> Any:
+    return literal_eval(how)
+
+
+def _register(
+    name: str,
+    schema: str,
+    whole: Callable[..., Any],
+    forward: Callable[[Any, Any, Any], Sequence[torch.Tensor]],
+    fake: Callable[[Any, Any, Any], Sequence[torch.Tensor]],
+    backward: Callable[[Tensors, Any, Any, Any, Sequence[bool]], Gradients],
+) -> None:
+    """What the model calls, `whole`, made of an `_Op`; and of its two ops forward, of frozen, trained and how, forward
+    without data, and backward, of the gradients, the same, and whether each of trained is to have a gradient."""
+    LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, whole, "CompositeImplicitAutograd")
+    given = "Tensor?[] frozen, Tensor?[] trained, str how"
+
+    def run_backward(gs: Any, frozen: Any, trained: Any, how: str) -> Tensors:
+        told, wants = _read(how)
+        found = backward(gs, frozen, trained, told, wants)
+        return [one for one, wanted in zip(found, wants, strict=True) if wanted and one is not None]
+
+    def fake_backward(gs: Any, frozen: Any, trained: Any, how: str) -> Tensors:
+        _, wants = _read(how)
+        return [
+            one.new_empty(one.shape) for one, wanted in zip(trained, wants, strict=True) if wanted
+        ]
+
+    for direction, arguments, run, shapes in (
+        (
+            "forward",
+            given,
+            lambda frozen, trained, how: forward(frozen, trained, _read(how)),
+            lambda frozen, trained, how: fake(frozen, trained, _read(how)),
+        ),
+        ("backward", f"Tensor[] gs, {given}", run_backward, fake_backward),
+    ):
+        op = f"{name}_{direction}"
+        LIBRARY.define(f"{op}({arguments}) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+        LIBRARY.impl(op, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"{NAME}::{op}", shapes, lib=LIBRARY)
+
+
+# lora_linears. Frozen: the bias of each projection and the tensors of its weight; trained: x, then A, B and its bias
+# of each; told: how many tensors each weight is, its layout and the scaling.
 
 
 def _lora(x, frozen, layouts, biases, matrices, betas, scalings):
-    counts = len(frozen), len(biases), len(matrices)
-    tensors = *frozen, *biases, *matrices, *betas
-    return list(_LoraLinears.apply(x, layouts, scalings, counts, *tensors))
+    weights, bias, ab, beta = iter(frozen), iter(biases), iter(matrices), iter(betas)
+    numbers = iter(layouts)
+    how, kept, trained = [], [], [x]
+    for scaling in scalings:
+        has_bias, has_beta, count, size = (next(numbers) for _ in range(4))
+        how.append((count, tuple(next(numbers) for _ in range(size)), scaling))
+        kept += [next(bias) if has_bias else None, *(next(weights) for _ in range(count))]
+        trained += [next(ab), next(ab), next(beta) if has_beta else None]
+    return list(_Op.apply("lora_linears", how, len(how), kept, *trained))
 
 
-def _lora_forward(x, frozen, layouts, biases, matrices, betas, scalings):
-    fixed, adapters = _fixed(frozen, layouts, scalings, biases), _threes(layouts, matrices, betas)
+def _fixed(frozen: Any, how: Any) -> list[Any]:
+    """As ops/lora_linear.py has it."""
+    found, place = [], 0
+    for count, layout, scaling in how:
+        end = place + 1 + count
+        found.append((put_together(frozen[place + 1 : end], layout), frozen[place], scaling, 0.0))
+        place = end
+    return found
+
+
+def _lora_forward(frozen, trained, how):
+    x, *adapters = trained
     x_TK = x.reshape(-1, x.shape[-1])
-    return lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], fixed, adapters)[0]
+    return lora.outputs(SimpleNamespace(), x_TK, x.shape[:-1], _fixed(frozen, how), adapters)[0]
 
 
-def _lora_fake(x, frozen, layouts, biases, matrices, betas, scalings):
-    return [x.new_empty(*x.shape[:-1], b.shape[0]) for b in matrices[1::2]]
+def _lora_fake(frozen, trained, how):
+    x, *adapters = trained
+    return [x.new_empty(*x.shape[:-1], b.shape[0]) for b in adapters[1::3]]
 
 
-def _lora_backward(gs, x, frozen, layouts, matrices, betas, scalings, wants):
-    x_TK, adapters = x.reshape(-1, x.shape[-1]), _threes(layouts, matrices, betas)
-    ctx = SimpleNamespace()
-    lora.remember(ctx, x_TK.shape[0], _fixed(frozen, layouts, scalings, []), adapters)
+def _lora_backward(gs, frozen, trained, how, wants):
+    x, *adapters = trained
+    x_TK, ctx = x.reshape(-1, x.shape[-1]), SimpleNamespace()
+    lora.remember(ctx, x_TK.shape[0], _fixed(frozen, how), adapters)
     gradients = lora.Gradients(ctx, x.dtype, adapters, gs, wants[1:], None, None)
     dx_TK = gradients.of_x() if wants[0] else None
     found = gradients.of_adapters(x_TK)
     if len(gs) > 1:  # every dA is a part of one product, and an op's outputs share no memory
         found[::3] = [None if da is None else da.clone() for da in found[::3]]
-    return _wanted([None if dx_TK is None else dx_TK.view(x.shape), *found], wants)
+    return None if dx_TK is None else dx_TK.view(x.shape), *found
 
 
-def _lora_backward_fake(gs, x, frozen, layouts, matrices, betas, scalings, wants):
-    return _fake_gradients([x, *_threes(layouts, matrices, betas)], wants)
-
-
-LORA = (
-    "(Tensor x, Tensor[] frozen, int[] layouts, Tensor[] biases, Tensor[] matrices, Tensor[] betas, "
-    "float[] scalings) -> Tensor[]"
-)
-_register("lora_linears", LORA, _lora)
-_register("lora_linears_forward", LORA, _lora_forward, _lora_fake)
 _register(
-    "lora_linears_backward",
-    "(Tensor[] gs, Tensor x, Tensor[] frozen, int[] layouts, Tensor[] matrices, Tensor[] betas, float[] scalings, "
-    "bool[] wants) -> Tensor[]",
-    _lora_backward, _lora_backward_fake,
+    "lora_linears",
+    "(Tensor x, Tensor[] frozen, int[] layouts, Tensor[] biases, Tensor[] matrices, Tensor[] betas, "
+    "float[] scalings) -> Tensor[]",
+    _lora, _lora_forward, _lora_fake, _lora_backward,
 )  # fmt: skip
 
 
-# dora_linear
-
-
-class _DoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, layout: Any, bias: Any, a: Any, b: Any, magnitude: Any,
-        scaling: float, *frozen: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        y, *made = OPS.dora_linear_forward(x, frozen, layout, bias, a, b, magnitude, scaling)
-        ctx.save_for_backward(x, bias, a, b, magnitude, *made, *frozen)
-        ctx.layout, ctx.scaling = layout, scaling
-        ctx.mark_non_differentiable(*made)
-        ctx.set_materialize_grads(False)
-        return y, *made
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, bias, a, b, magnitude, kept_TN, c_N, norm_N, *frozen = ctx.saved_tensors
-        wants_x, _, _, wants_a, wants_b, wants_m, *_ = ctx.needs_input_grad
-        wants = [wants_x, wants_a, wants_b, wants_m]
-        dx = da = db = dm = None
-        if g is not None:
-            found = OPS.dora_linear_backward(
-                g, x, frozen, ctx.layout, bias, a, b, magnitude, kept_TN, c_N, norm_N, ctx.scaling, wants,
-            )  # fmt: skip
-            dx, da, db, dm = _placed(found, wants)
-        return dx, None, None, da, db, dm, None, *[None] * len(frozen)
+# dora_linear. Frozen: the bias and the tensors of the weight; told: its layout and the scaling.
 
 
 def _dora(x, frozen, layout, bias, a, b, magnitude, scaling):
-    return _DoraLinear.apply(x, layout, bias, a, b, magnitude, scaling, *frozen)
+    how = tuple(layout), scaling
+    return _Op.apply("dora_linear", how, 1, (bias, *frozen), x, a, b, magnitude)[0]
 
 
-def _dora_forward(x, frozen, layout, bias, a, b, magnitude, scaling):
-    weight = put_together(frozen, layout)
-    y, _, *made = dora.output(x, weight, bias, scaling, a, b, magnitude)
+def _dora_forward(frozen, trained, how):
+    (bias, *weight), (x, a, b, magnitude), (layout, scaling) = frozen, trained, how
+    y, _, *made = dora.output(x, put_together(weight, layout), bias, scaling, a, b, magnitude)
     return y, *made
 
 
-def _dora_fake(x, frozen, layout, bias, a, b, magnitude, scaling):
+def _dora_fake(frozen, trained, how):
+    x, _, b, magnitude = trained
     lead, n = x.shape[:-1], b.shape[0]
     norm_N = x.new_empty(n, dtype=torch.float32)
     c_N = x.new_empty(n, dtype=torch.promote_types(magnitude.dtype, torch.float32))
     return x.new_empty(*lead, n), x.new_empty(math.prod(lead), n), c_N, norm_N
 
 
-def _dora_backward(
-    g, x, frozen, layout, bias, a, b, magnitude, kept_TN, c_N, norm_N, scaling, wants
-):
-    saved = (x, bias, a, b, magnitude, None, kept_TN, c_N, norm_N)
-    return _wanted(
-        dora.gradients_of(g, wants, (put_together(frozen, layout), scaling), saved), wants
-    )
+def _dora_backward(gs, frozen, trained, how, wants):
+    (bias, *weight, kept_TN, c_N, norm_N), (x, *adapter), (layout, scaling) = frozen, trained, how
+    saved = (x, bias, *adapter, None, kept_TN, c_N, norm_N)
+    return dora.gradients_of(gs[0], wants, (put_together(weight, layout), scaling), saved)
 
 
-def _dora_backward_fake(
-    g, x, frozen, layout, bias, a, b, magnitude, kept_TN, c_N, norm_N, scaling, wants
-):
-    return _fake_gradients((x, a, b, magnitude), wants)
-
-
-DORA = (
-    f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, float scaling) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-_register("dora_linear", DORA, _dora)
-_register("dora_linear_forward", DORA, _dora_forward, _dora_fake)
 _register(
-    "dora_linear_backward",
-    f"(Tensor g, Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, "
-    "Tensor kept, Tensor c, Tensor norm, float scaling, bool[] wants) -> Tensor[]",
-    _dora_backward, _dora_backward_fake,
+    "dora_linear",
+    f"(Tensor x, {FROZEN}, Tensor a, Tensor b, Tensor magnitude, float scaling) -> Tensor",
+    _dora, _dora_forward, _dora_fake, _dora_backward,
 )  # fmt: skip
 
 
 # glu
 
 
-def _width(gate: torch.Tensor, up: torch.Tensor | None) -> int:
-    return gate.shape[-1] // (2 if up is None else 1)
+def _glu(gate, up, activation):
+    return _Op.apply("glu", activation, 1, (), gate, up)[0]
 
 
-def _glu_fake(gate, up, activation):
-    return gate.new_empty(*gate.shape[:-1], _width(gate, up))
+def _glu_forward(frozen, trained, how):
+    gate, up = trained
+    return [gated.output(gate, up, how)]
 
 
-class _Glu(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, activation: gated.Activation
-    ) -> torch.Tensor:
-        ctx.activation = activation
-        ctx.save_for_backward(gate, up)
-        return OPS.glu_forward(gate, up, activation)  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        found = OPS.glu_backward(dh, gate, up, ctx.activation)
-        return found[0], None if up is None else found[1], None
+def _glu_fake(frozen, trained, how):
+    gate, up = trained
+    return [gate.new_empty(*gate.shape[:-1], gate.shape[-1] // (2 if up is None else 1))]
 
 
-def _glu_backward(dh, gate, up, activation):
-    return [one for one in gated.gradients_of(dh, gate, up, activation) if one is not None]
+def _glu_backward(gs, frozen, trained, how, wants):
+    gate, up = trained
+    return gated.gradients_of(gs[0], gate, up, how)
 
 
-def _glu_backward_fake(dh, gate, up, activation):
-    return [one.new_empty(one.shape) for one in (gate, up) if one is not None]
-
-
-GLU = "(Tensor gate, Tensor? up, str activation) -> Tensor"
-_register("glu", GLU, _Glu.apply)
-_register("glu_forward", GLU, gated.output, _glu_fake)
 _register(
-    "glu_backward", "(Tensor dh, Tensor gate, Tensor? up, str activation) -> Tensor[]",
-    _glu_backward, _glu_backward_fake,
+    "glu", "(Tensor gate, Tensor? up, str activation) -> Tensor",
+    _glu, _glu_forward, _glu_fake, _glu_backward,
 )  # fmt: skip
 
 
-# glu_lora_linear
-
-
-class _GluLoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, activation: gated.Activation, dtype: torch.dtype,
-        layout: Any, bias: Any, a: Any, b: Any, beta: Any, scaling: float, *frozen: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(gate, up, a, b, beta, *frozen)
-        ctx.activation, ctx.dtype, ctx.layout, ctx.scaling = activation, dtype, layout, scaling
-        return OPS.glu_lora_linear_forward(  # type: ignore[no-any-return]
-            gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up, a, b, beta, *frozen = ctx.saved_tensors
-        wants_gate, wants_up, _, _, _, _, wants_a, wants_b, wants_beta, *_ = ctx.needs_input_grad
-        wants_h = wants_gate or wants_up
-        wants = [wants_h, wants_h and up is not None, wants_a, wants_b, wants_beta]
-        found = OPS.glu_lora_linear_backward(
-            g,
-            gate,
-            up,
-            ctx.activation,
-            ctx.dtype,
-            frozen,
-            ctx.layout,
-            a,
-            b,
-            beta,
-            ctx.scaling,
-            wants,
-        )
-        dgate, dup, da, db, dbeta = _placed(found, wants)
-        return dgate, dup, None, None, None, None, da, db, dbeta, None, *[None] * len(frozen)
+# glu_lora_linear. Frozen: the bias and the tensors of the weight; told: the activation, the dtype's name, the layout
+# and the scaling.
 
 
 def _glu_lora(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
-    return _GluLoraLinear.apply(
-        gate, up, activation, dtype, layout, bias, a, b, beta, scaling, *frozen
-    )
+    how = activation, str(dtype).removeprefix("torch."), tuple(layout), scaling
+    return _Op.apply("glu_lora_linear", how, 1, (bias, *frozen), gate, up, a, b, beta)[0]
 
 
-def _glu_lora_forward(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
-    fixed = ((put_together(frozen, layout), bias, scaling, 0.0),)
-    ctx = SimpleNamespace(activation=activation, dtype=dtype)
-    return gated.lora_output(ctx, gate, up, fixed, (a, b, beta))[0]
+def _glu_lora_forward(frozen, trained, how):
+    (bias, *weight), (gate, up, *adapter) = frozen, trained
+    activation, dtype, layout, scaling = how
+    ctx = SimpleNamespace(activation=activation, dtype=getattr(torch, dtype))
+    fixed = ((put_together(weight, layout), bias, scaling, 0.0),)
+    return gated.lora_output(ctx, gate, up, fixed, adapter)[:1]
 
 
-def _glu_lora_fake(gate, up, activation, dtype, frozen, layout, bias, a, b, beta, scaling):
-    return gate.new_empty(*gate.shape[:-1], b.shape[0], dtype=dtype)
+def _glu_lora_fake(frozen, trained, how):
+    gate, _, _, b, _ = trained
+    return [gate.new_empty(*gate.shape[:-1], b.shape[0], dtype=getattr(torch, how[1]))]
 
 
-def _glu_lora_backward(g, gate, up, activation, dtype, frozen, layout, a, b, beta, scaling, wants):
-    fixed, adapters = ((put_together(frozen, layout), None, scaling, 0.0),), (a, b, beta)
-    ctx = SimpleNamespace(activation=activation, dtype=dtype, spent=False)
-    lora.remember(ctx, math.prod(gate.shape[:-1]), fixed, adapters)
-    made_and_adapters = (None, None, *adapters)
-    found = gated.lora_gradients(ctx, made_and_adapters, gate, up, (g,), wants[0], wants[2:])
-    return _wanted(found, wants)
+def _glu_lora_backward(gs, frozen, trained, how, wants):
+    (bias, *weight), (gate, up, *adapter) = frozen, trained
+    activation, dtype, layout, scaling = how
+    ctx = SimpleNamespace(activation=activation, dtype=getattr(torch, dtype), spent=False)
+    fixed = ((put_together(weight, layout), bias, scaling, 0.0),)
+    lora.remember(ctx, math.prod(gate.shape[:-1]), fixed, adapter)
+    wants_h = wants[0] or wants[1]
+    return gated.lora_gradients(ctx, (None, None, *adapter), gate, up, gs, wants_h, wants[2:])
 
 
-def _glu_lora_backward_fake(
-    g, gate, up, activation, dtype, frozen, layout, a, b, beta, scaling, wants
-):
-    return _fake_gradients((gate, up, a, b, beta), wants)
-
-
-GLU_LORA = (
-    f"(Tensor gate, Tensor? up, str activation, ScalarType dtype, {FROZEN}, Tensor a, Tensor b, Tensor? beta, "
-    "float scaling) -> Tensor"
-)
-_register("glu_lora_linear", GLU_LORA, _glu_lora)
-_register("glu_lora_linear_forward", GLU_LORA, _glu_lora_forward, _glu_lora_fake)
 _register(
-    "glu_lora_linear_backward",
-    "(Tensor g, Tensor gate, Tensor? up, str activation, ScalarType dtype, Tensor[] frozen, int[] layout, Tensor a, "
-    "Tensor b, Tensor? beta, float scaling, bool[] wants) -> Tensor[]",
-    _glu_lora_backward, _glu_lora_backward_fake,
+    "glu_lora_linear",
+    f"(Tensor gate, Tensor? up, str activation, ScalarType dtype, {FROZEN}, Tensor a, Tensor b, Tensor? beta, "
+    "float scaling) -> Tensor",
+    _glu_lora, _glu_lora_forward, _glu_lora_fake, _glu_lora_backward,
 )  # fmt: skip
