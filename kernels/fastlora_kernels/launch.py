@@ -53,13 +53,12 @@ def launch(
         device,
         *[tensor.dtype for tensor in tensors],
         *[place & 15 for place in places],
-        # What Triton tells apart in an integer; a float is a float.
+        # What Triton tells apart in an integer: 1, a multiple of 16, 64 bits. A float is a float.
         *[
-            number == 1 or (number & 15 == 0) + 2 * (number >= 2**31) + 2
-            if type(number) is int
-            else None
+            number & 15 and (1 if number == 1 else 2) if type(number) is int else None
             for number in numbers
         ],
+        *(numbers if max(numbers) >= 2**31 else ()),
         *constants.values(),
         *options.values(),
     )

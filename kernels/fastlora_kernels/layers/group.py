@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._C import DisableTorchFunctionSubclass
 
-from fastlora_kernels.layers.common import hooked
+from fastlora_kernels.layers.common import hooked, own
 from fastlora_kernels.layers.linear import (
     DETACHED,
     GROUP,
@@ -161,6 +161,12 @@ def _stamp(parts: Parts) -> tuple[Any, ...]:
     with DisableTorchFunctionSubclass():
         tensors = [
             None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr())
-            for tensor in (base.weight, base.bias, down.weight, up.weight, up.bias)
+            for tensor in (
+                own(base, "weight"),
+                own(base, "bias"),
+                own(down, "weight"),
+                own(up, "weight"),
+                own(up, "bias"),
+            )  # fmt: skip
         ]
     return (id(base), id(down), id(up), scaling, dropout, *tensors)

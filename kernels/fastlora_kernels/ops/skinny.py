@@ -11,7 +11,7 @@ Shapes: T tokens, N outputs, R rank, P parts.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -186,35 +186,47 @@ def in_one_pass(
     """See up_and_gradient; for 16-bit types and ranks up to 64. Here b may be a transposed matrix, and dB is then
     one, too."""
     (tokens, n), rank = g.shape, b.shape[1]
-    block_n, stages = tile(room(g.device), n, rank)
-    strips = cdiv(n, block_n)
-    chunks = max(1, min(cdiv(tokens, BLOCK_T), processors(g.device) // strips))
-    tokens_each = cdiv(cdiv(tokens, chunks), BLOCK_T) * BLOCK_T
-    chunks = cdiv(tokens, tokens_each)
-    up_parts = torch.empty((strips, tokens, rank), dtype=torch.float32, device=g.device)
-    db_parts = torch.empty((chunks, n, rank), dtype=torch.float32, device=g.device)
-    blocks = {
-        "BLOCK_R": max(16, power_of_2(rank)),
-        "BLOCK_T": BLOCK_T,
-        "BLOCK_N": block_n,
-    }
+    strips, chunks, tokens_each, blocks, options = _cut(
+        tokens, n, rank, room(g.device), processors(g.device)
+    )
+    up_parts = g.new_empty(strips, tokens, rank, dtype=torch.float32)
+    db_parts = g.new_empty(chunks, n, rank, dtype=torch.float32)
     launch(
         _up_and_gradient,
         (strips, chunks),
         (g, b, down, up_parts, db_parts),
         (tokens, n, down.stride(0), *b.stride(), tokens_each),
-        {"RANK": rank} | blocks,
-        num_warps=WARPS,
-        num_stages=stages,
+        blocks,
+        **options,
     )
     db = torch.empty_strided((n, rank), b.stride(), dtype=dtype, device=g.device)
-    up_blocks, db_blocks = (cdiv(size, BLOCK_SUM) for size in (tokens * rank, n * rank))
+    up_size, db_size = tokens * rank, n * rank
+    up_blocks = cdiv(up_size, BLOCK_SUM)
     launch(
         _sum_parts,
-        (up_blocks + db_blocks,),
+        (up_blocks + cdiv(db_size, BLOCK_SUM),),
         (up_parts, db_parts, up, db),
-        (up_blocks, strips, tokens * rank, up.stride(0),
-         chunks, n * rank, *db.stride(), float(scaling)),
+        (up_blocks, strips, up_size, up.stride(0), chunks, db_size, *db.stride(), float(scaling)),
         {"RANK": rank, "BLOCK": BLOCK_SUM, "AT_ONCE": PARTS_AT_ONCE},
-    )  # fmt: skip
+    )
     return db
+
+
+@lru_cache(1024)
+def _cut(
+    tokens: int, n: int, rank: int, room: int, processors: int
+) -> tuple[int, int, int, dict[str, int], dict[str, int]]:
+    """Strips of outputs, chunks of tokens, tokens of a chunk; what is compiled in, and the launch's options, neither to
+    be written to."""
+    block_n, stages = tile(room, n, rank)
+    strips = cdiv(n, block_n)
+    chunks = max(1, min(cdiv(tokens, BLOCK_T), processors // strips))
+    tokens_each = cdiv(cdiv(tokens, chunks), BLOCK_T) * BLOCK_T
+    blocks = {
+        "RANK": rank,
+        "BLOCK_R": max(16, power_of_2(rank)),
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_N": block_n,
+    }
+    options = {"num_warps": WARPS, "num_stages": stages}
+    return strips, cdiv(tokens, tokens_each), tokens_each, blocks, options
