@@ -159,14 +159,9 @@ def _stamp(parts: Parts) -> tuple[Any, ...]:
     """Equal for two calls only if nothing was replaced or written to in between."""
     base, down, up, scaling, _, dropout, _ = parts
     with DisableTorchFunctionSubclass():
+        parameters = own(base, "weight"), own(base, "bias"), own(down, "weight")
         tensors = [
             None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr())
-            for tensor in (
-                own(base, "weight"),
-                own(base, "bias"),
-                own(down, "weight"),
-                own(up, "weight"),
-                own(up, "bias"),
-            )  # fmt: skip
+            for tensor in (*parameters, own(up, "weight"), own(up, "bias"))
         ]
     return (id(base), id(down), id(up), scaling, dropout, *tensors)
