@@ -25,6 +25,7 @@ def choose_backend(device: torch.device, available: tuple[Backend, ...]) -> Back
 def read_environment() -> None:
     """Let FASTLORA_KERNELS be looked at again."""
     _wanted.cache_clear()
+    _chosen.cache_clear()
 
 
 @cache
