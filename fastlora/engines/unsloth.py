@@ -263,7 +263,7 @@ def attach_own_loss(model: PeftModel) -> str | None:
 
 
 def _softcap(model: Any) -> Any:
-    from fastlora_kernels.ops.head_loss import Shape
+    from fastlora_kernels.ops.cross_entropy import Shape
 
     return Shape(1.0, getattr(model.config, "final_logit_softcapping", None))
 

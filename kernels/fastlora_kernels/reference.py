@@ -132,13 +132,18 @@ def cross_entropy_(
     logit_scale: float,
     softcap: float | None,
     gradient: bool,
+    adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
     """Loss of each row (C), in float32; with `gradient`, logits (C, V) <- (softmax - onehot) times the slope of
-    z = c tanh(k logits / c). Both 0 where the label is ignore_index."""
+    z = c tanh(k (logits + s S B^T) / c). Both 0 where the label is ignore_index. adapter: S (C, R), B (V, R), s."""
     ignored = labels == ignore_index
     labels = labels.masked_fill(ignored, 0)
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if adapter is not None:
+        down, b, scaling = adapter
+        z = z + scaling * (down.to(z.dtype) @ b.to(z.dtype).T)
+    z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     lse = torch.logsumexp(z, dim=1)

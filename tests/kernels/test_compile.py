@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from fastlora_kernels.ops import cast, dequantize, skinny
+from fastlora_kernels.ops import cast, cross_entropy, dequantize, skinny
 
 OPS = "fastlora_kernels.ops."
 PLACES = {"KIND": "nested", "WORDS": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -29,6 +29,9 @@ TYPES = {  # of arguments that are not the usual *bf16 for ..._ptr and i32
     "up_parts_ptr": "*fp32", "db_parts_ptr": "*fp32", "seed_ptr": "*i64", "scaling": "fp32", "p": "fp32",
 }  # fmt: skip
 GLU = {"ACTIVATION": "gelu", "BLOCK": 1024}
+CHUNK = RANKS | {"SOFTCAP": True, "BLOCK_C": cross_entropy.BLOCK_C, "BLOCK_V": cross_entropy.BLOCK_BYTES // 2}
+LOSS = {"labels_ptr": "*i64", "loss_ptr": "*fp32", "logit_scale": "fp32", "softcap": "fp32"}
+ENTROPY = {"num_warps": cross_entropy.WARPS, "num_stages": cross_entropy.STAGES}
 KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._dequantize", PLAIN | RANKS | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
     ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"},
@@ -36,6 +39,10 @@ KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
     ("dequantize._row_norms", DENSE | RANKS, {"out_ptr": "*fp32", "absmax_ptr": "*bf16"}, {}),
     ("cast._cast", {"BLOCK": cast.BLOCK}, dict.fromkeys([f"ptr_{i}" for i in range(cast.MOST)], "*fp32"), {}),
+    ("cross_entropy._statistics", CHUNK, LOSS, ENTROPY),
+    ("cross_entropy._cross_entropy", CHUNK | {"GRADIENT": True, "BLOCK_P": cross_entropy.MOST_STRIPS}, LOSS, ENTROPY),
+    ("cross_entropy._cross_entropy", CHUNK | {"GRADIENT": True, "BLOCK_P": cross_entropy.MOST_STRIPS}
+     | {"BLOCK_V": cross_entropy.BLOCK_BYTES // 4}, LOSS | dict.fromkeys(("logits_ptr", "down_ptr", "b_ptr"), "*fp32"), ENTROPY),
     ("skinny._sum_parts", {"RANK": 16, "BLOCK": 256, "AT_ONCE": 16}, {}, {}),
     ("glu._glu", GLU, {}, {}),
     ("glu._glu_backward", GLU, {}, {}),

@@ -25,108 +25,19 @@ R rank.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastlora_kernels import reference
-from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.ops.cross_entropy import Shape, cross_entropy_
 from fastlora_kernels.ops.lora_linear import add_up, dense, frozen
 from fastlora_kernels.ops.skinny import product, up_and_gradient
-from fastlora_kernels.triton_or_not import jit, tl, triton
 
-BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 LOGITS_BYTES = 2**28
 """1,046 rows of Llama 3's 128,256 logits in 16 bits: enough for the products to be bound by arithmetic."""
-BLOCK_V = 8192
 ALIGNED = 64
 """Rows of the buffer begin at multiples of so many logits: products and kernel then load whole vectors, at any V."""
-
-
-class Shape(NamedTuple):
-    """What becomes of h W^T + ... before the softmax."""
-
-    logit_scale: float
-    softcap: float | None
-
-
-@jit
-def _tanh(x):
-    u = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - u) / (1.0 + u)
-    square = x * x  # near zero 1 - u cancels, and four terms of the series do better
-    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -t, t))
-
-
-@jit
-def _tanh_slope(x):
-    """1 - tanh^2, which cancels where it is small, in another form."""
-    u = tl.exp(-2.0 * tl.abs(x))
-    return 4.0 * u / ((1.0 + u) * (1.0 + u))
-
-
-@jit
-def _cross_entropy(
-    logits_ptr, labels_ptr, loss_ptr, n_columns, row_stride, ignored, logit_scale, softcap,
-    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * row_stride
-    label = tl.load(labels_ptr + row)
-    counts = label != ignored
-    scale, cap = tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)
-    # A label outside the vocabulary makes the loss NaN; it must not read another row's logit.
-    known = (label >= 0) & (label < n_columns)
-    chosen = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32) * scale
-    if SOFTCAP:
-        chosen = cap * _tanh(chosen / cap)
-    highest = tl.full((), -float("inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    for start in range(0, n_columns, BLOCK_V):
-        v_V = start + tl.arange(0, BLOCK_V)
-        z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
-        if SOFTCAP:
-            z_V = cap * _tanh(z_V / cap)
-        z_V = tl.where(v_V < n_columns, z_V, -float("inf"))
-        higher = tl.maximum(highest, tl.max(z_V, axis=0))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z_V - higher), axis=0)
-        highest = higher
-    lse = highest + tl.log(total)
-    tl.store(loss_ptr + row, tl.where(counts, lse - chosen, 0.0))
-    if GRADIENT:
-        for start in range(0, n_columns, BLOCK_V):
-            v_V = start + tl.arange(0, BLOCK_V)
-            z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
-            slope_V = tl.full((BLOCK_V,), 1.0, tl.float32) * scale
-            if SOFTCAP:
-                slope_V *= _tanh_slope(z_V / cap)
-                z_V = cap * _tanh(z_V / cap)
-            g_V = (tl.exp(z_V - lse) - tl.where(v_V == label, 1.0, 0.0)) * slope_V
-            g_V = tl.where(counts, g_V, 0.0)
-            tl.store(row_ptr + v_V, g_V.to(logits_ptr.dtype.element_ty), mask=v_V < n_columns)
-
-
-def cross_entropy_(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    shape: Shape,
-    gradient: bool,
-    ignore_index: int = -100,
-) -> torch.Tensor:
-    """The loss of each row of `logits` (C, V; rows may lie apart), (C) in float32; with `gradient`, that of its logits
-    takes their place. labels (C), each in [0, V) or ignore_index, where both are 0."""
-    if choose_backend(logits.device, BACKENDS) == "reference":
-        return reference.cross_entropy_(logits, labels, *shape, gradient, ignore_index)
-    loss_C = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    block = min(BLOCK_V, triton.next_power_of_2(logits.shape[1]))
-    _cross_entropy[(logits.shape[0],)](
-        logits, labels, loss_C, logits.shape[1], logits.stride(0), ignore_index, float(shape.logit_scale),
-        float(shape.softcap or 1.0),
-        SOFTCAP=shape.softcap is not None, GRADIENT=gradient, BLOCK_V=block, num_warps=8 if block > 1024 else 4,
-    )  # fmt: skip
-    return loss_C
 
 
 def lora_head_loss(
@@ -256,13 +167,13 @@ class HeadLoss(torch.autograd.Function):
             here = slice(start, start := start + len(rows_C))
             h_CK = hidden_TK.index_select(0, rows_C).to(dtype)
             logits_CV = buffer[: len(rows_C)]
-            products = [(h_CK, weight_VK.T, 1.0)]
+            add_up(logits_CV, bias, (h_CK, weight_VK.T, 1.0))
+            adapter = None
             if a is not None and b is not None:
                 down_CR = h_CK @ a.T
-                products.insert(0, (down_CR, b.T, scaling))
-            add_up(logits_CV, bias, *products)
+                adapter = (down_CR, b, scaling)
             losses_N[here] = cross_entropy_(
-                logits_CV, labels_N[here], shape, any(wants), ignore_index
+                logits_CV, labels_N[here], shape, any(wants), adapter, ignore_index
             )
             g_CV = logits_CV  # by now
             if dh_NK is not None:
