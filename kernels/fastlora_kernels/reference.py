@@ -126,35 +126,43 @@ def lora_head_loss(
     return total / ((labels != ignore_index).sum() if num_items is None else num_items)
 
 
-def cross_entropy_(
+def row_losses(
     logits: torch.Tensor,
     labels: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
-    gradient: bool,
-    adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     ignore_index: int = -100,
-) -> torch.Tensor:
-    """Loss of each row (C), in float32; with `gradient`, logits (C, V) <- (softmax - onehot) times the slope of
-    z = c tanh(k (logits + s S B^T) / c). Both 0 where the label is ignore_index. adapter: S (C, R), B (V, R), s."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row (C), 0 where the label is ignore_index, and logsumexp of its z = c tanh(k logits / c), in
+    float32."""
     ignored = labels == ignore_index
-    labels = labels.masked_fill(ignored, 0)
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if adapter is not None:
-        down, b, scaling = adapter
-        z = z + scaling * (down.to(z.dtype) @ b.to(z.dtype).T)
-    z = z * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = _z(logits, logit_scale, softcap)
     lse = torch.logsumexp(z, dim=1)
-    losses = (lse - z.gather(1, labels[:, None]).squeeze(1)).masked_fill(ignored, 0)
-    if gradient:
-        g = torch.exp(z - lse[:, None])
-        g[torch.arange(len(labels), device=labels.device), labels] -= 1
-        if softcap is not None:
-            g *= 1 - (z / softcap) ** 2
-        logits.copy_(g.masked_fill_(ignored[:, None], 0) * logit_scale)
-    return losses
+    chosen = z.gather(1, labels.masked_fill(ignored, 0)[:, None]).squeeze(1)
+    return (lse - chosen).masked_fill(ignored, 0), lse
+
+
+def logit_gradient_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int = -100,
+) -> None:
+    """logits (C, V) <- (softmax(z) - onehot) times the slope of z; 0 where the label is ignore_index."""
+    ignored = labels == ignore_index
+    z = _z(logits, logit_scale, softcap)
+    g = torch.exp(z - lse[:, None])
+    g[torch.arange(len(labels), device=labels.device), labels.masked_fill(ignored, 0)] -= 1
+    if softcap is not None:
+        g *= 1 - (z / softcap) ** 2
+    logits.copy_(g.masked_fill_(ignored[:, None], 0) * logit_scale)
+
+
+def _z(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def lora_embedding(

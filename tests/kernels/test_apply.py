@@ -269,7 +269,7 @@ def test_nf4_in_float32_is_pefts(
         pytest.skip("Triton compiles for a GPU here; test_dequantize runs it there")
     monkeypatch.setenv("FASTLORA_KERNELS", backend)
     model = nf4(k=128, n=96, bias=bias, compress_statistics=nested)
-    assert folds(tokens, 96, 128) is (tokens == 200)
+    assert folds(tokens, 96, 128, 8) is (tokens == 200)
     x = torch.randn(tokens, 128)
     theirs = results(model, x)
     assert attach(model).served == {"proj": 1}

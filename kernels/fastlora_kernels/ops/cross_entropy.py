@@ -1,13 +1,12 @@
-"""The loss of each row of logits, and in their place its gradient; with a LoRA adapter's part of them or without.
+"""The loss of each row of logits, and in their place its gradient, with the products of an adapter that read it.
 
-    z = k (logits + s S B^T),  softcapped: z <- c tanh(z / c)
-    loss = logsumexp_v z_v - z_label,  g = (softmax(z) - onehot) dz/d(logits)
+    softcapped: z = c tanh(k logits / c), else z = k logits;  loss = logsumexp_v z_v - z_label
+    g = (softmax(z) - onehot) dz/d(logits);  U = g B,  dB = g^T S
 
-LoRA, Hu et al. 2021 (arXiv:2106.09685), 4.1; softcapping, Gemma 2 (arXiv:2408.00118), 2. The adapter's logits are
-made in registers, where the others are read: written to memory they would be written and read once more for a product
-that takes a hundredth of the time. Two kernels, over tiles of rows and strips of columns: the first gives maximum, sum
-and the label's logit of each strip, the second puts them together and writes g. Float32 throughout, in a fixed order.
-Shapes: C rows, V vocabulary, R rank, P strips.
+Softcapping, Gemma 2 (arXiv:2408.00118), 2; LoRA, Hu et al. 2021 (arXiv:2106.09685), 4.1. A row's loss takes one program
+and one read. g is written in tiles, strip by strip of the vocabulary, and while a tile is there its part of U and dB is
+taken (as in ops/skinny.py, whose sums these are), which spares reading g once more. Float32, in a fixed order.
+Shapes: C rows, V vocabulary, R rank.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ import torch
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
-from fastlora_kernels.launch import cdiv, launch, power_of_2
-from fastlora_kernels.ops.skinny import processors
+from fastlora_kernels.launch import launch, power_of_2
+from fastlora_kernels.ops import skinny
 from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
-BLOCK_C, WARPS, STAGES = 64, 4, 2
-BLOCK_BYTES = 256
-"""Of a tile's row."""
-MOST_STRIPS, PROGRAMS_EACH = 64, 4
-"""Strips whose parts one program puts together at once; programs for each processor."""
+BLOCK_V = 8192
+"""Of a row, for its loss."""
+TILES = ((64, 256, 8, 2), (64, 128, 8, 2), (32, 128, 4, 2))
+"""Rows, logits, warps, and tiles that are loaded ahead: the first that fits into a processor's shared memory."""
+ALONE = (64, 256, 8, 2)
+"""Without an adapter, in 16 bits."""
 
 
 class Shape(NamedTuple):
@@ -54,175 +54,184 @@ def _tanh_slope(x):
 
 
 @jit
-def _logits(
-    logits_ptr, down_ptr, b_ptr, c_C, v_V, n_rows, n_columns, row_stride, scaling, logit_scale,
-    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+def _row_losses(
+    logits_ptr, labels_ptr, loss_ptr, lse_ptr, n_columns, row_stride, ignored, logit_scale, softcap,
+    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A tile of k (logits + s S B^T) in float32, (C, V)."""
-    row_C = c_C.to(tl.int64)[:, None]
-    inside_CV = (c_C[:, None] < n_rows) & (v_V[None, :] < n_columns)
-    z_CV = tl.load(logits_ptr + row_C * row_stride + v_V[None, :], mask=inside_CV, other=0.0)
-    z_CV = z_CV.to(tl.float32)
-    if RANK > 0:
-        scaling = tl.cast(scaling, tl.float32)
-        for start in tl.static_range(0, PADDED_RANK, BLOCK_R):
-            r_R = start + tl.arange(0, BLOCK_R)
-            down_CR = tl.load(
-                down_ptr + row_C * RANK + r_R[None, :],
-                mask=(c_C[:, None] < n_rows) & (r_R[None, :] < RANK),
-                other=0.0,
-            )
-            b_VR = tl.load(
-                b_ptr + v_V.to(tl.int64)[:, None] * RANK + r_R[None, :],
-                mask=(v_V[:, None] < n_columns) & (r_R[None, :] < RANK),
-                other=0.0,
-            )
-            z_CV += scaling * tl.dot(down_CR, tl.trans(b_VR), input_precision="ieee")
-    return z_CV * tl.cast(logit_scale, tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    label = tl.load(labels_ptr + row)
+    scale, cap = tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)
+    # A label outside the vocabulary makes the loss NaN; it must not read another row's logit.
+    known = (label >= 0) & (label < n_columns)
+    chosen = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32) * scale
+    if SOFTCAP:
+        chosen = cap * _tanh(chosen / cap)
+    highest = tl.full((), -float("inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, n_columns, BLOCK_V):
+        v_V = start + tl.arange(0, BLOCK_V)
+        z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
+        if SOFTCAP:
+            z_V = cap * _tanh(z_V / cap)
+        z_V = tl.where(v_V < n_columns, z_V, -float("inf"))
+        higher = tl.maximum(highest, tl.max(z_V, axis=0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z_V - higher), axis=0)
+        highest = higher
+    lse = highest + tl.log(total)
+    tl.store(lse_ptr + row, lse)
+    tl.store(loss_ptr + row, tl.where(label != ignored, lse - chosen, 0.0))
 
 
 @jit
-def _finite(highest):
-    """What is subtracted before exp: of logits that are all -inf 0, since -inf from -inf is NaN."""
-    return tl.where(highest == -float("inf"), 0.0, highest)
-
-
-@jit
-def _statistics(
-    logits_ptr, down_ptr, b_ptr, labels_ptr, parts_ptr,
-    n_rows, n_columns, row_stride, columns_each, scaling, logit_scale, softcap,
-    SOFTCAP: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+def _gradient(
+    logits_ptr, labels_ptr, lse_ptr, b_ptr, down_ptr, up_parts_ptr, db_parts_ptr,
+    n_rows, n_columns, row_stride, rows_each, ignored, logit_scale, softcap,
+    SOFTCAP: tl.constexpr, UP: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of each row of a strip: the highest z, the sum of exp(z - highest), and the label's z, or 0; (3, P, C)."""
-    c_C = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside_C = c_C < n_rows
-    label_C = tl.load(labels_ptr + c_C, mask=inside_C, other=-1)
-    cap = tl.cast(softcap, tl.float32)
-    highest_C = tl.full((BLOCK_C,), -float("inf"), tl.float32)
-    total_C = tl.zeros((BLOCK_C,), tl.float32)
-    chosen_C = tl.zeros((BLOCK_C,), tl.float32)
-    first = tl.program_id(1) * columns_each
-    for start in range(first, tl.minimum(first + columns_each, n_columns), BLOCK_V):
-        v_V = start + tl.arange(0, BLOCK_V)
-        z_CV = _logits(
-            logits_ptr, down_ptr, b_ptr, c_C, v_V, n_rows, n_columns, row_stride, scaling, logit_scale,
-            RANK, PADDED_RANK, BLOCK_R,
-        )  # fmt: skip
+    """g in place of some rows of a strip; dB's part of them, if RANK, and U's, if UP."""
+    v_V = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside_V = v_V < n_columns
+    scale, cap = tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)
+    r_R = tl.arange(0, BLOCK_R)
+    inside_VR = inside_V[:, None] & (r_R[None, :] < RANK)
+    place_VR = v_V.to(tl.int64)[:, None] * RANK + r_R[None, :]
+    if UP:
+        b_VR = tl.load(b_ptr + place_VR, mask=inside_VR, other=0.0)
+        up_part = up_parts_ptr + tl.program_id(0).to(tl.int64) * n_rows * RANK
+    if RANK > 0:
+        db_VR = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+    first = tl.program_id(1) * rows_each
+    for start in range(first, tl.minimum(first + rows_each, n_rows), BLOCK_C):
+        c_C = start + tl.arange(0, BLOCK_C)
+        inside_C = c_C < n_rows
+        label_C = tl.load(labels_ptr + c_C, mask=inside_C, other=-1)
+        lse_C = tl.load(lse_ptr + c_C, mask=inside_C, other=0.0)
+        inside_CV = inside_C[:, None] & inside_V[None, :]
+        place_CV = logits_ptr + c_C.to(tl.int64)[:, None] * row_stride + v_V[None, :]
+        z_CV = tl.load(place_CV, mask=inside_CV, other=0.0).to(tl.float32) * scale
+        slope = scale
         if SOFTCAP:
+            slope *= _tanh_slope(z_CV / cap)
             z_CV = cap * _tanh(z_CV / cap)
-        chosen_C += tl.sum(tl.where(v_V[None, :] == label_C[:, None], z_CV, 0.0), axis=1)
-        z_CV = tl.where(v_V[None, :] < n_columns, z_CV, -float("inf"))
-        higher_C = tl.maximum(highest_C, tl.max(z_CV, axis=1))
-        from_C = _finite(higher_C)
-        total_C = total_C * tl.exp(highest_C - from_C) + tl.sum(tl.exp(z_CV - from_C[:, None]), axis=1)
-        highest_C = higher_C
-    part_C = parts_ptr + tl.program_id(1).to(tl.int64) * n_rows + c_C
-    size = tl.num_programs(1).to(tl.int64) * n_rows
-    tl.store(part_C, highest_C, mask=inside_C)
-    tl.store(part_C + size, total_C, mask=inside_C)
-    tl.store(part_C + 2 * size, chosen_C, mask=inside_C)
+        # The minimum is for columns outside, which could overflow.
+        g_CV = tl.exp(tl.minimum(z_CV - lse_C[:, None], 0.0))
+        g_CV -= tl.where(v_V[None, :] == label_C[:, None], 1.0, 0.0)
+        counts_CV = inside_CV & (label_C != ignored)[:, None]
+        g_CV = tl.where(counts_CV, g_CV * slope, 0.0).to(logits_ptr.dtype.element_ty)
+        tl.store(place_CV, g_CV, mask=inside_CV)
+        if RANK > 0:
+            inside_CR = inside_C[:, None] & (r_R[None, :] < RANK)
+            place_CR = c_C.to(tl.int64)[:, None] * RANK + r_R[None, :]
+            down_CR = tl.load(down_ptr + place_CR, mask=inside_CR, other=0.0)
+            db_VR += tl.dot(tl.trans(g_CV), down_CR, input_precision="ieee")
+            if UP:
+                up_CR = tl.dot(g_CV, b_VR, input_precision="ieee")
+                tl.store(up_part + place_CR, up_CR, mask=inside_CR)
+    if RANK > 0:
+        db_part = db_parts_ptr + tl.program_id(1).to(tl.int64) * n_columns * RANK
+        tl.store(db_part + place_VR, db_VR, mask=inside_VR)
 
 
-@jit
-def _cross_entropy(
-    logits_ptr, down_ptr, b_ptr, labels_ptr, parts_ptr, loss_ptr,
-    n_rows, n_columns, row_stride, columns_each, parts, ignored, scaling, logit_scale, softcap,
-    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
-    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    c_C = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside_C = c_C < n_rows
-    label_C = tl.load(labels_ptr + c_C, mask=inside_C, other=-1)
-    counts_C = inside_C & (label_C != ignored)
-    p_P = tl.arange(0, BLOCK_P)
-    part_PC = parts_ptr + p_P.to(tl.int64)[:, None] * n_rows + c_C[None, :]
-    inside_PC = (p_P[:, None] < parts) & inside_C[None, :]
-    size = tl.cast(parts, tl.int64) * n_rows
-    highest_PC = tl.load(part_PC, mask=inside_PC, other=-float("inf"))
-    total_PC = tl.load(part_PC + size, mask=inside_PC, other=0.0)
-    from_C = _finite(tl.max(highest_PC, axis=0))
-    total_C = tl.sum(total_PC * tl.exp(highest_PC - from_C[None, :]), axis=0)
-    lse_C = from_C + tl.log(tl.where(inside_C, total_C, 1.0))
-    if tl.program_id(1) == 0:
-        chosen_C = tl.sum(tl.load(part_PC + 2 * size, mask=inside_PC, other=0.0), axis=0)
-        # A label outside the vocabulary makes the loss NaN.
-        known_C = (label_C >= 0) & (label_C < n_columns)
-        loss_C = tl.where(known_C, lse_C - chosen_C, float("nan"))
-        tl.store(loss_ptr + c_C, tl.where(counts_C, loss_C, 0.0), mask=inside_C)
-    if GRADIENT:
-        cap = tl.cast(softcap, tl.float32)
-        first = tl.program_id(1) * columns_each
-        for start in range(first, tl.minimum(first + columns_each, n_columns), BLOCK_V):
-            v_V = start + tl.arange(0, BLOCK_V)
-            z_CV = _logits(
-                logits_ptr, down_ptr, b_ptr, c_C, v_V, n_rows, n_columns, row_stride, scaling, logit_scale,
-                RANK, PADDED_RANK, BLOCK_R,
-            )  # fmt: skip
-            slope = tl.cast(logit_scale, tl.float32)
-            if SOFTCAP:
-                slope *= _tanh_slope(z_CV / cap)
-                z_CV = cap * _tanh(z_CV / cap)
-            g_CV = tl.exp(tl.minimum(z_CV - lse_C[:, None], 0.0))  # columns outside could overflow
-            g_CV -= tl.where(v_V[None, :] == label_C[:, None], 1.0, 0.0)
-            g_CV = tl.where(counts_C[:, None], g_CV * slope, 0.0)
-            tl.store(
-                logits_ptr + c_C.to(tl.int64)[:, None] * row_stride + v_V[None, :],
-                g_CV.to(logits_ptr.dtype.element_ty),
-                mask=inside_C[:, None] & (v_V[None, :] < n_columns),
-            )
+class Products(NamedTuple):
+    """What is to be made of g. All are of its type but dB = g^T S (V, R), which is given back in float32; U = g B (C, R)
+    is written into `up`. B (V, R) and S (C, R), contiguous."""
+
+    b: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
 
 
-Adapter = tuple[torch.Tensor, torch.Tensor, float]
-"""S (C, R), B (V, R), both of the logits' type, and s."""
+def row_losses(
+    logits: torch.Tensor, labels: torch.Tensor, shape: Shape, ignore_index: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C) each, in float32: the loss of each row of `logits` (C, V; rows may lie apart), and logsumexp of its z. labels
+    (C), each in [0, V) or ignore_index, where the loss is 0."""
+    if choose_backend(logits.device, BACKENDS) == "reference":
+        return reference.row_losses(logits, labels, *shape, ignore_index)
+    loss_C, lse_C = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
+    block = min(BLOCK_V, power_of_2(logits.shape[1]))
+    launch(
+        _row_losses,
+        (logits.shape[0],),
+        (logits, labels, loss_C, lse_C),
+        (logits.shape[1], logits.stride(0), ignore_index, *_factors(shape)),
+        {"SOFTCAP": shape.softcap is not None, "BLOCK_V": block},
+        num_warps=8 if block > 1024 else 4,
+    )
+    return loss_C, lse_C
 
 
-def cross_entropy_(
+def gradient_(
     logits: torch.Tensor,
     labels: torch.Tensor,
+    lse: torch.Tensor,
     shape: Shape,
-    gradient: bool,
-    adapter: Adapter | None = None,
     ignore_index: int = -100,
-) -> torch.Tensor:
-    """The loss of each row of `logits` (C, V; rows may lie apart), (C) in float32; with `gradient`, that of its logits
-    takes their place. labels (C), each in [0, V) or ignore_index, where both are 0."""
-    if choose_backend(logits.device, BACKENDS) == "reference":
-        return reference.cross_entropy_(logits, labels, *shape, gradient, adapter, ignore_index)
-    rows, columns = logits.shape
-    loss_C = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    down, b, scaling = adapter or (logits, logits, 0.0)
-    rank = b.shape[1] if adapter else 0
-    block_v = min(BLOCK_BYTES // logits.element_size(), max(16, power_of_2(columns)))
-    blocks = cdiv(rows, BLOCK_C)
-    strips = max(1, min(MOST_STRIPS, PROGRAMS_EACH * processors(logits.device) // blocks))
-    columns_each = cdiv(cdiv(columns, strips), block_v) * block_v
-    strips = cdiv(columns, columns_each)
-    block_r = min(64, max(16, power_of_2(max(1, rank))))
-    compiled = {"RANK": rank, "PADDED_RANK": cdiv(rank, block_r) * block_r, "BLOCK_R": block_r}
-    compiled |= {"BLOCK_C": BLOCK_C, "BLOCK_V": block_v}
-    capped = {"SOFTCAP": shape.softcap is not None}
-    parts = torch.empty((3, strips, rows), dtype=torch.float32, device=logits.device)
-    numbers = (rows, columns, logits.stride(0), columns_each)
-    factors = (float(scaling), float(shape.logit_scale), float(shape.softcap or 1.0))
-    tensors = (logits, down.contiguous(), b.contiguous(), labels, parts)
-    launch(
-        _statistics,
-        (blocks, strips),
-        tensors,
-        (*numbers, *factors),
-        capped | compiled,
-        num_warps=WARPS,
-        num_stages=STAGES,
+    products: Products | None = None,
+) -> torch.Tensor | None:
+    """g in place of `logits`, as above; 0 in rows that are ignored. dB, if products are asked for."""
+    backend = choose_backend(logits.device, BACKENDS)
+    if backend == "reference":
+        reference.logit_gradient_(logits, labels, lse, *shape, ignore_index)
+        return None if products is None else _products(logits, products)
+    rank = 0 if products is None else products.b.shape[1]
+    fused = rank if rank <= 64 and (backend == "interpret" or logits.element_size() == 2) else 0
+    with_up = fused <= 32  # at rank 64 its parts are half as large as g
+    (rows, columns), device = logits.shape, logits.device
+    block_c, block_v, warps, stages = tile(skinny.room(device), logits.element_size(), fused)
+    strips, chunks, rows_each = skinny.cut(
+        rows, columns, block_c, block_v, skinny.processors(device)
     )
+    b, down, up_parts, db_parts = logits, logits, None, logits
+    if products is not None and fused:
+        b, down = products.b.contiguous(), products.down
+        db_parts = torch.empty((chunks, columns, rank), dtype=torch.float32, device=device)
+        if with_up:
+            up_parts = torch.empty((strips, rows, rank), dtype=torch.float32, device=device)
     launch(
-        _cross_entropy,
-        (blocks, strips if gradient else 1),
-        (*tensors, loss_C),
-        (*numbers, strips, ignore_index, *factors),
-        capped | {"GRADIENT": gradient} | compiled | {"BLOCK_P": power_of_2(strips)},
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
-    return loss_C
+        _gradient,
+        (strips, chunks),
+        (logits, labels, lse, b, down, db_parts if up_parts is None else up_parts, db_parts),
+        (rows, columns, logits.stride(0), rows_each, ignore_index, *_factors(shape)),
+        {"SOFTCAP": shape.softcap is not None, "UP": up_parts is not None,
+         "RANK": fused, "BLOCK_R": max(16, power_of_2(max(1, fused))),
+         "BLOCK_C": block_c, "BLOCK_V": block_v},
+        num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+    if products is None:
+        return None
+    if not fused:
+        return _products(logits, products)
+    if up_parts is None:
+        torch.mm(logits, b, out=products.up)
+    db = db_parts[0]
+    if up_parts is not None or chunks > 1:
+        db = torch.empty((columns, rank), dtype=torch.float32, device=device)
+        skinny.sum_up(up_parts, db_parts, 1.0, products.up, db)
+    return db
+
+
+def _factors(shape: Shape) -> tuple[float, float]:
+    return float(shape.logit_scale), float(shape.softcap or 1.0)
+
+
+def _products(g: torch.Tensor, products: Products) -> torch.Tensor:
+    torch.mm(g, products.b, out=products.up)
+    return skinny.product(g.T, products.down)
+
+
+def tile(room: int, size: int, rank: int) -> tuple[int, int, int, int]:
+    """Of TILES, for logits of `size` bytes. tests/kernels/test_compile.py holds it to what is compiled."""
+    if size > 2:
+        return TILES[-1]
+    if not rank:
+        return ALONE
+    wide = max(16, power_of_2(rank))
+    for block_c, block_v, warps, stages in TILES:
+        ahead = stages * block_c * (block_v + wide)
+        if 2 * (ahead + block_c * block_v + block_v * wide) + 4096 <= room:
+            return block_c, block_v, warps, stages
+    return TILES[-1]

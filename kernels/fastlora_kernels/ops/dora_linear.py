@@ -217,4 +217,6 @@ def gradients_of(
 
 
 def _folds(weight: Weight, x_TK: torch.Tensor) -> bool:
-    return isinstance(weight, FourBit) and folds(x_TK.shape[0], *weight.shape)
+    """As for LoRA at a low rank: without a fold y and g are scaled in passes of their own, which take longer than what
+    a high rank adds to the fold."""
+    return isinstance(weight, FourBit) and folds(x_TK.shape[0], *weight.shape, rank=1)

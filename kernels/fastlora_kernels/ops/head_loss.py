@@ -13,7 +13,7 @@ labelled ones first, and those without a label count 0. The rows go in equal chu
 max(1, LOGITS_BYTES / (V x bytes of a logit)) rows through one buffer, which holds logits and then g in the compute
 dtype; maximum, sum, loss and softmax are float32. g is kept without 1/n, which in float16 could make it vanish: n and
 the upstream gradient come in during backward, in float32. dA, dB, dW and db are summed over the chunks in float32.
-g B and g^T S come of one read of g, where that is faster (ops/skinny.py).
+g B and g^T S come with g (ops/cross_entropy.py).
 
 Memory beside inputs and outputs: the buffer; dh of the labelled rows (N x K); 2 x chunk x K; the sums; their parts of
 one read, in float32: chunk x R for each 512 of V (256 or 128 where a processor has less shared memory than Hopper's,
@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastlora_kernels.ops.cross_entropy import Shape, cross_entropy_
+from fastlora_kernels.ops.cross_entropy import Products, Shape, gradient_, row_losses
 from fastlora_kernels.ops.lora_linear import add_up, dense, frozen
-from fastlora_kernels.ops.skinny import product, up_and_gradient
+from fastlora_kernels.ops.skinny import product
 
 LOGITS_BYTES = 2**28
 """1,046 rows of Llama 3's 128,256 logits in 16 bits: enough for the products to be bound by arithmetic."""
@@ -167,26 +167,28 @@ class HeadLoss(torch.autograd.Function):
             here = slice(start, start := start + len(rows_C))
             h_CK = hidden_TK.index_select(0, rows_C).to(dtype)
             logits_CV = buffer[: len(rows_C)]
-            add_up(logits_CV, bias, (h_CK, weight_VK.T, 1.0))
-            adapter = None
+            products = [(h_CK, weight_VK.T, 1.0)]
             if a is not None and b is not None:
                 down_CR = h_CK @ a.T
-                adapter = (down_CR, b, scaling)
-            losses_N[here] = cross_entropy_(
-                logits_CV, labels_N[here], shape, any(wants), adapter, ignore_index
-            )
+                products.insert(0, (down_CR, b.T, scaling))
+            add_up(logits_CV, bias, *products)
+            labels_C = labels_N[here]
+            losses_N[here], lse_C = row_losses(logits_CV, labels_C, shape, ignore_index)
+            if not any(wants):
+                continue
+            asked = None
+            if a is not None and b is not None and any((wants[0], *wants[3:])):
+                asked = Products(b, down_CR, torch.empty_like(down_CR))
+            found = gradient_(logits_CV, labels_C, lse_C, shape, ignore_index, asked)
             g_CV = logits_CV  # by now
             if dh_NK is not None:
                 torch.mm(g_CV, weight_VK, out=dh_NK[here])
-            if a is not None and b is not None and any((wants[0], *wants[3:])):
-                up_CR = torch.empty_like(down_CR)
-                wanted = None if db_VR is None else wide
-                found = up_and_gradient(g_CV, b, down_CR, 1.0, up_CR, wanted)
+            if a is not None and asked is not None and found is not None:
                 if dh_NK is not None:
-                    dh_NK[here].addmm_(up_CR, a, alpha=scaling)
+                    dh_NK[here].addmm_(asked.up, a, alpha=scaling)
                 if da_RK is not None:
-                    da_RK += product(up_CR.T, h_CK)
-                if db_VR is not None and found is not None:
+                    da_RK += product(asked.up.T, h_CK)
+                if db_VR is not None:
                     db_VR += found
             if dw_VK is not None:
                 dw_VK += product(g_CV.T, h_CK)
