@@ -135,7 +135,7 @@ def _gradient(
 
 
 class Products(NamedTuple):
-    """What is to be made of g. All are of its type but dB = g^T S (V, R), which is given back in float32; U = g B (C, R)
+    """What is to be made of g: all of its type but dB = g^T S (V, R), which is given back in float32. U = g B (C, R)
     is written into `up`. B (V, R) and S (C, R), contiguous."""
 
     b: torch.Tensor
