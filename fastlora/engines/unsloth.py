@@ -284,7 +284,7 @@ def _of_the_model(
 
 
 def _softcap(model: Any) -> Any:
-    from fastlora_kernels.ops.cross_entropy import Shape
+    from fastlora_kernels.ops.head_loss import Shape
 
     return Shape(1.0, getattr(model.config, "final_logit_softcapping", None))
 

@@ -126,43 +126,30 @@ def lora_head_loss(
     return total / ((labels != ignore_index).sum() if num_items is None else num_items)
 
 
-def row_losses(
+def cross_entropy_(
     logits: torch.Tensor,
     labels: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
+    gradient: bool,
     ignore_index: int = -100,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each row (C), 0 where the label is ignore_index, and logsumexp of its z = c tanh(k logits / c), in
-    float32."""
+) -> torch.Tensor:
+    """Loss of each row (C), in float32; with `gradient`, logits (C, V) <- (softmax - onehot) times the slope of
+    z = c tanh(k logits / c). Both 0 where the label is ignore_index."""
     ignored = labels == ignore_index
-    z = _z(logits, logit_scale, softcap)
-    lse = torch.logsumexp(z, dim=1)
-    chosen = z.gather(1, labels.masked_fill(ignored, 0)[:, None]).squeeze(1)
-    return (lse - chosen).masked_fill(ignored, 0), lse
-
-
-def logit_gradient_(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    lse: torch.Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int = -100,
-) -> None:
-    """logits (C, V) <- (softmax(z) - onehot) times the slope of z; 0 where the label is ignore_index."""
-    ignored = labels == ignore_index
-    z = _z(logits, logit_scale, softcap)
-    g = torch.exp(z - lse[:, None])
-    g[torch.arange(len(labels), device=labels.device), labels.masked_fill(ignored, 0)] -= 1
-    if softcap is not None:
-        g *= 1 - (z / softcap) ** 2
-    logits.copy_(g.masked_fill_(ignored[:, None], 0) * logit_scale)
-
-
-def _z(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    labels = labels.masked_fill(ignored, 0)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    lse = torch.logsumexp(z, dim=1)
+    losses = (lse - z.gather(1, labels[:, None]).squeeze(1)).masked_fill(ignored, 0)
+    if gradient:
+        g = torch.exp(z - lse[:, None])
+        g[torch.arange(len(labels), device=labels.device), labels] -= 1
+        if softcap is not None:
+            g *= 1 - (z / softcap) ** 2
+        logits.copy_(g.masked_fill_(ignored[:, None], 0) * logit_scale)
+    return losses
 
 
 def lora_embedding(

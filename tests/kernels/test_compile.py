@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from fastlora_kernels.ops import cast, cross_entropy, dequantize, skinny
+from fastlora_kernels.ops import cast, dequantize, skinny
 
 OPS = "fastlora_kernels.ops."
 PLACES = {"KIND": "nested", "WORDS": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -29,13 +29,6 @@ TYPES = {  # of arguments that are not the usual *bf16 for ..._ptr and i32
     "up_parts_ptr": "*fp32", "db_parts_ptr": "*fp32", "seed_ptr": "*i64", "scaling": "fp32", "p": "fp32",
 }  # fmt: skip
 GLU = {"ACTIVATION": "gelu", "BLOCK": 1024}
-LOSS = {
-    "labels_ptr": "*i64",
-    "loss_ptr": "*fp32",
-    "lse_ptr": "*fp32",
-    "logit_scale": "fp32",
-    "softcap": "fp32",
-}
 KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._dequantize", PLAIN | RANKS | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
     ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"},
@@ -43,7 +36,6 @@ KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
     ("dequantize._row_norms", DENSE | RANKS, {"out_ptr": "*fp32", "absmax_ptr": "*bf16"}, {}),
     ("cast._cast", {"BLOCK": cast.BLOCK}, dict.fromkeys([f"ptr_{i}" for i in range(cast.MOST)], "*fp32"), {}),
-    ("cross_entropy._row_losses", {"SOFTCAP": True, "BLOCK_V": cross_entropy.BLOCK_V}, LOSS, {"num_warps": 8}),
     ("skinny._sum_parts", {"RANK": 16, "BLOCK": 256, "AT_ONCE": 16}, {}, {}),
     ("glu._glu", GLU, {}, {}),
     ("glu._glu_backward", GLU, {}, {}),
@@ -64,39 +56,13 @@ def one_pass(architecture: int) -> list[tuple[str, dict[str, Any], dict[str, str
     return found
 
 
-def gradients(
-    architecture: int,
-) -> list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]]:
-    """Without an adapter, with U and dB, with dB alone; and of float32."""
-    found = []
-    for size, rank in ((2, 0), (2, 16), (2, 32), (2, 64), (4, 0)):
-        block_c, block_v, warps, stages = cross_entropy.tile(
-            SHARED_KIB[architecture] * 1024, size, rank
-        )
-        compiled_in = {
-            "SOFTCAP": True,
-            "UP": 0 < rank <= 32,
-            "RANK": rank,
-            "BLOCK_R": max(16, rank),
-        }
-        compiled_in |= {"BLOCK_C": block_c, "BLOCK_V": block_v}
-        types = LOSS | ({"logits_ptr": "*fp32"} if size == 4 else {})
-        options = {"num_warps": warps, "num_stages": stages}
-        found.append(("cross_entropy._gradient", compiled_in, types, options))
-    return found
-
-
 def compiled(architecture: int) -> list[tuple[str, int]]:
     """Each kernel's name and its bytes of shared memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     found = []
-    for name, constants, types, options in [
-        *KERNELS,
-        *one_pass(architecture),
-        *gradients(architecture),
-    ]:
+    for name, constants, types, options in [*KERNELS, *one_pass(architecture)]:
         module, _, function = name.partition(".")
         kernel = getattr(importlib.import_module(OPS + module), function)
         signature, fixed, aligned = {}, {}, {}
@@ -129,7 +95,7 @@ def test_they_fit() -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     for (architecture, kib), found in zip(SHARED_KIB.items(), json.loads(run.stdout), strict=True):
-        kernels = [*KERNELS, *one_pass(architecture), *gradients(architecture)]
+        kernels = [*KERNELS, *one_pass(architecture)]
         assert [name for name, _ in found] == [name for name, *_ in kernels]
         for name, taken in found:
             assert taken <= kib * 1024, (architecture, name, taken)

@@ -25,8 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastlora_kernels.layers import linear
 from fastlora_kernels.layers.common import function_in, hooked
-from fastlora_kernels.ops.cross_entropy import Shape
-from fastlora_kernels.ops.head_loss import lora_head_loss
+from fastlora_kernels.ops.head_loss import Shape, lora_head_loss
 
 Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float]
 """Weight, bias, A, B, scaling: the op's arguments."""

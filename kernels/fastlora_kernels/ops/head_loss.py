@@ -13,7 +13,7 @@ labelled ones first, and those without a label count 0. The rows go in equal chu
 max(1, LOGITS_BYTES / (V x bytes of a logit)) rows through one buffer, which holds logits and then g in the compute
 dtype; maximum, sum, loss and softmax are float32. g is kept without 1/n, which in float16 could make it vanish: n and
 the upstream gradient come in during backward, in float32. dA, dB, dW and db are summed over the chunks in float32.
-g B and g^T S come with g (ops/cross_entropy.py).
+g B and g^T S come of one read of g, where that is faster (ops/skinny.py).
 
 Memory beside inputs and outputs: the buffer; dh of the labelled rows (N x K); 2 x chunk x K; the sums; their parts of
 one read, in float32: chunk x R for each 512 of V (256 or 128 where a processor has less shared memory than Hopper's,
@@ -25,19 +25,108 @@ R rank.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastlora_kernels.ops.cross_entropy import Products, Shape, gradient_, row_losses
+from fastlora_kernels import reference
+from fastlora_kernels.dispatch import Backend, choose_backend
 from fastlora_kernels.ops.lora_linear import add_up, dense, frozen
-from fastlora_kernels.ops.skinny import product
+from fastlora_kernels.ops.skinny import product, up_and_gradient
+from fastlora_kernels.triton_or_not import jit, tl, triton
 
+BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 LOGITS_BYTES = 2**28
 """1,046 rows of Llama 3's 128,256 logits in 16 bits: enough for the products to be bound by arithmetic."""
+BLOCK_V = 8192
 ALIGNED = 64
 """Rows of the buffer begin at multiples of so many logits: products and kernel then load whole vectors, at any V."""
+
+
+class Shape(NamedTuple):
+    """What becomes of h W^T + ... before the softmax."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+@jit
+def _tanh(x):
+    u = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - u) / (1.0 + u)
+    square = x * x  # near zero 1 - u cancels, and four terms of the series do better
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -t, t))
+
+
+@jit
+def _tanh_slope(x):
+    """1 - tanh^2, which cancels where it is small, in another form."""
+    u = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * u / ((1.0 + u) * (1.0 + u))
+
+
+@jit
+def _cross_entropy(
+    logits_ptr, labels_ptr, loss_ptr, n_columns, row_stride, ignored, logit_scale, softcap,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    label = tl.load(labels_ptr + row)
+    counts = label != ignored
+    scale, cap = tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)
+    # A label outside the vocabulary makes the loss NaN; it must not read another row's logit.
+    known = (label >= 0) & (label < n_columns)
+    chosen = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32) * scale
+    if SOFTCAP:
+        chosen = cap * _tanh(chosen / cap)
+    highest = tl.full((), -float("inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, n_columns, BLOCK_V):
+        v_V = start + tl.arange(0, BLOCK_V)
+        z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
+        if SOFTCAP:
+            z_V = cap * _tanh(z_V / cap)
+        z_V = tl.where(v_V < n_columns, z_V, -float("inf"))
+        higher = tl.maximum(highest, tl.max(z_V, axis=0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z_V - higher), axis=0)
+        highest = higher
+    lse = highest + tl.log(total)
+    tl.store(loss_ptr + row, tl.where(counts, lse - chosen, 0.0))
+    if GRADIENT:
+        for start in range(0, n_columns, BLOCK_V):
+            v_V = start + tl.arange(0, BLOCK_V)
+            z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
+            slope_V = tl.full((BLOCK_V,), 1.0, tl.float32) * scale
+            if SOFTCAP:
+                slope_V *= _tanh_slope(z_V / cap)
+                z_V = cap * _tanh(z_V / cap)
+            g_V = (tl.exp(z_V - lse) - tl.where(v_V == label, 1.0, 0.0)) * slope_V
+            g_V = tl.where(counts, g_V, 0.0)
+            tl.store(row_ptr + v_V, g_V.to(logits_ptr.dtype.element_ty), mask=v_V < n_columns)
+
+
+def cross_entropy_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    shape: Shape,
+    gradient: bool,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """The loss of each row of `logits` (C, V; rows may lie apart), (C) in float32; with `gradient`, that of its logits
+    takes their place. labels (C), each in [0, V) or ignore_index, where both are 0."""
+    if choose_backend(logits.device, BACKENDS) == "reference":
+        return reference.cross_entropy_(logits, labels, *shape, gradient, ignore_index)
+    loss_C = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    block = min(BLOCK_V, triton.next_power_of_2(logits.shape[1]))
+    _cross_entropy[(logits.shape[0],)](
+        logits, labels, loss_C, logits.shape[1], logits.stride(0), ignore_index, float(shape.logit_scale),
+        float(shape.softcap or 1.0),
+        SOFTCAP=shape.softcap is not None, GRADIENT=gradient, BLOCK_V=block, num_warps=8 if block > 1024 else 4,
+    )  # fmt: skip
+    return loss_C
 
 
 def lora_head_loss(
@@ -172,23 +261,21 @@ class HeadLoss(torch.autograd.Function):
                 down_CR = h_CK @ a.T
                 products.insert(0, (down_CR, b.T, scaling))
             add_up(logits_CV, bias, *products)
-            labels_C = labels_N[here]
-            losses_N[here], lse_C = row_losses(logits_CV, labels_C, shape, ignore_index)
-            if not any(wants):
-                continue
-            asked = None
-            if a is not None and b is not None and any((wants[0], *wants[3:])):
-                asked = Products(b, down_CR, torch.empty_like(down_CR))
-            found = gradient_(logits_CV, labels_C, lse_C, shape, ignore_index, asked)
+            losses_N[here] = cross_entropy_(
+                logits_CV, labels_N[here], shape, any(wants), ignore_index
+            )
             g_CV = logits_CV  # by now
             if dh_NK is not None:
                 torch.mm(g_CV, weight_VK, out=dh_NK[here])
-            if a is not None and asked is not None and found is not None:
+            if a is not None and b is not None and any((wants[0], *wants[3:])):
+                up_CR = torch.empty_like(down_CR)
+                wanted = None if db_VR is None else wide
+                found = up_and_gradient(g_CV, b, down_CR, 1.0, up_CR, wanted)
                 if dh_NK is not None:
-                    dh_NK[here].addmm_(asked.up, a, alpha=scaling)
+                    dh_NK[here].addmm_(up_CR, a, alpha=scaling)
                 if da_RK is not None:
-                    da_RK += product(asked.up.T, h_CK)
-                if db_VR is not None:
+                    da_RK += product(up_CR.T, h_CK)
+                if db_VR is not None and found is not None:
                     db_VR += found
             if dw_VK is not None:
                 dw_VK += product(g_CV.T, h_CK)

@@ -200,37 +200,16 @@ def in_one_pass(
         **options,
     )
     db = torch.empty_strided((n, rank), b.stride(), dtype=dtype, device=g.device)
-    sum_up(up_parts, db_parts, scaling, up, db)
-    return db
-
-
-def sum_up(
-    up_parts: torch.Tensor | None,
-    db_parts: torch.Tensor,
-    scaling: float,
-    up: torch.Tensor,
-    db: torch.Tensor,
-) -> None:
-    """U (T, R), if there are parts of it (strips, T, R), times `scaling`; dB (N, R) of parts (chunks, N, R)."""
-    rank, db_size = db.shape[1], db.shape[0] * db.shape[1]
-    strips, up_size = (0, 0) if up_parts is None else (up_parts.shape[0], up_parts.shape[1] * rank)
+    up_size, db_size = tokens * rank, n * rank
     up_blocks = cdiv(up_size, BLOCK_SUM)
     launch(
         _sum_parts,
         (up_blocks + cdiv(db_size, BLOCK_SUM),),
-        (db_parts if up_parts is None else up_parts, db_parts, up, db),
-        (up_blocks, strips, up_size, up.stride(0),
-         db_parts.shape[0], db_size, *db.stride(), float(scaling)),
+        (up_parts, db_parts, up, db),
+        (up_blocks, strips, up_size, up.stride(0), chunks, db_size, *db.stride(), float(scaling)),
         {"RANK": rank, "BLOCK": BLOCK_SUM, "AT_ONCE": PARTS_AT_ONCE},
-    )  # fmt: skip
-
-
-def cut(tokens: int, n: int, block_t: int, block_n: int, processors: int) -> tuple[int, int, int]:
-    """Strips of outputs, chunks of tokens, tokens of a chunk: one program a processor, unless strips are more."""
-    strips = cdiv(n, block_n)
-    chunks = max(1, min(cdiv(tokens, block_t), processors // strips))
-    tokens_each = cdiv(cdiv(tokens, chunks), block_t) * block_t
-    return strips, cdiv(tokens, tokens_each), tokens_each
+    )
+    return db
 
 
 @lru_cache(1024)
@@ -240,6 +219,9 @@ def _cut(
     """Strips of outputs, chunks of tokens, tokens of a chunk; what is compiled in, and the launch's options, neither to
     be written to."""
     block_n, stages = tile(room, n, rank)
+    strips = cdiv(n, block_n)
+    chunks = max(1, min(cdiv(tokens, BLOCK_T), processors // strips))
+    tokens_each = cdiv(cdiv(tokens, chunks), BLOCK_T) * BLOCK_T
     blocks = {
         "RANK": rank,
         "BLOCK_R": max(16, power_of_2(rank)),
@@ -247,4 +229,4 @@ def _cut(
         "BLOCK_N": block_n,
     }
     options = {"num_warps": WARPS, "num_stages": stages}
-    return *cut(tokens, n, BLOCK_T, block_n, processors), blocks, options
+    return strips, cdiv(tokens, tokens_each), tokens_each, blocks, options
