@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from fastlora_kernels.ops import cast, dequantize, skinny
+from fastlora_kernels.ops import cast, dequantize, head_loss, skinny
 
 OPS = "fastlora_kernels.ops."
 PLACES = {"KIND": "nested", "WORDS": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -36,6 +36,9 @@ KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
     ("dequantize._row_norms", DENSE | RANKS, {"out_ptr": "*fp32", "absmax_ptr": "*bf16"}, {}),
     ("cast._cast", {"BLOCK": cast.BLOCK}, dict.fromkeys([f"ptr_{i}" for i in range(cast.MOST)], "*fp32"), {}),
+    ("head_loss._cross_entropy", {"SOFTCAP": True, "GRADIENT": True, "BLOCK_V": head_loss.BLOCK_V},
+     {"labels_ptr": "*i64", "loss_ptr": "*fp32", "logit_scale": "fp32", "softcap": "fp32"},
+     {"num_warps": head_loss.BLOCK_V // 512}),
     ("skinny._sum_parts", {"RANK": 16, "BLOCK": 256, "AT_ONCE": 16}, {}, {}),
     ("glu._glu", GLU, {}, {}),
     ("glu._glu_backward", GLU, {}, {}),
@@ -53,6 +56,10 @@ def one_pass(architecture: int) -> list[tuple[str, dict[str, Any], dict[str, str
         blocks = {"BLOCK_T": skinny.BLOCK_T, "BLOCK_N": block_n, "RANK": rank, "BLOCK_R": rank}
         options = {"num_warps": skinny.WARPS, "num_stages": stages}
         found.append(("skinny._up_and_gradient", blocks, {}, options))
+    for rank, tile in ((16, skinny.EXPANDED_LOW), (64, skinny.EXPANDED)):
+        blocks = dict(zip(("BLOCK_T", "BLOCK_N", "BLOCKS"), tile, strict=False))
+        blocks |= {"BIAS": True, "RANK": rank, "BLOCK_R": rank}
+        found.append(("skinny._expand", blocks, {}, {"num_warps": tile[3]}))
     return found
 
 

@@ -31,7 +31,7 @@ from fastlora_kernels.ops.dequantize import Fold, dequantize
 from fastlora_kernels.ops.dropout import draw_seeds, dropout
 from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.four_bit import FourBit
-from fastlora_kernels.ops.skinny import in_one_pass, product, served, up_and_gradient
+from fastlora_kernels.ops.skinny import expand, in_one_pass, product, served, up_and_gradient
 from fastlora_kernels.unneeded import recomputing
 
 Weight = torch.Tensor | FourBit | EightBit
@@ -418,7 +418,9 @@ def expanded(
 ) -> torch.Tensor:
     """sum_i D_i(U_i A_i), (T, K): likewise."""
     if seeds is None:
-        return torch.mm(up_TR, a_RK)
+        dx_TK = up_TR.new_empty(up_TR.shape[0], a_RK.shape[1])
+        expand(dx_TK, up_TR, a_RK.T, 1.0)
+        return dx_TK
     ups, each = strips(up_TR, ctx.ranks), a_RK.split_with_sizes(ctx.ranks)
     first, *others = (dropout(torch.mm(ups[i], each[i]), p, seeds[i]) for i, p in enumerate(ctx.ps))
     for other in others:
@@ -465,10 +467,8 @@ def add_up(
     for place, (left, right, scaling) in enumerate(products):
         if place:
             out.addmm_(left, right, alpha=scaling)
-        elif bias is None:
-            out.addmm_(left, right, beta=0, alpha=scaling)  # what is there is not read, NaN neither
         else:
-            torch.addmm(bias, left, right, alpha=scaling, out=out)
+            expand(out, left, right.T, scaling, bias)
 
 
 def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
