@@ -46,10 +46,9 @@ of 8B take 3.0 ms with unsloth's kernel and 6.35 with ours, which folds the adap
 and 8B's steps take 2 to 3 % less than predicted)."""
 
 _HOST_MS = {"peft": 19.6, "liger": 18.8, "unsloth": 12.6}
-_HOST_MS_UNSLOTH_WITH_KERNELS = 14.0
-"""Of a layer, forward, computed again and backward: means of 1B, 7B and 8B (H100 machines). Hosts differ much: another
-H200's took 8.7 for unsloth. With fastlora's kernels: Qwen2.5 7B, three of seven projections, 12.9 where unsloth took
-13.1; 8B with DoRA 14.8 (H200)."""
+_HOST_MS_UNSLOTH_WITH_KERNELS = 18.2
+"""Of a layer, forward, computed again and backward: means of 1B, 7B and 8B (H100 machines), and of 6 layers of 8B
+(H200). Hosts differ much: another H200's took 8.7 for unsloth."""
 _WITHOUT_RECOMPUTING = 0.83
 """Of that: 1B with unsloth, 35,672 against 29,461 tokens/s."""
 

@@ -56,10 +56,9 @@ def one_pass(architecture: int) -> list[tuple[str, dict[str, Any], dict[str, str
         blocks = {"BLOCK_T": skinny.BLOCK_T, "BLOCK_N": block_n, "RANK": rank, "BLOCK_R": rank}
         options = {"num_warps": skinny.WARPS, "num_stages": stages}
         found.append(("skinny._up_and_gradient", blocks, {}, options))
-    for rank, tile in ((16, skinny.EXPANDED_LOW), (64, skinny.EXPANDED)):
-        blocks = dict(zip(("BLOCK_T", "BLOCK_N", "BLOCKS"), tile, strict=False))
-        blocks |= {"BIAS": True, "RANK": rank, "BLOCK_R": rank}
-        found.append(("skinny._expand", blocks, {}, {"num_warps": tile[3]}))
+    block_t, block_n, warps = skinny.EXPANDED
+    blocks = {"BIAS": True, "RANK": 32, "BLOCK_R": 32, "BLOCK_T": block_t, "BLOCK_N": block_n}
+    found.append(("skinny._expand", blocks, {}, {"num_warps": warps}))
     return found
 
 

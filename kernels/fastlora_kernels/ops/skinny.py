@@ -28,8 +28,8 @@ BLOCK_T, WARPS = 64, 8
 TILES = ((512, 3), (256, 3), (128, 3), (128, 2))
 """Outputs, and blocks of tokens that are loaded ahead; the first that fits into a processor's shared memory, and the
 widest for 8,192 outputs and more alone: the fastest of 30 on an H200 (docs/log.md), one program for each processor."""
-EXPANDED_LOW, EXPANDED = (64, 128, 1, 4), (128, 128, 8, 8)
-"""Tokens, outputs, blocks of them one after the other, warps; up to rank 32 and above. The fastest of 48."""
+EXPANDED = (64, 128, 4)
+"""Tokens, outputs, warps: the fastest of 48 on an H200."""
 BLOCK_SUM, PARTS_AT_ONCE = 256, 16
 """Loads that wait for nothing: one part after the other would take the memory's latency for each."""
 
@@ -75,28 +75,27 @@ def _expand(
     down_ptr, b_ptr, bias_ptr, y_ptr,
     n_tokens, n_columns, down_stride, y_stride, b_stride_n, b_stride_r, scaling,
     BIAS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     t_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_T1 = t_T.to(tl.int64)[:, None]
     r_R = tl.arange(0, BLOCK_R)
     inside_TR = (t_T[:, None] < n_tokens) & (r_R[None, :] < RANK)
     down_TR = tl.load(down_ptr + row_T1 * down_stride + r_R[None, :], mask=inside_TR, other=0.0)
-    for block in range(BLOCKS):
-        n_N = (tl.program_id(1) * BLOCKS + block) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_RN = tl.load(
-            b_ptr + n_N.to(tl.int64)[None, :] * b_stride_n + r_R[:, None] * b_stride_r,
-            mask=(n_N[None, :] < n_columns) & (r_R[:, None] < RANK),
-            other=0.0,
-        )
-        y_TN = tl.cast(scaling, tl.float32) * tl.dot(down_TR, b_RN, input_precision="ieee")
-        if BIAS:
-            y_TN += tl.load(bias_ptr + n_N, mask=n_N < n_columns, other=0.0).to(tl.float32)[None, :]
-        tl.store(
-            y_ptr + row_T1 * y_stride + n_N[None, :],
-            y_TN.to(y_ptr.dtype.element_ty),
-            mask=(t_T[:, None] < n_tokens) & (n_N[None, :] < n_columns),
-        )
+    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_RN = tl.load(
+        b_ptr + n_N.to(tl.int64)[None, :] * b_stride_n + r_R[:, None] * b_stride_r,
+        mask=(n_N[None, :] < n_columns) & (r_R[:, None] < RANK),
+        other=0.0,
+    )
+    y_TN = tl.cast(scaling, tl.float32) * tl.dot(down_TR, b_RN, input_precision="ieee")
+    if BIAS:
+        y_TN += tl.load(bias_ptr + n_N, mask=n_N < n_columns, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y_ptr + row_T1 * y_stride + n_N[None, :],
+        y_TN.to(y_ptr.dtype.element_ty),
+        mask=(t_T[:, None] < n_tokens) & (n_N[None, :] < n_columns),
+    )
 
 
 @jit
@@ -169,22 +168,22 @@ def expand(
         else:
             torch.addmm(bias, down, b.T, alpha=scaling, out=out)
         return
-    block_t, block_n, blocks, warps = EXPANDED_LOW if rank <= 32 else EXPANDED
+    block_t, block_n, warps = EXPANDED
     launch(
         _expand,
-        (cdiv(tokens, block_t), cdiv(n, block_n * blocks)),
+        (cdiv(tokens, block_t), cdiv(n, block_n)),
         (down, b, down if bias is None else bias, out),
         (tokens, n, down.stride(0), out.stride(0), *b.stride(), float(scaling)),
         {"BIAS": bias is not None, "RANK": rank, "BLOCK_R": max(16, power_of_2(rank)),
-         "BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCKS": blocks},
+         "BLOCK_T": block_t, "BLOCK_N": block_n},
         num_warps=warps,
     )  # fmt: skip
 
 
 def expanded_by_hand(tokens: int, n: int, rank: int) -> bool:
     """Whether a kernel of ours beats cuBLAS by more than its launch costs Python: on an H200 10.1 us against 14.0 at
-    4096 x 4096 and rank 16, 31.8 against 42.0 at 4096 x 14336; 11.6 against 13.4, 39.3 against 40.6 at rank 64."""
-    return rank <= 64 and tokens * n >= 2**24
+    4096 x 4096 and rank 16, 31.8 against 42.0 at 4096 x 14336; at rank 64 it saves 2, which layers did not show."""
+    return rank <= 32 and tokens * n >= 2**24
 
 
 def up_and_gradient(
