@@ -80,6 +80,7 @@ class Loaded:
         )
         began = time.perf_counter()
         self.model: PeftModel = self.engine.load(self.recipe, self.notes.append)
+        self.model.config.use_cache = False  # as the trainer sets it, for every engine
         self.weights_s = time.perf_counter() - began
         if self.recipe.memory.embedding == "host" and (why := embedding_to_host(self.model)):
             raise EngineError(f"+hostembed: the embedding stays where it is: {why}")

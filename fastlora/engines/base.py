@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -153,6 +154,10 @@ def target_problems(
     except Exception as error:  # code of the model's own, or too new an architecture
         announce(f"lora.target_modules: not checked before loading ({type(error).__name__})")
         return []
+    # transformers' package keeps a class that it was asked for. unsloth puts one of its own in its place, but in the
+    # module, and would then load the model as transformers'.
+    package = sys.modules.get(type(model).__module__.rpartition(".")[0])
+    vars(package).pop(type(model).__name__, None) if package else None
     layers = {
         name: module
         for name, module in model.named_modules()

@@ -5,6 +5,7 @@ Importing unsloth patches transformers, peft and trl for the whole process, so a
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -254,12 +255,32 @@ def attach_own_loss(model: PeftModel) -> str | None:
 
     base = model.get_base_model()
     honours = "__UNSLOTH_SUPPORTS_RETURN_HIDDEN_STATES__"  # on classes that its compiler made
+    backbone = Backbone(_hidden_states, _softcap)
     if not (base.config.model_type in FUSED or getattr(type(base), honours, False)):
-        return f"unsloth's forward of {base.config.model_type} does not give hidden states"
+        if (shape := _shape_rewritten(type(base))) is None:
+            return f"unsloth's forward of {base.config.model_type} does not give hidden states"
+        backbone = Backbone(_of_the_model, shape)
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(base.config, name, None) not in (None, 1, 1.0):
             return f"logits are scaled ({name})"
-    return attach_head(model, in_evaluation=True, backbone=Backbone(_hidden_states, _softcap))
+    return attach_head(model, in_evaluation=True, backbone=backbone)
+
+
+def _shape_rewritten(kind: Any) -> Any:
+    """How `kind` makes its logits, if its forward is transformers' but for the loss, which unsloth wrote into it when
+    the module was imported (Phi-3; Gemma 3's softcap keeps it from that)."""
+    from fastlora_kernels.layers.head import shape_as_written
+
+    kind = vars(kind).get("_fastlora_theirs", kind)
+    written = inspect.unwrap(kind.forward).__code__.co_filename
+    return shape_as_written(kind) if written.startswith("<unsloth-fused:") else None
+
+
+def _of_the_model(
+    theirs: Any, model: Any, labels: torch.Tensor, given: dict[str, Any]
+) -> tuple[torch.Tensor, Any]:
+    outputs = model.model(**given)
+    return outputs.last_hidden_state, outputs
 
 
 def _softcap(model: Any) -> Any:

@@ -148,7 +148,8 @@ def _refused(now: Prediction, again: Again) -> str:
         if now.setup.packed:
             return "packed rows on unsloth need it set to true, not measured yet"
         if kind not in FUSED:
-            # Whether its forward gives hidden states, which our loss takes, is known once it is loaded.
+            # Whether its forward gives hidden states, which our loss takes, is known once it is loaded. Gemma 3 and
+            # Phi 3 were recorded in the benchmark (docs/log.md), in no run yet.
             return f"{kind} on unsloth needs it set to true, not measured yet"
     return ""
 

@@ -121,10 +121,18 @@ def setup_of(
     if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     graphs = bool(memory.cuda_graphs) and not refused
-    dense = graphs and kernels
+    # A compiled layer gives an op the codes of its weights, and not the weights, by which matrices are kept.
+    compiled = unsloth and shape.model_type not in FUSED
+    dense = graphs and kernels and not compiled
     if memory.dense_layers and not dense:
-        why = "fastlora's kernels run no layer" if graphs else "micro-batches are not recorded"
-        notes.append(f"memory.dense_layers: it does nothing ({why})")
+        why = (
+            f"unsloth compiles layers of {shape.model_type}"
+            if compiled
+            else "fastlora's kernels run no layer"
+        )
+        notes.append(
+            f"memory.dense_layers: it does nothing ({why if graphs else 'micro-batches are not recorded'})"
+        )
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastlora.engines.base import Engine
 from fastlora.engines.unsloth import rows_as_long_as_they_are
+from fastlora.plan.setup import FUSED
 
 _NAME = "fastlora_causal"
 
@@ -39,16 +40,21 @@ def _mask(
 
 
 def rows_as_they_are(model: Any, engine: Engine) -> AbstractContextManager[None]:
-    """Within it attention does nothing for the padding of rows that are padded on the right to few lengths. unsloth,
-    given labels, takes all padding for such already, and adds some of its own."""
-    return rows_as_long_as_they_are() if engine.name == "unsloth" else right_padded(model)
+    """Within it attention does nothing for the padding of rows that are padded on the right to few lengths. unsloth's
+    own forwards, given labels, take all padding for such already, and add some of their own."""
+    own = engine.name == "unsloth" and model.config.model_type in FUSED
+    return rows_as_long_as_they_are() if own else right_padded(model)
 
 
 @contextmanager
 def right_padded(model: Any) -> Iterator[None]:
-    """Within it, a model of transformers with PyTorch's attention takes every padding for one on the right. Others stay
-    as they are."""
+    """Within it, a model of transformers with PyTorch's attention, flex attention too, takes every padding for one on
+    the right. Others stay as they are."""
     config = model.config
+    if config._attn_implementation == "flex_attention":
+        with _flex_without_padding():
+            yield
+        return
     if config._attn_implementation != "sdpa":
         yield
         return
@@ -60,3 +66,21 @@ def right_padded(model: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = "sdpa"
+
+
+@contextmanager
+def _flex_without_padding() -> Iterator[None]:
+    """Within it the mask of flex attention, which unsloth gives Gemma 3, is made of positions alone. transformers looks
+    whether anything is padded while a graph is recorded too. Under its own name, since unsloth's attention asks for it.
+    """
+    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    theirs = masks["flex_attention"]
+
+    def mask(*, attention_mask: Any = None, **named: Any) -> Any:
+        return theirs(attention_mask=None, **named)
+
+    masks["flex_attention"] = mask
+    try:
+        yield
+    finally:
+        masks["flex_attention"] = theirs

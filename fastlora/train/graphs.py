@@ -18,6 +18,7 @@ no two of them ever run at the same time: it holds what the largest needs, and n
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from transformers.utils import import_utils
 
 from fastlora.engines.memory import is_out_of_memory
 
@@ -164,7 +166,7 @@ class Graphs:
             self._restore(before)
             if is_out_of_memory(error):
                 raise
-            self.stop(_first_line(error))
+            self.stop(_said(error))
             return
         if not all(p.grad is g for p, g in zip(self.parameters, before, strict=True)):
             # It would lie in the graphs' memory, and none of the warm-ups has seen this parameter.
@@ -267,11 +269,11 @@ class CudaRecorder:
 def waits() -> Iterator[list[str]]:
     """Where in Python the host waits for the GPU within it, as PyTorch sees it: "file:line", filled at its end.
 
-    transformers' masks are left out: there it looks at values only while nothing is recorded.
+    Within it transformers makes masks as while a graph is recorded, into some of which it does not look then.
     """
     before = torch.cuda.get_sync_debug_mode()
     found: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, as_recorded():
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -281,14 +283,31 @@ def waits() -> Iterator[list[str]]:
     for warning in caught:
         place, said = Path(warning.filename), str(warning.message)
         if "called a synchronizing CUDA operation" in said:
-            if place.name != "masking_utils.py":
-                found.append(f"{place.parent.name}/{place.name}:{warning.lineno}")
+            found.append(_place(place, warning.lineno))
         elif "Synchronization debug mode" not in said:  # that it is a prototype
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
 
 
-def _first_line(error: Exception) -> str:
+@contextmanager
+def as_recorded() -> Iterator[None]:
+    """Within it transformers takes every stream for one that is recorded."""
+    asked = import_utils.is_cuda_stream_capturing
+    import_utils.is_cuda_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = asked
+
+
+def _said(error: Exception) -> str:
+    """Its first line, and the line of Python that raised it."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    said = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{said}, {_place(Path(frames[-1].filename), frames[-1].lineno)}" if frames else said
+
+
+def _place(file: Path, line: int | None) -> str:
+    return f"{file.parent.name}/{file.name}:{line}"

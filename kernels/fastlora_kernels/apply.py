@@ -22,6 +22,7 @@ from typing import Any
 from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import nn
 
+from fastlora_kernels.dispatch import read_environment
 from fastlora_kernels.layers import embedding, linear
 from fastlora_kernels.layers.group import group_siblings
 from fastlora_kernels.layers.mlp import fuse_mlps, unfuse
@@ -80,6 +81,7 @@ def attach(model: nn.Module) -> Attached:
     A reason in the report that can pass (a disabled adapter) holds for now and for training. May be called again, for
     a new report. A gradient of a gradient through a served layer raises RuntimeError.
     """
+    read_environment()
     served: Counter[str] = Counter()
     only_autocast: Counter[str] = Counter()
     left: defaultdict[str, Counter[str]] = defaultdict(Counter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -14,10 +15,26 @@ Backend = Literal["triton", "interpret", "reference"]
 def choose_backend(device: torch.device, available: tuple[Backend, ...]) -> Backend:
     """The backend for tensors on `device`, among those an op has (`available`, never empty).
 
-    The environment variable FASTLORA_KERNELS (triton, interpret or reference) overrides the choice.
+    The environment variable FASTLORA_KERNELS (triton, interpret or reference) overrides the choice. It is read
+    once, and anew by each `attach`: a look at the environment costs the host some 3 us (benchmarks/host.py).
     Raises ValueError: an unknown name, or a backend that the op or the machine does not have.
     """
-    wanted = os.environ.get("FASTLORA_KERNELS")
+    return _chosen(_wanted(), device, available)
+
+
+def read_environment() -> None:
+    """Let FASTLORA_KERNELS be looked at again."""
+    _wanted.cache_clear()
+    _chosen.cache_clear()
+
+
+@cache
+def _wanted() -> str | None:
+    return os.environ.get("FASTLORA_KERNELS")
+
+
+@cache
+def _chosen(wanted: str | None, device: torch.device, available: tuple[Backend, ...]) -> Backend:
     if wanted is None:
         on_gpu = device.type == "cuda" and find_spec("triton") is not None
         return "triton" if on_gpu and "triton" in available else "reference"

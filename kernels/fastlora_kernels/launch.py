@@ -47,15 +47,18 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, **options)
         return
+    places = [tensor.data_ptr() for tensor in tensors]
     key = (
         id(kernel),
         device,
-        *[(tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors],
-        # What Triton tells apart in an integer; a float is a float.
+        *[tensor.dtype for tensor in tensors],
+        *[place & 15 for place in places],
+        # What Triton tells apart in an integer: 1, a multiple of 16, 64 bits. A float is a float.
         *[
-            (number == 1, number % 16 == 0, number >= 2**31) if isinstance(number, int) else None
+            number & 15 and (1 if number == 1 else 2) if type(number) is int else None
             for number in numbers
         ],
+        *(numbers if max(numbers) >= 2**31 else ()),
         *constants.values(),
         *options.values(),
     )
@@ -63,7 +66,8 @@ def launch(
     if found is not None:
         compiled, values = found
         try:
-            compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *values)
+            # Places, not tensors: of those Triton asks the same once more, and the driver whether they are a GPU's.
+            compiled[(*grid, 1, 1)[:3]](*places, *numbers, *values)
             return
         except TypeError:  # another version of Triton, with other arguments here
             _works = False

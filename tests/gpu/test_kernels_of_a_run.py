@@ -25,6 +25,9 @@ SHAPE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+MORE = {
+    "gemma3_text": {"head_dim": 64, "layer_types": ["sliding_attention", "full_attention"]},
+}
 RECIPE = """
 engine = "{engine}"
 [model]
@@ -52,7 +55,8 @@ def trained(
     from fastlora.recipe.schema import ModelSection
 
     section = ModelSection(name="x", quantization=quantization, dtype="bfloat16")  # type: ignore[arg-type]
-    model = random_checkpoint({"model_type": model_type, **SHAPE}, section, folder / "models")
+    shape = {"model_type": model_type, **SHAPE, **MORE.get(model_type, {})}
+    model = random_checkpoint(shape, section, folder / "models")
     rows = [{"prompt": f"Count to {n}:", "completion": " 1 2 3" * n} for n in range(1, 33)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = folder / "recipe.toml"
@@ -104,6 +108,21 @@ def test_unsloth(
     assert by_kernel(every) == {"fastlora": fused | left}
     assert auto["losses"] == pytest.approx(off["losses"], rel=0.02)
     assert every["losses"] == pytest.approx(off["losses"], rel=0.02)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "phi3"])
+def test_recorded_where_unsloth_fuses_nothing(tmp_path: Path, model_type: str) -> None:
+    """As CUDA graphs: flex attention's masks, which transformers looks into, and a loss of ours."""
+    if find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+    settings = ("train.checkpointing=offload", 'lora.target_modules=["q_proj", "down_proj"]')
+    if model_type == "phi3":
+        settings = settings[:1]
+    plain = trained(tmp_path, "unsloth", model_type, "nf4", *settings)
+    recorded = trained(tmp_path, "unsloth", model_type, "nf4", *settings, "memory.cuda_graphs=true")
+    assert "stopped" not in recorded["cuda_graphs"], recorded["notes"]
+    assert any("were replays" in note for note in recorded["notes"]), recorded["notes"]
+    assert recorded["losses"] == pytest.approx(plain["losses"], rel=0.02)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

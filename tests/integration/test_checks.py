@@ -15,7 +15,7 @@ import pytest
 from fastlora.bench import loaded
 from fastlora.bench.schema import Arm
 from fastlora.engines import Engine
-from fastlora.engines.base import load_tokenizer
+from fastlora.engines.base import load_tokenizer, target_problems
 from fastlora.engines.liger import LigerEngine
 from fastlora.engines.peft import PeftEngine
 from fastlora.engines.unsloth import UnslothEngine
@@ -99,6 +99,20 @@ def test_all_problems_come_together_and_leave_no_run(workplace: Any) -> None:
         assert problem in err
     assert not (workplace.folder / "runs").exists()
     assert "gemm_4bit_forward" not in err
+
+
+def test_layers_are_looked_at_and_the_class_is_left_to_who_loads_the_model() -> None:
+    """unsloth puts one of its own into the module, which the package would not give any more."""
+    import transformers
+
+    package = transformers.models.llama
+    vars(package).pop("LlamaForCausalLM", None)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
+    )  # fmt: skip
+    assert target_problems(["q_proj"], config, PeftEngine(), print) == []
+    assert "LlamaForCausalLM" not in vars(package)
+    assert package.LlamaForCausalLM is transformers.LlamaForCausalLM
 
 
 def test_a_configuration_that_cannot_be_read_does_not_hide_the_rest(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import fastlora_kernels.layers.linear
 import fastlora_kernels.layers.mlp
 import pytest
 import torch
-from fastlora_kernels import attach, detach
+from fastlora_kernels import attach, detach, dispatch
 from fastlora_kernels.ops.glu import glu_lora_linear
 from fastlora_kernels.ops.lora_linear import folds, lora_linear, lora_linears
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -268,7 +269,7 @@ def test_nf4_in_float32_is_pefts(
         pytest.skip("Triton compiles for a GPU here; test_dequantize runs it there")
     monkeypatch.setenv("FASTLORA_KERNELS", backend)
     model = nf4(k=128, n=96, bias=bias, compress_statistics=nested)
-    assert folds(tokens, 96, 128) is (tokens == 200)
+    assert folds(tokens, 96, 128, 8) is (tokens == 200)
     x = torch.randn(tokens, 128)
     theirs = results(model, x)
     assert attach(model).served == {"proj": 1}
@@ -621,3 +622,15 @@ def test_importing_the_package_is_cheap() -> None:
         assert callable(getattr(fastlora_kernels, name))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = fastlora_kernels.nonsense
+
+
+def test_the_environment_is_read_by_attach(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, known = torch.device("cpu"), ("interpret", "reference")
+    monkeypatch.setattr(dispatch, "_wanted", cache(dispatch._wanted.__wrapped__))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("FASTLORA_KERNELS", raising=False)
+    assert dispatch.choose_backend(cpu, known) == "reference"
+    monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
+    assert dispatch.choose_backend(cpu, known) == "reference"
+    attach(torch.nn.Linear(2, 2))
+    assert dispatch.choose_backend(cpu, known) == "interpret"

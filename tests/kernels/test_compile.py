@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from fastlora_kernels.ops import cast, dequantize, skinny
+from fastlora_kernels.ops import cast, dequantize, head_loss, skinny
 
 OPS = "fastlora_kernels.ops."
 PLACES = {"KIND": "nested", "WORDS": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -32,10 +32,13 @@ GLU = {"ACTIVATION": "gelu", "BLOCK": 1024}
 KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._dequantize", PLAIN | RANKS | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
     ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"},
-     {"num_warps": dequantize.FOLD_WARPS}),
+     {"num_warps": dequantize.fold_warps(40)}),
     ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
     ("dequantize._row_norms", DENSE | RANKS, {"out_ptr": "*fp32", "absmax_ptr": "*bf16"}, {}),
     ("cast._cast", {"BLOCK": cast.BLOCK}, dict.fromkeys([f"ptr_{i}" for i in range(cast.MOST)], "*fp32"), {}),
+    ("head_loss._cross_entropy", {"SOFTCAP": True, "GRADIENT": True, "BLOCK_V": head_loss.BLOCK_V},
+     {"labels_ptr": "*i64", "loss_ptr": "*fp32", "logit_scale": "fp32", "softcap": "fp32"},
+     {"num_warps": head_loss.BLOCK_V // 512}),
     ("skinny._sum_parts", {"RANK": 16, "BLOCK": 256, "AT_ONCE": 16}, {}, {}),
     ("glu._glu", GLU, {}, {}),
     ("glu._glu_backward", GLU, {}, {}),
@@ -53,6 +56,9 @@ def one_pass(architecture: int) -> list[tuple[str, dict[str, Any], dict[str, str
         blocks = {"BLOCK_T": skinny.BLOCK_T, "BLOCK_N": block_n, "RANK": rank, "BLOCK_R": rank}
         options = {"num_warps": skinny.WARPS, "num_stages": stages}
         found.append(("skinny._up_and_gradient", blocks, {}, options))
+    block_t, block_n, warps = skinny.EXPANDED
+    blocks = {"BIAS": True, "RANK": 32, "BLOCK_R": 32, "BLOCK_T": block_t, "BLOCK_N": block_n}
+    found.append(("skinny._expand", blocks, {}, {"num_warps": warps}))
     return found
 
 

@@ -21,13 +21,15 @@ from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.lora_linear import Projection, lora_linears
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 # Dynamo looks at the .grad of what it finds.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = torch.ops.fastlora
+OPS = registered.OPS
 TOLERANCE = 1e-5 if DEVICE == "cpu" else 1e-4
 
 
@@ -221,15 +223,33 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
 
-def checked(op: Any, *args: Any) -> list[torch.Tensor]:
-    """What torch finds wrong with an op is raised: its schema, its fake, its gradient, other sizes."""
+class Called(TorchDispatchMode):
+    """Our ops, and with what they are called, as a graph would call them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == registered.NAME:
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def check(op: Any, *args: Any) -> None:
+    """What torch finds wrong with an op is raised: its schema, its fake, its gradient, other sizes; and with the ops
+    that it is made of."""
     torch.library.opcheck(op.default, args)
-    found = op(*args)
-    return [one.detach() for one in (found if isinstance(found, tuple) else (found,))]
-
-
-def without_gradient(*args: Any) -> tuple[Any, ...]:
-    return tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in args)
+    with Called() as called:
+        found = op(*args)
+        ys = found if isinstance(found, list) else [found]
+        torch.autograd.backward(ys, [torch.randn_like(y) for y in ys])
+    assert [func._opname.removeprefix(op.__name__) for func, _ in called.calls] == [
+        "_forward",
+        "_backward",
+    ]
+    for func, given in called.calls:
+        torch.library.opcheck(func, tree_map_only(torch.Tensor, torch.Tensor.detach, given))
 
 
 def test_lora_linears_are_an_op() -> None:
@@ -243,10 +263,10 @@ def test_lora_linears_are_an_op() -> None:
     matrices = [matrix for _ in WEIGHTS for matrix in (random(4, 64), random(16, 4))]
     biases = [torch.randn(16, device=DEVICE), None, None]
     betas, scalings = [None, random(16), None], [2.0, 0.5, 2.0]
-    torch.library.opcheck(
-        OPS.lora_linears.default,
-        (x, tensors, layouts, biases[:1], matrices, betas[1:2], scalings),
-    )
+    check(OPS.lora_linears, x, tensors, layouts, biases[:1], matrices, betas[1:2], scalings)
+    some = [matrices[0], *(one.detach() for one in matrices[1:])]
+    given = x.detach(), tensors, layouts, biases[:1], some, [betas[1].detach()], scalings
+    check(OPS.lora_linears, *given)
     given = zip(parts, biases, matrices[::2], matrices[1::2], scalings, betas, strict=True)
     projections = [
         Projection(registered.put_together(*one), bias, a, b, scaling, beta)
@@ -258,13 +278,6 @@ def test_lora_linears_are_an_op() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(ys, trained, g), torch.autograd.grad(expected, trained, g)
     )
-    plain, beta = [one.detach() for one in matrices], [betas[1].detach()]
-    every = [True, True, True, False, True, True, True, True, True, False]
-    for wants in (every, [False, False, True, False, *[False] * 6]):
-        torch.library.opcheck(
-            OPS.lora_linears_backward.default,
-            (g, x.detach(), tensors, layouts, plain, beta, scalings, wants),
-        )
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -272,20 +285,13 @@ def test_lora_linears_are_an_op() -> None:
 def test_dora_linear_is_an_op(kind: str, biased: bool) -> None:
     x, a, b, m = random(2, 5, 64), random(4, 64), random(16, 4), random(16)
     weight, bias = frozen(kind), torch.randn(16, device=DEVICE) if biased else None
-    y, *kept = checked(OPS.dora_linear, x, *weight, bias, a, b, m, 2.0)
-    given = without_gradient(x, *weight, bias, a, b, m)
-    wants = [True] * 4
-    torch.library.opcheck(
-        OPS.dora_linear_backward.default, (torch.randn_like(y), *given, *kept, 2.0, wants)
-    )
+    check(OPS.dora_linear, x, *weight, bias, a, b, m, 2.0)
 
 
 @pytest.mark.parametrize("halves", [False, True])
 def test_glu_is_an_op(halves: bool) -> None:
     gate, up = (random(2, 5, 64), None) if halves else (random(2, 5, 32), random(2, 5, 32))
-    (h,) = checked(OPS.glu, gate, up, "silu")
-    given = without_gradient(gate, up)
-    torch.library.opcheck(OPS.glu_backward.default, (torch.randn_like(h), *given, "silu"))
+    check(OPS.glu, gate, up, "silu")
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -293,14 +299,9 @@ def test_glu_is_an_op(halves: bool) -> None:
 def test_glu_lora_linear_is_an_op(kind: str, halves: bool) -> None:
     gate, up = (random(2, 5, 128), None) if halves else (random(2, 5, 64), random(2, 5, 64))
     a, b, weight = random(4, 64), random(16, 4), frozen(kind)
-    (y,) = checked(
-        OPS.glu_lora_linear, gate, up, "gelu", torch.float32, *weight, None, a, b, None, 2.0
-    )
-    given = without_gradient(gate, up, "gelu", torch.float32, *weight, a, b, None)
-    for wants in ([True, not halves, True, True, False], [False, False, True, True, False]):
-        torch.library.opcheck(
-            OPS.glu_lora_linear_backward.default, (torch.randn_like(y), *given, 2.0, wants)
-        )
+    given = "gelu", torch.float32, *weight, None, a, b, None, 2.0
+    check(OPS.glu_lora_linear, gate, up, *given)
+    check(OPS.glu_lora_linear, gate.detach(), None if up is None else up.detach(), *given)
 
 
 def test_a_second_derivative_raises() -> None:

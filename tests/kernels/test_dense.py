@@ -77,7 +77,7 @@ def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("tokens", [FOLDED, NOT_FOLDED])
 def test_no_bit_changes_and_each_is_made_once(tokens: int, made: list[Any]) -> None:
     layer, x = Layer(), torch.randn(tokens, K)
-    assert folds(tokens, K + 32, K) == (tokens == FOLDED)
+    assert folds(tokens, K + 32, K, R) == (tokens == FOLDED)
     plain = results(layer, x)
     assert len(made) == 4  # two, forward and backward
     weights = DenseWeights([layer])

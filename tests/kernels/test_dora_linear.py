@@ -74,8 +74,8 @@ def test_output_and_every_gradient_are_pefts(
 
 def test_both_ways_were_taken() -> None:
     """The cases above go through the fold and the split products."""
-    assert not folds(1, 70, 64)
-    assert folds(257, 48, 192)
+    assert not folds(1, 70, 64, 1)
+    assert folds(257, 48, 192, 1)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -14,7 +14,7 @@ from fastlora_kernels import attach
 from fastlora_kernels.layers import head as layers
 from fastlora_kernels.layers.head import attach_head, detach_head, is_attached
 from fastlora_kernels.ops import head_loss
-from fastlora_kernels.ops.head_loss import lora_head_loss
+from fastlora_kernels.ops.head_loss import Shape, lora_head_loss
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -348,6 +348,19 @@ def test_a_head_without_an_adapter(tied: bool, calls: list[bool]) -> None:
     assert attach_head(model) is None
     assert_close(results(model), theirs)
     assert calls == [False]
+
+
+def test_a_forward_is_known_by_its_class_where_another_has_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As unsloth's fused loss has Phi-3's."""
+    monkeypatch.setattr(transformers.Phi3ForCausalLM, "forward", lambda self, **given: None)
+    assert layers._shape_of(transformers.Phi3ForCausalLM.forward) is None
+    shape = layers.shape_as_written(transformers.Phi3ForCausalLM)
+    assert shape is not None
+    assert shape(None) == Shape(1.0, None)
+    for unknown in (transformers.GPT2LMHeadModel, int, type("Made", (), {})):
+        assert layers.shape_as_written(unknown) is None
 
 
 def test_other_forms_are_left(calls: list[bool]) -> None:

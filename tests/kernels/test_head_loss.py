@@ -415,6 +415,23 @@ def test_the_rows_alone(v: int, stride: int, backend: str) -> None:
         assert torch.equal(untouched, z)
 
 
+def test_tokens_that_cannot_be(backend: str) -> None:
+    """Logits of -inf, whole blocks of them before and behind the others; and a row that is ignored."""
+    torch.manual_seed(0)
+    z = torch.randn(3, 40_000, device=DEVICE)
+    z[:, :17_000] = z[:, 36_000:] = -math.inf
+    labels = torch.randint(17_000, 36_000, (3,), device=DEVICE)
+    labels[1] = -100
+    wide = z.double().requires_grad_()
+    true = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+    (slope,) = torch.autograd.grad(true.sum(), wide)
+    losses = cross_entropy_(z, labels, Shape(1.0, None), True)
+    torch.testing.assert_close(losses.double(), true.detach(), rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(z.double(), slope, rtol=2e-5, atol=1e-5)
+    assert losses[1] == 0
+    assert (z[1] == 0).all()
+
+
 def test_a_label_outside_the_vocabulary_is_not_silent() -> None:
     given, labels = inputs((9,), 50, 8, 0, labelled=1.0)
     labels[3] = 50

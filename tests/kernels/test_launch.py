@@ -57,7 +57,7 @@ def test_the_second_launch_is_direct_with_what_is_compiled_in() -> None:
     launch(kernel, (3, 4), (other, y), (9, 0.25), constants, num_warps=8)
     assert kernel.log == [
         ("triton", (2,), (x, y, 8, 0.5), constants | {"num_warps": 8}),
-        ("direct", (3, 4, 1), (other, y, 9, 0.25, True, 4)),
+        ("direct", (3, 4, 1), (other.data_ptr(), y.data_ptr(), 9, 0.25, True, 4)),
     ]
 
 

@@ -39,7 +39,7 @@ def linear(four_bit: bool, dropout: float = 0.0) -> Case:
     x, w, (a, b) = random(T, K), weight(K, N, four_bit), adapter(K, N)
     dense = N * K * HALF * four_bit
     dropped = T * K * HALF * bool(dropout)
-    folded = four_bit and folds(T, N, K)  # then x alone is kept
+    folded = four_bit and folds(T, N, K, R)  # then x alone is kept
     kept = T * R * HALF * (not folded) + 8 * bool(dropout)
     forward = T * N * HALF + max(dense, dropped)
     backward = T * K * HALF + max(dense, dropped)
@@ -54,7 +54,7 @@ def three(four_bit: bool) -> Case:
         w, (a, b) = weight(K, n, four_bit), adapter(K, n)
         projections.append(Projection(w, None, a, b, 2.0))
         given += [w, a, b]
-    kept = 3 * T * R * HALF * (not (four_bit and folds(T, N + N // 2, K)))
+    kept = 3 * T * R * HALF * (not (four_bit and folds(T, N + N // 2, K, R)))
     dense = N * K * HALF * four_bit
     forward = T * (N + N // 2) * HALF + dense
     return lambda: lora_linears(x, projections), [x, *given], kept, forward, T * K * HALF + dense

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from fastlora_kernels.ops import skinny
-from fastlora_kernels.ops.skinny import in_one_pass, one_pass, tile, up_and_gradient
+from fastlora_kernels.ops.skinny import (
+    expand,
+    expanded_by_hand,
+    in_one_pass,
+    one_pass,
+    tile,
+    up_and_gradient,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -50,7 +57,43 @@ def test_one_pass_is_both_products(
         assert error <= 2 * allowed + 1e-6 * float(exact.norm())
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("rank", [1, 16, 24, 40, 64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "n", "transposed"), [(1, 1, False), (63, 70, True), (257, 1100, False)]
+)
+def test_expanded_by_hand_is_the_product(
+    tokens: int, n: int, transposed: bool, bias: bool, rank: int, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Into memory whose rows lie apart, of strips of a wider S; nothing written beside it."""
+    if not CUDA:
+        if dtype == torch.bfloat16:
+            pytest.skip("needs a CUDA GPU")
+        monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
+    taken = []
+    monkeypatch.setattr(skinny, "expanded_by_hand", lambda *sizes: taken.append(sizes) or True)
+    torch.manual_seed(0)
+    b, added = (
+        torch.randn(n, rank, device=DEVICE).to(dtype),
+        torch.randn(n, device=DEVICE).to(dtype),
+    )
+    if transposed:
+        b = b.T.contiguous().T
+    down = torch.randn(tokens, rank + 16, device=DEVICE).to(dtype)[:, 8 : 8 + rank]
+    wide = torch.full((tokens, n + 9), torch.nan, device=DEVICE, dtype=dtype)
+    expand(wide[:, :n], down, b, 0.3, added if bias else None)
+    exact = 0.3 * down.double() @ b.double().T + (added.double() if bias else 0.0)
+    torch.testing.assert_close(wide[:, :n], exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert wide[:, n:].isnan().all()
+    assert taken == [(tokens, n, rank)]
+
+
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert expanded_by_hand(4096, 4096, 32)
+    assert not expanded_by_hand(4096, 4096, 64)
+    assert not expanded_by_hand(4096, 1024, 16)
     assert one_pass(16384, 4096, 16)
     assert not one_pass(16384, 4096, 64)
     assert one_pass(4096, 4096, 16)

@@ -34,10 +34,9 @@ class Reruns:
     ) -> tuple[torch.Tensor, str]:
         self.warm_ups.append(last)
         self.order.append("warm up")
-        with Waits() as waits:
+        with graphs.as_recorded() if last else contextlib.nullcontext(), Waits() as waits:
             loss = function(inputs)
-        found = [wait for wait in waits.found if "masking_utils.py" not in wait]
-        return loss, f"it waits ({found[0]})" if last and found else ""
+        return loss, f"it waits ({waits.found[0]})" if last and waits.found else ""
 
     def record(
         self, function: Callable[[Inputs], torch.Tensor], inputs: Inputs
@@ -52,11 +51,7 @@ class Reruns:
         def replay() -> torch.Tensor:
             assert made == self.forgotten, "a replay of a graph that is gone"
             assert static == {name: tensor.data_ptr() for name, tensor in inputs.items()}
-            with pytest.MonkeyPatch.context() as patch, Waits(error=True):
-                # As transformers finds while a graph is recorded.
-                patch.setattr(
-                    "transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True
-                )
+            with graphs.as_recorded(), Waits(error=True):
                 kept.copy_(function(inputs))
             return kept
 

@@ -278,14 +278,22 @@ def test_what_a_run_refuses_is_not_chosen(sections: Any, config: Any, why: str) 
 
 
 def test_architectures_whose_hidden_states_are_not_known_of_are_recorded_if_asked_for() -> None:
-    phi = LLAMA_1B | {"model_type": "phi3"}
-    found = settled(phi, engine="unsloth")
+    other = LLAMA_1B | {"model_type": "phi3"}
+    found = settled(other, engine="unsloth")
     assert found
     assert "phi3 on unsloth needs it set to true" in found.filled[0].why
-    asked = settled(phi, engine="unsloth", memory={"cuda_graphs": True})
+    asked = settled(other, engine="unsloth", memory={"cuda_graphs": True})
     assert asked
     assert asked.result.setup.graphs
-    assert keys(settled(phi, engine="peft"))["memory.cuda_graphs"]
+    assert keys(settled(other, engine="peft"))["memory.cuda_graphs"]
+
+
+@pytest.mark.parametrize("kind", ["phi3", "gemma3_text"])
+def test_layers_that_unsloth_compiles_keep_no_dense_weights(kind: str) -> None:
+    asked = settled(GEMMA | {"model_type": kind}, engine="unsloth", memory={"cuda_graphs": True})
+    assert keys(asked)["train.checkpointing"] == "none"
+    assert "memory.dense_layers" not in keys(asked)
+    assert keys(settled(GEMMA, engine="peft"))["memory.dense_layers"] == 34
 
 
 def test_packed_rows_are_recorded_where_flash_attention_serves_them() -> None:

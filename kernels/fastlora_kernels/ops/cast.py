@@ -48,19 +48,17 @@ def _cast(
         _copy(ptr_5, out_ptr + start_5, size_5, BLOCK)
 
 
-def cast_into(
-    out: torch.Tensor, starts: Sequence[int], given: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Each of `given`, of any shape and float dtype, in the dtype of `out`, a vector, from its start on, as a view."""
-    parts = [
-        out[start : start + one.numel()].view(one.shape)
-        for start, one in zip(starts, given, strict=True)
-    ]
+def cast_into(out: torch.Tensor, starts: Sequence[int], given: Sequence[torch.Tensor]) -> None:
+    """Each of `given`, of any shape and float dtype, in the dtype of `out`, a vector, from its start on."""
     backend = choose_backend(out.device, BACKENDS)
     served = len(given) <= MOST and all(one.is_contiguous() for one in given)
     if backend == "reference" or not served:
+        parts = [
+            out[start : start + one.numel()].view(one.shape)
+            for start, one in zip(starts, given, strict=True)
+        ]
         torch._foreach_copy_(parts, list(given))
-        return parts
+        return
     sizes = [one.numel() for one in given]
     missing = MOST - len(given)
     none = [0] * missing
@@ -71,4 +69,3 @@ def cast_into(
         (*starts, *none, *sizes, *none),
         {"BLOCK": BLOCK},
     )
-    return parts

@@ -27,7 +27,13 @@ BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 # The fastest of some twenty on an H200, without a fold and with one. Norms walk whole rows.
 PLAIN_TILE, FOLD_TILE, NORM_TILE = (16, 256), (64, 128), (16, 256)
 """Outputs x inputs."""
-PLAIN_WARPS, FOLD_WARPS = 4, 8
+PLAIN_WARPS = 4
+
+
+def fold_warps(rank: int) -> int:
+    """At 4096 x 4096: rank 16 24.8 us with 4 and 21.0 with 8, rank 32 24.0 and 26.2, rank 64 33.6 and 31.2."""
+    return 4 if 16 < rank <= 32 else 8
+
 
 Fold = tuple[torch.Tensor, torch.Tensor, float]
 """A (R, K) and B (N, R), and the scaling of their product."""
@@ -198,44 +204,51 @@ def _row_norms(
 
 
 def _frozen(
-    weight: FourBit | torch.Tensor, tile: tuple[int, int]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the kernels are told of the frozen weight and the tile: pointers, and what is compiled in."""
-    compiled: dict[str, Any] = {"BLOCK_N": tile[0], "BLOCK_K": tile[1]}
+    weight: FourBit | torch.Tensor, tile: tuple[int, int], rank: int, **more: bool
+) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """What the kernels are told of the frozen weight, the tile and the rank: pointers, and what is compiled in."""
     if isinstance(weight, torch.Tensor):
-        compiled |= {"KIND": "dense", "WORDS": False, "SCALES": 0}
-        compiled |= {"BLOCKSIZE": 1, "NESTED_BLOCKSIZE": 1}
-        return (weight,) * 6, compiled
-    nested = weight.nested_absmax is not None
-    pointers = (
-        weight.codes,
-        weight.absmax,
-        weight.table,
-        weight.nested_absmax if nested else weight.absmax,
-        weight.nested_table if nested else weight.table,
-        weight.offset if nested else weight.table,
-    )
-    return pointers, compiled | {
-        "KIND": "nested" if nested else "4bit",
-        "WORDS": weight.shape[1] % 8 == 0 and weight.codes.data_ptr() % 4 == 0,
-        "BLOCKSIZE": weight.blocksize,
-        "NESTED_BLOCKSIZE": weight.nested_blocksize,
-        "SCALES": _scales(weight, tile[1]),
-    }
-
-
-def _scales(weight: FourBit, columns: int) -> int:
-    """How many scales a row of a tile has, if that is known before; else 0, and each weight looks for its own."""
-    size = weight.blocksize
-    whole = weight.shape[1] % size == 0 and (columns % size == 0 or size % columns == 0)
-    return max(1, columns // size) if whole else 0
+        return (weight,) * 6, _compiled_in(
+            tile, rank, "dense", 1, 1, weight.shape[1], False, **more
+        )
+    (
+        _,
+        codes,
+        absmax,
+        table,
+        (_, k),
+        blocksize,
+        nested_absmax,
+        nested_table,
+        nested_blocksize,
+        offset,
+    ) = weight
+    kind = "4bit" if nested_absmax is None else "nested"
+    words = k % 8 == 0 and codes.data_ptr() % 4 == 0
+    compiled = _compiled_in(tile, rank, kind, blocksize, nested_blocksize, k, words, **more)
+    if nested_absmax is None:
+        return (codes, absmax, table, absmax, table, table), compiled
+    assert nested_table is not None
+    assert offset is not None
+    return (codes, absmax, table, nested_absmax, nested_table, offset), compiled
 
 
 @cache
-def _ranks(rank: int) -> dict[str, int]:
-    """The rank is taken in blocks of at most 64, so that a high one fits into shared memory."""
+def _compiled_in(
+    tile: tuple[int, int], rank: int, kind: str, blocksize: int, nested_blocksize: int, k: int, words: bool,
+    **more: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Shared by all calls: not to be written to."""
+    # How many scales a row of a tile has, if that is known before; else 0, and each weight looks for its own.
+    whole = k % blocksize == 0 and (tile[1] % blocksize == 0 or blocksize % tile[1] == 0)
+    scales = max(1, tile[1] // blocksize) if whole and kind != "dense" else 0
+    # The rank is taken in blocks of at most 64, so that a high one fits into shared memory.
     block = min(64, max(16, power_of_2(rank)))
-    return {"RANK": rank, "PADDED_RANK": cdiv(rank, block) * block, "BLOCK_R": block}
+    return {
+        "KIND": kind, "WORDS": words, "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize, "SCALES": scales,
+        "RANK": rank, "PADDED_RANK": cdiv(rank, block) * block, "BLOCK_R": block,
+        "BLOCK_N": tile[0], "BLOCK_K": tile[1], **more,
+    }  # fmt: skip
 
 
 def _contiguous(fold: Fold) -> Fold:
@@ -260,18 +273,23 @@ def dequantize(
         made_NK = reference.dequantize(weight, dtype, fold, row_scale)
         return made_NK if out is None else out.copy_(made_NK)
     n, k = weight.shape
-    out_NK = torch.empty((n, k), dtype=dtype, device=weight.codes.device) if out is None else out
+    out_NK = weight.codes.new_empty(n, k, dtype=dtype) if out is None else out
     tile = FOLD_TILE if fold else PLAIN_TILE
-    pointers, compiled = _frozen(weight, tile)
     a, b, scaling = _contiguous(fold) if fold else (weight.table, weight.table, 0.0)
-    compiled |= _ranks(a.shape[0] if fold else 1)
+    pointers, compiled = _frozen(
+        weight,
+        tile,
+        a.shape[0] if fold else 1,
+        FOLD=fold is not None,
+        ROW_SCALE=row_scale is not None,
+    )
     launch(
         _dequantize,
         (cdiv(n, tile[0]), cdiv(k, tile[1])),
         (*pointers, a, b, weight.table if row_scale is None else row_scale, out_NK),
         (n, k, float(scaling)),
-        compiled | {"FOLD": fold is not None, "ROW_SCALE": row_scale is not None},
-        num_warps=FOLD_WARPS if fold else PLAIN_WARPS,
+        compiled,
+        num_warps=fold_warps(a.shape[0]) if fold else PLAIN_WARPS,
     )
     return out_NK
 
@@ -287,14 +305,14 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
         return reference.row_norms(weight, fold, dtype)
     n, k = weight.shape
     out_N = torch.empty(n, dtype=torch.float32, device=device)
-    pointers, compiled = _frozen(weight, NORM_TILE)
     a, b, scaling = _contiguous(fold)
+    pointers, compiled = _frozen(weight, NORM_TILE, a.shape[0])
     like = torch.empty(0, dtype=dtype, device=device)  # its type alone is looked at
     launch(
         _row_norms,
         (cdiv(n, NORM_TILE[0]),),
         (*pointers, a, b, like, out_N),
         (n, k, float(scaling)),
-        compiled | _ranks(a.shape[0]),
+        compiled,
     )
     return out_N

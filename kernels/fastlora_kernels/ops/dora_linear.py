@@ -24,12 +24,12 @@ from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.lora_linear import (
     Weight,
+    add_up,
     dense,
     fitting,
     folds,
     frozen,
     in_one_dtype,
-    scaled_product,
     shaped,
     source,
 )
@@ -173,8 +173,8 @@ def output(
     else:
         a, (b,) = in_one_dtype((a_RK, b_NR, None), dtype)
         down_TR = torch.mm(x_TK, a.T)
-        kept_TN = scaled_product(down_TR, b.T, scaling)
-        kept_TN.addmm_(x_TK, dense(weight, dtype).T)
+        kept_TN = x_TK.new_empty(x_TK.shape[0], b.shape[0])
+        add_up(kept_TN, None, (down_TR, b.T, scaling), (x_TK, dense(weight, dtype).T, 1.0))
         y_TN = scale_columns(kept_TN, c_N, bias_N)
     return shaped(y_TN, x.shape[:-1]), down_TR, kept_TN, c_N, norm_N
 
@@ -197,8 +197,9 @@ def gradients_of(
     if wants_x and fold:
         dx_TK = torch.mm(g_TN, dense(weight, dtype, (a_RK, b_NR, scaling), c_N))
     elif wants_x:
-        dx_TK = torch.mm(up_TR, a)
-        dx_TK.addmm_(scale_columns(g_TN, c_N), dense(weight, dtype))
+        dx_TK = torch.empty_like(x_TK)
+        scaled_TN = scale_columns(g_TN, c_N)
+        add_up(dx_TK, None, (up_TR, a, 1.0), (scaled_TN, dense(weight, dtype), 1.0))
     if wants_a:
         da = product(up_TR.T, x_TK).to(a_RK.dtype)
     if wants_b:
@@ -217,4 +218,6 @@ def gradients_of(
 
 
 def _folds(weight: Weight, x_TK: torch.Tensor) -> bool:
-    return isinstance(weight, FourBit) and folds(x_TK.shape[0], *weight.shape)
+    """As for LoRA at a low rank: without a fold y and g are scaled in passes of their own, which take longer than what
+    a high rank adds to the fold."""
+    return isinstance(weight, FourBit) and folds(x_TK.shape[0], *weight.shape, rank=1)

@@ -32,14 +32,15 @@ from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.launch import launch, power_of_2
 from fastlora_kernels.ops.lora_linear import add_up, dense, frozen
 from fastlora_kernels.ops.skinny import product, up_and_gradient
-from fastlora_kernels.triton_or_not import jit, tl, triton
+from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 LOGITS_BYTES = 2**28
 """1,046 rows of Llama 3's 128,256 logits in 16 bits: enough for the products to be bound by arithmetic."""
-BLOCK_V = 8192
+BLOCK_V = 16384
 ALIGNED = 64
 """Rows of the buffer begin at multiples of so many logits: products and kernel then load whole vectors, at any V."""
 
@@ -82,23 +83,30 @@ def _cross_entropy(
     chosen = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32) * scale
     if SOFTCAP:
         chosen = cap * _tanh(chosen / cap)
-    highest = tl.full((), -float("inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    # A maximum and a sum for each eight logits, which one thread holds: until the end none waits for another.
+    highest_G = tl.full((BLOCK_V // 8,), -float("inf"), tl.float32)
+    total_G = tl.zeros((BLOCK_V // 8,), tl.float32)
     for start in range(0, n_columns, BLOCK_V):
         v_V = start + tl.arange(0, BLOCK_V)
         z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
         if SOFTCAP:
             z_V = cap * _tanh(z_V / cap)
         z_V = tl.where(v_V < n_columns, z_V, -float("inf"))
-        higher = tl.maximum(highest, tl.max(z_V, axis=0))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z_V - higher), axis=0)
-        highest = higher
-    lse = highest + tl.log(total)
+        z_G8 = tl.reshape(z_V, (BLOCK_V // 8, 8))
+        higher_G = tl.maximum(highest_G, tl.max(z_G8, axis=1))
+        from_G = tl.where(higher_G == -float("inf"), 0.0, higher_G)  # -inf from -inf is NaN
+        sum_G = tl.sum(tl.exp(z_G8 - from_G[:, None]), axis=1)
+        total_G = total_G * tl.exp(highest_G - from_G) + sum_G
+        highest_G = higher_G
+    highest = tl.max(highest_G, axis=0)
+    lse = highest + tl.log(tl.sum(total_G * tl.exp(highest_G - highest), axis=0))
     tl.store(loss_ptr + row, tl.where(counts, lse - chosen, 0.0))
     if GRADIENT:
+        # What exp does not overflow for.
+        outside: tl.constexpr = 0.0 if SOFTCAP else -float("inf")
         for start in range(0, n_columns, BLOCK_V):
             v_V = start + tl.arange(0, BLOCK_V)
-            z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=0.0).to(tl.float32) * scale
+            z_V = tl.load(row_ptr + v_V, mask=v_V < n_columns, other=outside).to(tl.float32) * scale
             slope_V = tl.full((BLOCK_V,), 1.0, tl.float32) * scale
             if SOFTCAP:
                 slope_V *= _tanh_slope(z_V / cap)
@@ -120,11 +128,15 @@ def cross_entropy_(
     if choose_backend(logits.device, BACKENDS) == "reference":
         return reference.cross_entropy_(logits, labels, *shape, gradient, ignore_index)
     loss_C = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    block = min(BLOCK_V, triton.next_power_of_2(logits.shape[1]))
-    _cross_entropy[(logits.shape[0],)](
-        logits, labels, loss_C, logits.shape[1], logits.stride(0), ignore_index, float(shape.logit_scale),
-        float(shape.softcap or 1.0),
-        SOFTCAP=shape.softcap is not None, GRADIENT=gradient, BLOCK_V=block, num_warps=8 if block > 1024 else 4,
+    block = max(1024, min(BLOCK_V, power_of_2(logits.shape[1])))
+    launch(
+        _cross_entropy,
+        (logits.shape[0],),
+        (logits, labels, loss_C),
+        (logits.shape[1], logits.stride(0), ignore_index, float(shape.logit_scale),
+         float(shape.softcap or 1.0)),
+        {"SOFTCAP": shape.softcap is not None, "GRADIENT": gradient, "BLOCK_V": block},
+        num_warps=max(4, block // 512),
     )  # fmt: skip
     return loss_C
 
@@ -212,6 +224,10 @@ def _check(
         )
 
 
+def _and(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+    return more if total is None else total.add_(more)
+
+
 class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -237,13 +253,7 @@ class HeadLoss(torch.autograd.Function):
         a, b = (None if t is None else t.to(dtype) for t in (a_RK, b_VR))
         (v, k), n = weight_VK.shape, len(rows_N)
         wants = [trains and needed for needed in ctx.needs_input_grad[:5]]
-        sums = [
-            torch.zeros(t.shape if t is not weight else (v, k), dtype=wide, device=device)
-            if wanted and t is not None
-            else None
-            for t, wanted in zip((weight, bias_V, a_RK, b_VR), wants[1:], strict=True)
-        ]
-        dw_VK, dbias_V, da_RK, db_VR = sums
+        dw_VK = dbias_V = da_RK = db_VR = None
         dh_NK = torch.empty((n, k), dtype=dtype, device=device) if wants[0] else None
         losses_N = torch.empty(n, dtype=wide, device=device)
 
@@ -269,18 +279,29 @@ class HeadLoss(torch.autograd.Function):
                 torch.mm(g_CV, weight_VK, out=dh_NK[here])
             if a is not None and b is not None and any((wants[0], *wants[3:])):
                 up_CR = torch.empty_like(down_CR)
-                wanted = None if db_VR is None else wide
+                wanted = wide if wants[4] else None
                 found = up_and_gradient(g_CV, b, down_CR, 1.0, up_CR, wanted)
                 if dh_NK is not None:
                     dh_NK[here].addmm_(up_CR, a, alpha=scaling)
-                if da_RK is not None:
-                    da_RK += product(up_CR.T, h_CK)
-                if db_VR is not None and found is not None:
-                    db_VR += found
-            if dw_VK is not None:
-                dw_VK += product(g_CV.T, h_CK)
-            if dbias_V is not None:
-                dbias_V += g_CV.sum(dim=0, dtype=wide)
+                if wants[3]:
+                    da_RK = _and(da_RK, product(up_CR.T, h_CK))
+                if found is not None:
+                    db_VR = _and(db_VR, found)
+            if wants[1]:
+                dw_VK = _and(dw_VK, product(g_CV.T, h_CK))
+            if wants[2] and bias_V is not None:
+                dbias_V = _and(dbias_V, g_CV.sum(dim=0, dtype=wide))
+        sums = [
+            torch.zeros(t.shape, dtype=wide, device=device)  # no row has a label
+            if found is None and wanted and t is not None
+            else found
+            for found, t, wanted in zip(
+                (dw_VK, dbias_V, da_RK, db_VR),
+                (weight_VK, bias_V, a_RK, b_VR),
+                wants[1:],
+                strict=True,
+            )
+        ]
         ctx.tokens, ctx.scaling, ctx.limit = hidden_TK.shape[0], scaling, limit
         ctx.dtypes = [
             None if t is None else t.dtype for t in (hidden_TK, weight, bias_V, a_RK, b_VR)
@@ -297,11 +318,15 @@ class HeadLoss(torch.autograd.Function):
         factor = torch.where(items == 0, 0.0, gradients[0] / items)
         dh_TK = None
         if dh_NK is not None:
-            dh_TK = dh_NK.new_zeros((ctx.tokens, dh_NK.shape[1]), dtype=ctx.dtypes[0])
+            whole = (ctx.tokens, dh_NK.shape[1])
+            make = dh_NK.new_empty if len(rows_N) == ctx.tokens else dh_NK.new_zeros
+            dh_TK = make(whole, dtype=ctx.dtypes[0])
             for start in range(0, len(rows_N), ctx.limit):
                 here = slice(start, start + ctx.limit)
-                # By a float32 factor: one rounded to 16 bits would be off by the same 0.2 % everywhere.
-                scaled_CK = (dh_NK[here].to(factor.dtype) * factor).to(dh_TK.dtype)
+                scaled_CK = dh_NK.new_empty(dh_NK[here].shape, dtype=dh_TK.dtype)
+                # By a float32 factor: one rounded to 16 bits would be off by the same 0.2 % everywhere. A vector, since
+                # the type of a number would not count.
+                torch.mul(dh_NK[here], factor.view(1), out=scaled_CK)
                 dh_TK.index_copy_(0, rows_N[here], scaled_CK)
         factors = (factor, factor, factor * ctx.scaling, factor * ctx.scaling)
         rest = [
