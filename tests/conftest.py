@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # kernels then run on the CPU, for the tests that ask for that
     )
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlora_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "wanted", lru_cache(maxsize=0)(dispatch.wanted.__wrapped__))
+    dispatch.read_environment()
 
 
 @pytest.fixture(autouse=True)

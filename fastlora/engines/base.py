@@ -154,10 +154,7 @@ def target_problems(
     except Exception as error:  # code of the model's own, or too new an architecture
         announce(f"lora.target_modules: not checked before loading ({type(error).__name__})")
         return []
-    # transformers' package keeps a class that it was asked for. unsloth puts one of its own in its place, but in the
-    # module, and would then load the model as transformers'.
-    package = sys.modules.get(type(model).__module__.rpartition(".")[0])
-    vars(package).pop(type(model).__name__, None) if package else None
+    _forget_classes(model)
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -192,6 +189,17 @@ def target_problems(
             continue
         problems.append(f"lora.target_modules: {reason}")
     return problems
+
+
+def _forget_classes(model: torch.nn.Module) -> None:
+    """transformers' packages keep a class that they were asked for. unsloth puts one of its own in its place, but in
+    the module, and would then load the model as transformers'."""
+    from transformers.utils.import_utils import _LazyModule
+
+    for kind in {type(module) for module in model.modules()}:
+        package = sys.modules.get(kind.__module__.rpartition(".")[0])
+        if isinstance(package, _LazyModule):
+            vars(package).pop(kind.__name__, None)
 
 
 def not_loadable(name: str, error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,9 +50,10 @@ class Engaged:
 def plan_kernels(recipe: Recipe) -> Plan:
     """What kernels.mode stands for on this machine."""
     import torch
+    from fastlora_kernels import dispatch
 
     mode, cuda = recipe.kernels.mode, torch.cuda.is_available()
-    asked = "FASTLORA_KERNELS" in os.environ
+    asked = dispatch.wanted() is not None
     why_not = ""
     if mode == "off":
         why_not = 'kernels.mode = "off"'
@@ -167,8 +167,9 @@ def _grouped(rows: Sequence[Engaged]) -> Iterator[tuple[Kernel, str, list[Engage
 def _other_backend() -> str:
     """What runs in place of Triton on a GPU, if anything."""
     import torch
+    from fastlora_kernels import dispatch
 
-    if asked := os.environ.get("FASTLORA_KERNELS"):
+    if asked := dispatch.wanted():
         return f"FASTLORA_KERNELS={asked}"
     return "" if torch.cuda.is_available() else "their reference in PyTorch, on a CPU"
 

@@ -272,8 +272,9 @@ def _shape_rewritten(kind: Any) -> Any:
     from fastlora_kernels.layers.head import shape_as_written
 
     kind = vars(kind).get("_fastlora_theirs", kind)
-    written = inspect.unwrap(kind.forward).__code__.co_filename
-    return shape_as_written(kind) if written.startswith("<unsloth-fused:") else None
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    written = code is not None and code.co_filename.startswith("<unsloth-fused:")
+    return shape_as_written(kind) if written else None
 
 
 def _of_the_model(

@@ -83,4 +83,6 @@ def _flex_without_padding() -> Iterator[None]:
     try:
         yield
     finally:
-        masks["flex_attention"] = theirs
+        del masks["flex_attention"]
+        if masks["flex_attention"] is not theirs:  # it had been set for transformers' masks alone
+            masks["flex_attention"] = theirs

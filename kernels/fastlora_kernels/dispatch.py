@@ -19,27 +19,28 @@ def choose_backend(device: torch.device, available: tuple[Backend, ...]) -> Back
     once, and anew by each `attach`: a look at the environment costs the host some 3 us (benchmarks/host.py).
     Raises ValueError: an unknown name, or a backend that the op or the machine does not have.
     """
-    return _chosen(_wanted(), device, available)
+    return _chosen(wanted(), device, available)
 
 
 def read_environment() -> None:
     """Let FASTLORA_KERNELS be looked at again."""
-    _wanted.cache_clear()
+    wanted.cache_clear()
     _chosen.cache_clear()
 
 
 @cache
-def _wanted() -> str | None:
+def wanted() -> str | None:
+    """FASTLORA_KERNELS, as it was when it was last read."""
     return os.environ.get("FASTLORA_KERNELS")
 
 
 @cache
-def _chosen(wanted: str | None, device: torch.device, available: tuple[Backend, ...]) -> Backend:
-    if wanted is None:
+def _chosen(name: str | None, device: torch.device, available: tuple[Backend, ...]) -> Backend:
+    if name is None:
         on_gpu = device.type == "cuda" and find_spec("triton") is not None
         return "triton" if on_gpu and "triton" in available else "reference"
     for backend in available:
-        if backend == wanted:
+        if backend == name:
             if backend == "triton" and device.type != "cuda":
                 raise ValueError(
                     f"FASTLORA_KERNELS=triton: the tensors are on {device}, and Triton needs a GPU"
@@ -50,5 +51,5 @@ def _chosen(wanted: str | None, device: torch.device, available: tuple[Backend, 
                 )
             return backend
     raise ValueError(
-        f"FASTLORA_KERNELS={wanted}: not a backend of this op; it has {', '.join(available)}"
+        f"FASTLORA_KERNELS={name}: not a backend of this op; it has {', '.join(available)}"
     )

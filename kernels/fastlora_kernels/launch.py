@@ -50,7 +50,8 @@ def launch(
     places = [tensor.data_ptr() for tensor in tensors]
     key = (
         id(kernel),
-        device,
+        # An address says nothing of where it is: one that a GPU cannot read must not be launched unasked.
+        *[tensor.get_device() for tensor in tensors],
         *[tensor.dtype for tensor in tensors],
         *[place & 15 for place in places],
         # What Triton tells apart in an integer: 1, a multiple of 16, 64 bits. A float is a float.
@@ -58,7 +59,7 @@ def launch(
             number & 15 and (1 if number == 1 else 2) if type(number) is int else None
             for number in numbers
         ],
-        *(numbers if max(numbers) >= 2**31 else ()),
+        *(numbers if max(numbers) >= 2**31 or min(numbers) < -(2**31) else ()),
         *constants.values(),
         *options.values(),
     )

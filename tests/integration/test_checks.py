@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -101,18 +102,30 @@ def test_all_problems_come_together_and_leave_no_run(workplace: Any) -> None:
     assert "gemm_4bit_forward" not in err
 
 
-def test_layers_are_looked_at_and_the_class_is_left_to_who_loads_the_model() -> None:
-    """unsloth puts one of its own into the module, which the package would not give any more."""
+def test_layers_are_looked_at_and_classes_are_left_to_who_loads_the_model() -> None:
+    """unsloth puts some of its own into modules, which the packages would not give any more. One that is no package of
+    transformers' keeps what it imported itself."""
     import transformers
 
     package = transformers.models.llama
-    vars(package).pop("LlamaForCausalLM", None)
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
-    )  # fmt: skip
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 8}
+    config = transformers.LlamaConfig(**small, num_attention_heads=2)
+    for name in ("LlamaForCausalLM", "LlamaModel"):
+        assert getattr(package, name)  # which keeps it
     assert target_problems(["q_proj"], config, PeftEngine(), print) == []
-    assert "LlamaForCausalLM" not in vars(package)
+    assert not {"LlamaForCausalLM", "LlamaModel"} & vars(package).keys()
     assert package.LlamaForCausalLM is transformers.LlamaForCausalLM
+
+    mine = types.ModuleType("mine")
+    written = type("Mine", (transformers.LlamaForCausalLM,), {"__module__": "mine.modeling"})
+    mine.Mine = written  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mine", mine)
+        patch.setattr(
+            transformers.AutoModelForCausalLM, "from_config", lambda config: written(config)
+        )
+        assert target_problems(["q_proj"], config, PeftEngine(), print) == []
+    assert vars(mine)["Mine"] is written
 
 
 def test_a_configuration_that_cannot_be_read_does_not_hide_the_rest(

@@ -1,17 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import pytest
 import torch
-from fastlora_kernels import dispatch
-
-
-@pytest.fixture(autouse=True)
-def _environment_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_wanted", lru_cache(maxsize=0)(dispatch._wanted.__wrapped__))
-    dispatch.read_environment()
 
 
 @pytest.fixture(autouse=True)

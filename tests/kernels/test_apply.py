@@ -626,7 +626,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 def test_the_environment_is_read_by_attach(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, known = torch.device("cpu"), ("interpret", "reference")
-    monkeypatch.setattr(dispatch, "_wanted", cache(dispatch._wanted.__wrapped__))
+    monkeypatch.setattr(dispatch, "wanted", cache(dispatch.wanted.__wrapped__))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("FASTLORA_KERNELS", raising=False)
     assert dispatch.choose_backend(cpu, known) == "reference"

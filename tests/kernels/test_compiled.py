@@ -267,6 +267,8 @@ def test_lora_linears_are_an_op() -> None:
     some = [matrices[0], *(one.detach() for one in matrices[1:])]
     given = x.detach(), tensors, layouts, biases[:1], some, [betas[1].detach()], scalings
     check(OPS.lora_linears, *given)
+    none = [one.detach() for one in matrices]
+    check(OPS.lora_linears, x, tensors, layouts, biases[:1], none, [betas[1].detach()], scalings)
     given = zip(parts, biases, matrices[::2], matrices[1::2], scalings, betas, strict=True)
     projections = [
         Projection(registered.put_together(*one), bias, a, b, scaling, beta)
@@ -286,6 +288,9 @@ def test_dora_linear_is_an_op(kind: str, biased: bool) -> None:
     x, a, b, m = random(2, 5, 64), random(4, 64), random(16, 4), random(16)
     weight, bias = frozen(kind), torch.randn(16, device=DEVICE) if biased else None
     check(OPS.dora_linear, x, *weight, bias, a, b, m, 2.0)
+    for only in range(4):
+        given = [one if i == only else one.detach() for i, one in enumerate((x, a, b, m))]
+        check(OPS.dora_linear, given[0], *weight, bias, *given[1:], 2.0)
 
 
 @pytest.mark.parametrize("halves", [False, True])
@@ -302,6 +307,14 @@ def test_glu_lora_linear_is_an_op(kind: str, halves: bool) -> None:
     given = "gelu", torch.float32, *weight, None, a, b, None, 2.0
     check(OPS.glu_lora_linear, gate, up, *given)
     check(OPS.glu_lora_linear, gate.detach(), None if up is None else up.detach(), *given)
+    for only in range(4):
+        some = [
+            one if i == only or one is None else one.detach()
+            for i, one in enumerate((gate, up, a, b))
+        ]
+        if some[only] is not None:
+            more = *weight, None, *some[2:], None, 2.0
+            check(OPS.glu_lora_linear, *some[:2], "gelu", torch.float32, *more)
 
 
 def test_a_second_derivative_raises() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastlora_kernels import reference
 from fastlora_kernels.ops import dequantize as dequantizing
+from fastlora_kernels.ops import skinny
 from fastlora_kernels.ops.dora_linear import column_dots, dora_linear, scale_columns
 from fastlora_kernels.ops.lora_linear import folds
 from peft import LoraConfig, inject_adapter_in_model
@@ -70,6 +71,24 @@ def test_output_and_every_gradient_are_pefts(
     for name, left, right in zip(("y", "x", "A", "B", "m"), got, expected, strict=True):
         error = float((left - right).norm() / right.norm())
         assert error < 2e-6, (name, error)
+
+
+def test_an_input_that_lies_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what was transposed does; its gradient is made by a kernel that writes rows."""
+    if not CUDA:
+        monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
+    monkeypatch.setattr(skinny, "expanded_by_hand", lambda *sizes: True)
+    torch.manual_seed(0)
+    make = lambda *size: torch.randn(*size, device=DEVICE, dtype=torch.float16)  # noqa: E731
+    weight, a, b, magnitude = make(24, 40), make(4, 40), make(24, 4), make(24).abs()
+    turned = make(40, 30).T.requires_grad_()
+    straight = turned.detach().contiguous().requires_grad_()
+    g = make(30, 24)
+    dx, expected = (
+        torch.autograd.grad(dora_linear(x, weight, None, a, b, magnitude, 2.0), x, g)[0]
+        for x in (turned, straight)
+    )
+    torch.testing.assert_close(dx, expected, rtol=0, atol=0)
 
 
 def test_both_ways_were_taken() -> None:

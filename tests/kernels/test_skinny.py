@@ -90,6 +90,23 @@ def test_expanded_by_hand_is_the_product(
     assert taken == [(tokens, n, rank)]
 
 
+@pytest.mark.parametrize("which", ["out", "down", "bias"])
+def test_what_lies_otherwise_is_left_to_cublas(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not CUDA:
+        monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
+    monkeypatch.setattr(skinny, "expanded_by_hand", lambda *sizes: True)
+    torch.manual_seed(0)
+    made = {"out": (20, 33), "down": (20, 8), "bias": (33,)}
+    given = {
+        name: torch.randn(*size, device=DEVICE, dtype=torch.float16) for name, size in made.items()
+    }
+    given[which] = torch.stack([given[which]] * 2, dim=-1)[..., 0]
+    b = torch.randn(33, 8, device=DEVICE, dtype=torch.float16)
+    expand(given["out"], given["down"], b, 0.5, given["bias"])
+    exact = 0.5 * given["down"].double() @ b.double().T + given["bias"].double()
+    torch.testing.assert_close(given["out"].double(), exact, rtol=2e-3, atol=2e-3)
+
+
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expanded_by_hand(4096, 4096, 32)
     assert not expanded_by_hand(4096, 4096, 64)

@@ -275,7 +275,12 @@ def test_the_masks_of_flex_attention_wait_for_nothing() -> None:
     """unsloth gives it to Gemma 3. transformers looks into them while a graph is recorded, too. What a real token sees
     is the same."""
     from torch.nn.attention.flex_attention import create_mask
-    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+    from transformers.masking_utils import (
+        ALL_MASK_ATTENTION_FUNCTIONS,
+        AttentionMaskInterface,
+        create_causal_mask,
+        create_sliding_window_causal_mask,
+    )
 
     config = AutoConfig.for_model("gemma3_text", sliding_window=5, num_hidden_layers=2)
     config._attn_implementation = "flex_attention"
@@ -303,6 +308,12 @@ def test_the_masks_of_flex_attention_wait_for_nothing() -> None:
         assert torch.equal(our[real], their[real])
     assert not torch.equal(ours[0], ours[1])
     assert all(map(torch.equal, seen(), theirs))
+    own = AttentionMaskInterface._global_mapping["flex_attention"]
+    AttentionMaskInterface.register("flex_attention", lambda *given, **named: None)
+    try:  # who registers one afterwards is heard
+        assert ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"]() is None
+    finally:
+        AttentionMaskInterface.register("flex_attention", own)
 
 
 def test_dense_weights_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastlora.engines.liger import LigerEngine
@@ -171,6 +179,43 @@ def test_it_is_the_loss_of_the_hidden_states_that_unsloth_gives(monkeypatch: pyt
         ours(input_ids=ids, labels=labels, broken=True)
     assert "UNSLOTH_RETURN_HIDDEN_STATES" not in os.environ
     assert ours(input_ids=ids).logits.shape == (2, 12, 32)  # as an answer is generated
+
+
+REWRITTEN = """
+def forward(self, *args, **kwargs):
+    raise AssertionError("its own loss was asked for")
+"""
+
+
+def test_a_forward_that_unsloth_rewrote_is_taken_for_what_the_class_was_written_as(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it does with Phi 3's when the module is imported, which gives no hidden states then."""
+    config = Phi3Config(**(LLAMA.to_dict() | {"model_type": "phi3"}))
+    make = lambda: get_peft_model(  # noqa: E731
+        Phi3ForCausalLM(config), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    )
+    torch.manual_seed(0)
+    plain = make()
+    ids, items = torch.arange(24).view(2, 12) % 32, torch.tensor(40)
+    labels = torch.where(ids % 3 == 0, -100, ids)
+    expected = plain(input_ids=ids, labels=labels, num_items_in_batch=items).loss
+    expected.backward()
+    torch.manual_seed(0)
+    ours = make()
+    written: dict[str, Any] = {}
+    exec(compile(REWRITTEN, "<unsloth-fused:Phi3ForCausalLM>", "exec"), written)
+    monkeypatch.setattr(Phi3ForCausalLM, "forward", written["forward"])
+    assert attach_own_loss(ours) is None
+    found = ours(input_ids=ids, labels=labels, num_items_in_batch=items, most_labels=20)
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, expected)
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad)
+    for forward in (functools.partial(written["forward"]), lambda self, **named: None):
+        monkeypatch.setattr(Phi3ForCausalLM, "forward", forward)
+        assert attach_own_loss(make()) == "unsloth's forward of phi3 does not give hidden states"
 
 
 def test_where_unsloth_gives_no_hidden_states() -> None:

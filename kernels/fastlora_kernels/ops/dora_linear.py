@@ -197,7 +197,7 @@ def gradients_of(
     if wants_x and fold:
         dx_TK = torch.mm(g_TN, dense(weight, dtype, (a_RK, b_NR, scaling), c_N))
     elif wants_x:
-        dx_TK = torch.empty_like(x_TK)
+        dx_TK = x_TK.new_empty(x_TK.shape)  # row by row, however x lies
         scaled_TN = scale_columns(g_TN, c_N)
         add_up(dx_TK, None, (up_TR, a, 1.0), (scaled_TN, dense(weight, dtype), 1.0))
     if wants_a:

@@ -158,10 +158,12 @@ def expand(
     scaling: float,
     bias: torch.Tensor | None = None,
 ) -> None:
-    """bias + scaling S B^T, written into `out` (T, N). S (T, R), B (N, R) and bias (N) of its dtype; rows of `out` and
-    S may lie apart, B may be a transposed matrix. Summed in float32, rounded once."""
+    """bias + scaling S B^T, written into `out` (T, N). S (T, R), B (N, R) and bias (N) of its dtype, of any
+    strides; the kernel takes rows of `out` and S that lie apart, and any B. Summed in float32, rounded once."""
     (tokens, n), rank = out.shape, b.shape[1]
     by_hand = expanded_by_hand(tokens, n, rank) and out.element_size() == 2
+    by_hand = by_hand and out.stride(1) == down.stride(1) == 1
+    by_hand = by_hand and (bias is None or bias.is_contiguous())
     if not by_hand or choose_backend(out.device, BACKENDS) == "reference":
         if bias is None:
             out.addmm_(down, b.T, beta=0, alpha=scaling)  # what is there is not read, NaN neither
