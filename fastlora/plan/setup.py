@@ -121,18 +121,11 @@ def setup_of(
     if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     graphs = bool(memory.cuda_graphs) and not refused
-    # A compiled layer gives an op the codes of its weights, and not the weights, by which matrices are kept.
-    compiled = unsloth and shape.model_type not in FUSED
-    dense = graphs and kernels and not compiled
+    always = compiled(name, shape.model_type)
+    dense = graphs and kernels and not always
     if memory.dense_layers and not dense:
-        why = (
-            f"unsloth compiles layers of {shape.model_type}"
-            if compiled
-            else "fastlora's kernels run no layer"
-        )
-        notes.append(
-            f"memory.dense_layers: it does nothing ({why if graphs else 'micro-batches are not recorded'})"
-        )
+        why = "micro-batches are not recorded" if not graphs else always
+        notes.append(f"memory.dense_layers: it does nothing ({why or NO_LAYER})")
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
@@ -161,9 +154,10 @@ def setup_of(
         graphs=graphs,
         not_recorded=refused or "",
     )  # fmt: skip
-    if setup.keep_dequantized and not setup.recomputed_by_us:
+    if setup.keep_dequantized and (always or not setup.recomputed_by_us):
         setup = replace(setup, keep_dequantized=False)
-        notes.append(f"memory.keep_dequantized: it does nothing ({_why_nothing_stays(setup)})")
+        why = always if setup.recomputed_by_us else _why_nothing_stays(setup)
+        notes.append(f"memory.keep_dequantized: it does nothing ({why})")
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
     if problems := list(_target_problems(setup, shape)):
@@ -180,10 +174,18 @@ def setup_of(
 def _why_nothing_stays(setup: Setup) -> str:
     if setup.policy == "none":
         return "no layer is computed again"
-    return COMPILED if setup.kernels else "fastlora's kernels run no layer"
+    return COMPILED if setup.kernels else NO_LAYER
 
 
+NO_LAYER = "fastlora's kernels run no layer"
 COMPILED = "unsloth compiles layers, unless micro-batches are recorded"
+
+
+def compiled(engine: str, model_type: str) -> str:
+    """Why no matrix is kept of a recorded layer either, if unsloth compiles it then too: it gives an op the codes of
+    its weights, and not the weights, by which matrices are kept. "": it does not."""
+    own = engine != "unsloth" or model_type in FUSED
+    return "" if own else f"unsloth compiles layers of {model_type}"
 
 
 def why_embedding_stays(shape: Shape, setup: Setup) -> str:

@@ -294,6 +294,19 @@ def test_layers_that_unsloth_compiles_keep_no_dense_weights(kind: str) -> None:
     assert keys(asked)["train.checkpointing"] == "none"
     assert "memory.dense_layers" not in keys(asked)
     assert keys(settled(GEMMA, engine="peft"))["memory.dense_layers"] == 34
+    kept: dict[str, Any] = {"cuda_graphs": True, "keep_dequantized": True}
+    given: dict[str, Any] = {
+        "engine": "unsloth",
+        "train": {"checkpointing": "offload"},
+        "memory": kept,
+    }
+    for config, stays in ((GEMMA | {"model_type": kind}, False), (LLAMA_8B, True)):
+        found = settled(config, **given)
+        assert found
+        assert found.result.setup.keep_dequantized is stays
+        assert (
+            any("unsloth compiles layers of" in note for note in found.result.setup.notes) != stays
+        )
 
 
 def test_packed_rows_are_recorded_where_flash_attention_serves_them() -> None:
