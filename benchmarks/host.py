@@ -34,7 +34,6 @@ TOKENS, WIDTH, RANK = 16, 16, 8
 DTYPE, MASTER = torch.float32, torch.float64
 """Of x and W, and of the adapters: in place of bfloat16 and float32, since a CPU's products in 16 bits take longer."""
 REPEATS, ROUNDS = 300, 9
-Calls = dict[str, Callable[[], Any]]
 
 
 class Launched:
@@ -84,8 +83,8 @@ def projection(kind: str) -> lora_linear.Projection:
     return lora_linear.Projection(weight(kind), None, a, b, 2.0)
 
 
-class Seen(TorchDispatchMode):
-    """Our ops that were called, and with what."""
+class Calls(TorchDispatchMode):
+    """Our ops that were called, and with what, as a graph would call them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,11 +115,10 @@ class Eager:
     dora_linear = staticmethod(dora_linear.dora_linear)
 
 
-def calls(op: str, kind: str) -> Calls:
+def calls(op: str, kind: str) -> dict[str, Callable[[], Any]]:
     """Forward and backward of both ways."""
     forward = case(registered, op, kind)
-    seen = Seen()
-    with seen:
+    with Calls() as seen:
         _backward(forward())()
     (fw, fw_args), (bw, bw_args) = seen.calls
     fw_args, bw_args = ([_detached(one) for one in args] for args in (fw_args, bw_args))

@@ -55,11 +55,10 @@ def keep_as_asked(model: PeftModel, engine: Engine, recipe: Recipe, announce: An
         return
     if dequantized and not any(_dequantizes(module) for module in model.modules()):
         announce(f"memory.keep_dequantized: {_NONE}")
-    elif dequantized and engine.name == "unsloth":
-        if compiled := setup.compiled(engine.name, model.config.model_type):
-            announce(f"memory.keep_dequantized: it does nothing ({compiled})")
-        elif not setup.records(recipe, engine.name, checkpointing):
-            announce(f"memory.keep_dequantized: it does nothing ({setup.COMPILED})")
+    elif dequantized:
+        recorded = setup.records(recipe, engine.name, checkpointing)
+        if why := setup.compiled(engine.name, model.config.model_type, recorded):
+            announce(f"memory.keep_dequantized: it does nothing ({why})")
 
 
 def dense_as_asked(model: PeftModel, recipe: Recipe, announce: Announce) -> DenseWeights | None:

@@ -121,11 +121,11 @@ def setup_of(
     if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     graphs = bool(memory.cuda_graphs) and not refused
-    always = compiled(name, shape.model_type)
-    dense = graphs and kernels and not always
+    in_compiled = compiled(name, shape.model_type, graphs)
+    dense = graphs and kernels and not in_compiled
     if memory.dense_layers and not dense:
-        why = "micro-batches are not recorded" if not graphs else always
-        notes.append(f"memory.dense_layers: it does nothing ({why or NO_LAYER})")
+        why = (in_compiled or NO_LAYER) if graphs else "micro-batches are not recorded"
+        notes.append(f"memory.dense_layers: it does nothing ({why})")
     targets = (
         lora.target_modules if lora.target_modules == "all-linear" else tuple(lora.target_modules)
     )
@@ -154,10 +154,10 @@ def setup_of(
         graphs=graphs,
         not_recorded=refused or "",
     )  # fmt: skip
-    if setup.keep_dequantized and (always or not setup.recomputed_by_us):
+    if setup.keep_dequantized and (in_compiled or not setup.recomputed_by_us):
         setup = replace(setup, keep_dequantized=False)
-        why = always if setup.recomputed_by_us else _why_nothing_stays(setup)
-        notes.append(f"memory.keep_dequantized: it does nothing ({why})")
+        nothing = "no layer is computed again" if policy == "none" else "" if kernels else NO_LAYER
+        notes.append(f"memory.keep_dequantized: it does nothing ({nothing or in_compiled})")
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
     if problems := list(_target_problems(setup, shape)):
@@ -171,21 +171,17 @@ def setup_of(
     return replace(setup, notes=tuple(notes))
 
 
-def _why_nothing_stays(setup: Setup) -> str:
-    if setup.policy == "none":
-        return "no layer is computed again"
-    return COMPILED if setup.kernels else NO_LAYER
-
-
 NO_LAYER = "fastlora's kernels run no layer"
-COMPILED = "unsloth compiles layers, unless micro-batches are recorded"
 
 
-def compiled(engine: str, model_type: str) -> str:
-    """Why no matrix is kept of a recorded layer either, if unsloth compiles it then too: it gives an op the codes of
-    its weights, and not the weights, by which matrices are kept. "": it does not."""
-    own = engine != "unsloth" or model_type in FUSED
-    return "" if own else f"unsloth compiles layers of {model_type}"
+def compiled(engine: str, model_type: str, recorded: bool) -> str:
+    """Why a layer keeps no matrix of its weights, if unsloth compiles it: an op is given the codes of the weights then,
+    and not the weights, by which matrices are kept. "": it does not."""
+    if engine != "unsloth":
+        return ""
+    if model_type not in FUSED:
+        return f"unsloth compiles layers of {model_type}"
+    return "" if recorded else "unsloth compiles layers, unless micro-batches are recorded"
 
 
 def why_embedding_stays(shape: Shape, setup: Setup) -> str:

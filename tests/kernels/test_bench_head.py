@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from fastlora_kernels.ops.head_loss import lora_head_loss
+from scripts import script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ops_head.py"
 
@@ -18,11 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ops_head.py"
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script
-    spec = importlib.util.spec_from_file_location("bench_head", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("ops_head")
     monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))  # on a GPU machine too
     return module
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -18,6 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from fastlora_kernels.ops.lora_linear import lora_linear
 from reruns import Recorders, Reruns
+from scripts import script
 
 from fastlora.train import graphs
 
@@ -27,11 +27,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script
-    spec = importlib.util.spec_from_file_location("bench_kernels", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("kernels")
     assert str(SCRIPT.parent) not in sys.path  # there it would be the module `kernels`
     # On a GPU machine too.
     monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))

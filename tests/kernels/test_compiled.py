@@ -20,8 +20,8 @@ from fastlora_kernels.layers.group import outputs_of
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.lora_linear import Projection, lora_linears
 from peft import LoraConfig, PeftModel, get_peft_model
+from scripts import script
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = registered.OPS
+Calls = script("host").Calls
 TOLERANCE = 1e-5 if DEVICE == "cpu" else 1e-4
 
 
@@ -223,24 +224,11 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
 
-class Called(TorchDispatchMode):
-    """Our ops, and with what they are called, as a graph would call them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == registered.NAME:
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
 def check(op: Any, *args: Any) -> None:
     """What torch finds wrong with an op is raised: its schema, its fake, its gradient, other sizes; and with the ops
     that it is made of."""
     torch.library.opcheck(op.default, args)
-    with Called() as called:
+    with Calls() as called:
         found = op(*args)
         ys = found if isinstance(found, list) else [found]
         torch.autograd.backward(ys, [torch.randn_like(y) for y in ys])

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench_reports import arm, report
+from scripts import script
 
 from fastlora.bench.report import write
 from fastlora.bench.schema import ArmResult, Frontier, Gate
@@ -22,11 +22,7 @@ def readme(tmp_path: Path) -> Path:
 
 
 def sync(root: Path, *arguments: str) -> int:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("readme")
     code: int = module.main(arguments, root)
     return code
 

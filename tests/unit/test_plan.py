@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from plans import H100, LLAMA_8B, card, predicted, recipe
+from scripts import script
 
 from fastlora.bench.suites import load_suite, plan_for
 from fastlora.cli.main import cli
@@ -36,13 +36,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_tables", ROOT / "benchmarks" / "plan.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plan_tables"] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
+    return script("plan")
 
 
 PLAIN_PEFT: dict[str, Any] = {"engine": "peft", "kernels": {"mode": "off"}}

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from rich.console import Console
+from scripts import script
 
 
 @pytest.fixture(scope="module")
 def timeline() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "timeline.py"
-    spec = importlib.util.spec_from_file_location("timeline", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["timeline"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("timeline")
 
 
 @pytest.mark.parametrize(

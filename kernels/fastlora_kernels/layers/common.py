@@ -56,8 +56,10 @@ def function_in(source: str) -> ast.FunctionDef | None:
     Raises SyntaxError.
     """
     function = ast.parse(textwrap.dedent(source)).body[0]
-    if not isinstance(function, ast.FunctionDef):
-        return None
+    return without_docstring(function) if isinstance(function, ast.FunctionDef) else None
+
+
+def without_docstring(function: ast.FunctionDef) -> ast.FunctionDef:
     if ast.get_docstring(function) is not None:
         function.body.pop(0)
     return function

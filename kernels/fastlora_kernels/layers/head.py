@@ -24,7 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastlora_kernels.layers import linear
-from fastlora_kernels.layers.common import function_in, hooked
+from fastlora_kernels.layers.common import function_in, hooked, without_docstring
 from fastlora_kernels.ops.head_loss import Shape, lora_head_loss
 
 Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float]
@@ -189,13 +189,11 @@ def shape_as_written(cls: Any) -> Callable[[Any], Shape] | None:
     """The same of the forward that stands in the file of `cls`, whichever it has by now."""
     try:
         (found,) = ast.parse(inspect.getsource(cls)).body
-        (forward,) = (
-            one for one in getattr(found, "body", []) if getattr(one, "name", "") == "forward"
-        )
-        function = function_in(ast.unparse(forward))
-    except (OSError, TypeError, SyntaxError, ValueError):
+    except (OSError, TypeError, SyntaxError):
         return None
-    return None if function is None else _shape_in(function)
+    functions = [one for one in getattr(found, "body", []) if isinstance(one, ast.FunctionDef)]
+    forwards = [one for one in functions if one.name == "forward"]
+    return _shape_in(without_docstring(forwards[0])) if len(forwards) == 1 else None
 
 
 def _shape_in(function: ast.FunctionDef) -> Callable[[Any], Shape] | None:

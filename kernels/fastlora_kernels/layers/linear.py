@@ -52,9 +52,8 @@ class Parts(NamedTuple):
 
     def projection(self) -> Projection:
         base, down, up, scaling, _, dropout, weight = self
-        bias = (
-            None if isinstance(weight, EightBit) else own(base, "bias")
-        )  # its product has it already
+        # The product of an 8-bit weight has it already.
+        bias = None if isinstance(weight, EightBit) else own(base, "bias")
         a, b, beta = own(down, "weight"), own(up, "weight"), own(up, "bias")
         return Projection(weight, bias, a, b, scaling, beta, dropout)
 

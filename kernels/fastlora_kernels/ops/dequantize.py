@@ -211,18 +211,8 @@ def _frozen(
         return (weight,) * 6, _compiled_in(
             tile, rank, "dense", 1, 1, weight.shape[1], False, **more
         )
-    (
-        _,
-        codes,
-        absmax,
-        table,
-        (_, k),
-        blocksize,
-        nested_absmax,
-        nested_table,
-        nested_blocksize,
-        offset,
-    ) = weight
+    (_, codes, absmax, table, (_, k), blocksize,
+     nested_absmax, nested_table, nested_blocksize, offset) = weight  # fmt: skip
     kind = "4bit" if nested_absmax is None else "nested"
     words = k % 8 == 0 and codes.data_ptr() % 4 == 0
     compiled = _compiled_in(tile, rank, kind, blocksize, nested_blocksize, k, words, **more)

@@ -278,10 +278,9 @@ def in_one_dtype(
     flat = given[0].new_empty(end, dtype=dtype)
     cast_into(flat, starts, given)
     k = lower[0].shape[1]
+    # Where a slice and a view would be two calls.
     bs = [
-        flat.as_strided(
-            one.shape, (one.shape[1], 1), start
-        )  # a slice and a view would be two calls
+        flat.as_strided(one.shape, (one.shape[1], 1), start)
         for start, one in zip(starts[len(lower) :], upper, strict=True)
     ]
     return flat.as_strided((rows, k), (k, 1)), bs
@@ -465,11 +464,10 @@ def add_up(
 ) -> None:
     """out = bias + the sum of scaling left right. S B^T first: the large product adds to it as it writes. Afterwards it
     would read and write `out` once more."""
-    for place, (left, right, scaling) in enumerate(products):
-        if place:
-            out.addmm_(left, right, alpha=scaling)
-        else:
-            expand(out, left, right.T, scaling, bias)
+    (left, right, scaling), *others = products
+    expand(out, left, right.T, scaling, bias)
+    for left, right, scaling in others:
+        out.addmm_(left, right, alpha=scaling)
 
 
 def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
