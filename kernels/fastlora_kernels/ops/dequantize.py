@@ -25,15 +25,9 @@ from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 # The fastest of some twenty on an H200, without a fold and with one. Norms walk whole rows.
-PLAIN_TILE, FOLD_TILE, NORM_TILE = (16, 256), (64, 128), (16, 256)
+PLAIN_TILE, FOLD_TILE, NORM_TILE = (16, 256), (128, 128), (16, 256)
 """Outputs x inputs."""
-PLAIN_WARPS = 4
-
-
-def fold_warps(rank: int) -> int:
-    """At 4096 x 4096: rank 16 24.8 us with 4 and 21.0 with 8, rank 32 24.0 and 26.2, rank 64 33.6 and 31.2."""
-    return 4 if 16 < rank <= 32 else 8
-
+PLAIN_WARPS, FOLD_WARPS = 4, 8
 
 Fold = tuple[torch.Tensor, torch.Tensor, float]
 """A (R, K) and B (N, R), and the scaling of their product."""
@@ -125,13 +119,37 @@ def _weight(
 
 
 @jit
-def _product(
-    a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling,
-    DTYPE: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+def _as_summed(x_NK, WARPS: tl.constexpr):
+    """Its rows and columns in the order in which a tensor core's sums lie in the threads' registers, if it lies in
+    them as it was loaded: row (halves, warps, 8) goes to (warps, halves, 8), column (4, K / 8, 2) to (K / 8, 4, 2). A
+    renaming that moves nothing; added in the natural order, each weight would go through shared memory."""
+    N: tl.constexpr = x_NK.shape[0]
+    K: tl.constexpr = x_NK.shape[1]
+    x = tl.reshape(x_NK, (N // (8 * WARPS), WARPS, 8, 4, K // 8, 2))
+    return tl.reshape(tl.permute(x, (1, 0, 2, 4, 3, 5)), (N, K))
+
+
+@jit
+def _as_loaded(x_NK, WARPS: tl.constexpr):
+    """The inverse of _as_summed."""
+    N: tl.constexpr = x_NK.shape[0]
+    K: tl.constexpr = x_NK.shape[1]
+    x = tl.reshape(x_NK, (WARPS, N // (8 * WARPS), 8, K // 8, 4, 2))
+    return tl.reshape(tl.permute(x, (1, 0, 2, 4, 3, 5)), (N, K))
+
+
+@jit
+def _plus_product(
+    weight_NK, a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling,
+    DTYPE: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of scaling B A in float32, (N, K); A and scaling B rounded to DTYPE first. Scaled afterwards it would take
-    an instruction for each weight, and twice the registers."""
-    delta_NK = tl.zeros((n_N.shape[0], k_K.shape[0]), tl.float32)
+    """A tile of W + scaling B A in float32, (N, K); A and scaling B rounded to DTYPE first. Scaled afterwards it would
+    take an instruction for each weight, and twice the registers."""
+    N: tl.constexpr = weight_NK.shape[0]
+    K: tl.constexpr = weight_NK.shape[1]
+    ORDERED: tl.constexpr = N % (8 * WARPS) == 0
+    if ORDERED:
+        weight_NK = _as_summed(weight_NK, WARPS)
     for start in tl.static_range(0, PADDED_RANK, BLOCK_R):
         r_R = start + tl.arange(0, BLOCK_R)
         b_NR = tl.load(
@@ -144,9 +162,15 @@ def _product(
             mask=(r_R[:, None] < RANK) & (k_K[None, :] < n_columns),
             other=0.0,
         )
-        b_NR = tl.cast(scaling, tl.float32) * b_NR.to(tl.float32)
-        delta_NK += tl.dot(b_NR.to(DTYPE), a_RK.to(DTYPE), input_precision="ieee")
-    return delta_NK
+        b_NR = (tl.cast(scaling, tl.float32) * b_NR.to(tl.float32)).to(DTYPE)
+        a_RK = a_RK.to(DTYPE)
+        if ORDERED:
+            b = tl.reshape(b_NR, (N // (8 * WARPS), WARPS, 8, BLOCK_R))
+            b_NR = tl.reshape(tl.permute(b, (1, 0, 2, 3)), (N, BLOCK_R))
+            a = tl.reshape(a_RK, (BLOCK_R, 4, K // 8, 2))
+            a_RK = tl.reshape(tl.permute(a, (0, 2, 1, 3)), (BLOCK_R, K))
+        weight_NK = tl.dot(b_NR, a_RK, weight_NK, input_precision="ieee")
+    return weight_NK
 
 
 @jit
@@ -157,7 +181,7 @@ def _dequantize(
     SCALES: tl.constexpr,
     FOLD: tl.constexpr, ROW_SCALE: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k_K = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -168,9 +192,11 @@ def _dequantize(
         KIND, WORDS, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_K,
     )  # fmt: skip
     if FOLD:
-        weight_NK += _product(
-            a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
-        )
+        weight_NK = _plus_product(
+            weight_NK, a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R, WARPS
+        )  # fmt: skip
+        if BLOCK_N % (8 * WARPS) == 0:
+            weight_NK = _as_loaded(weight_NK, WARPS)
     if ROW_SCALE:
         weight_NK *= tl.load(row_scale_ptr + n_N, mask=n_N < n_rows, other=0.0)[:, None]
     out_NK = out_ptr + n_N.to(tl.int64)[:, None] * n_columns + k_K[None, :]
@@ -185,7 +211,7 @@ def _row_norms(
     KIND: tl.constexpr, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     SCALES: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = like_ptr.dtype.element_ty
@@ -196,15 +222,15 @@ def _row_norms(
             weight_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_table_ptr, offset_ptr,
             n_N, start, n_rows, n_columns, KIND, WORDS, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_K,
         )  # fmt: skip
-        weight_NK += _product(
-            a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R
-        )
+        weight_NK = _plus_product(
+            weight_NK, a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R, WARPS
+        )  # fmt: skip
         squares_N += tl.sum(weight_NK * weight_NK, axis=1)
     tl.store(out_ptr + n_N, tl.sqrt(squares_N), mask=n_N < n_rows)
 
 
 def _frozen(
-    weight: FourBit | torch.Tensor, tile: tuple[int, int], rank: int, **more: bool
+    weight: FourBit | torch.Tensor, tile: tuple[int, int], rank: int, **more: int
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     """What the kernels are told of the frozen weight, the tile and the rank: pointers, and what is compiled in."""
     if isinstance(weight, torch.Tensor):
@@ -226,7 +252,7 @@ def _frozen(
 @cache
 def _compiled_in(
     tile: tuple[int, int], rank: int, kind: str, blocksize: int, nested_blocksize: int, k: int, words: bool,
-    **more: bool,
+    **more: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Shared by all calls: not to be written to."""
     # How many scales a row of a tile has, if that is known before; else 0, and each weight looks for its own.
@@ -264,7 +290,7 @@ def dequantize(
         return made_NK if out is None else out.copy_(made_NK)
     n, k = weight.shape
     out_NK = weight.codes.new_empty(n, k, dtype=dtype) if out is None else out
-    tile = FOLD_TILE if fold else PLAIN_TILE
+    tile, warps = (FOLD_TILE, FOLD_WARPS) if fold else (PLAIN_TILE, PLAIN_WARPS)
     a, b, scaling = _contiguous(fold) if fold else (weight.table, weight.table, 0.0)
     pointers, compiled = _frozen(
         weight,
@@ -272,6 +298,7 @@ def dequantize(
         a.shape[0] if fold else 1,
         FOLD=fold is not None,
         ROW_SCALE=row_scale is not None,
+        WARPS=warps,
     )
     launch(
         _dequantize,
@@ -279,7 +306,7 @@ def dequantize(
         (*pointers, a, b, weight.table if row_scale is None else row_scale, out_NK),
         (n, k, float(scaling)),
         compiled,
-        num_warps=fold_warps(a.shape[0]) if fold else PLAIN_WARPS,
+        num_warps=warps,
     )
     return out_NK
 
@@ -296,7 +323,7 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
     n, k = weight.shape
     out_N = torch.empty(n, dtype=torch.float32, device=device)
     a, b, scaling = _contiguous(fold)
-    pointers, compiled = _frozen(weight, NORM_TILE, a.shape[0])
+    pointers, compiled = _frozen(weight, NORM_TILE, a.shape[0], WARPS=PLAIN_WARPS)
     like = torch.empty(0, dtype=dtype, device=device)  # its type alone is looked at
     launch(
         _row_norms,
@@ -304,5 +331,6 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
         (*pointers, a, b, like, out_N),
         (n, k, float(scaling)),
         compiled,
+        num_warps=PLAIN_WARPS,
     )
     return out_N
