@@ -14,8 +14,9 @@ from fastlora_kernels.ops import cast, dequantize, head_loss, skinny
 OPS = "fastlora_kernels.ops."
 PLACES = {"KIND": "nested", "WORDS": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
 PLAIN = PLACES | {"BLOCK_N": 16, "BLOCK_K": 256, "SCALES": 4, "WARPS": dequantize.PLAIN_WARPS}
-FOLDED = PLACES | dict(zip(("BLOCK_N", "BLOCK_K"), dequantize.FOLD_TILE, strict=True))
-FOLDED |= {"SCALES": 2, "WARPS": dequantize.FOLD_WARPS}
+FOLD_TILE, FOLD_WARPS = dequantize.fold_tile(40, 4)
+FOLDED = PLACES | dict(zip(("BLOCK_N", "BLOCK_K"), FOLD_TILE, strict=True))
+FOLDED |= {"SCALES": 1, "WARPS": FOLD_WARPS}
 DENSE = PLAIN | {
     "KIND": "dense",
     "WORDS": False,
@@ -33,7 +34,9 @@ GLU = {"ACTIVATION": "gelu", "BLOCK": 1024}
 KERNELS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, int]]] = [
     ("dequantize._dequantize", PLAIN | RANKS | {"FOLD": False, "ROW_SCALE": False}, {"weight_ptr": "*u8"}, {}),
     ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": True}, {"weight_ptr": "*u8"},
-     {"num_warps": dequantize.FOLD_WARPS}),
+     {"num_warps": FOLD_WARPS}),
+    ("dequantize._dequantize", FOLDED | RANKS | {"FOLD": True, "ROW_SCALE": False, "BLOCK_N": 64, "WARPS": 4},
+     {"weight_ptr": "*u8"}, {"num_warps": 4}),
     ("dequantize._row_norms", PLAIN | RANKS, {"weight_ptr": "*u8", "out_ptr": "*fp32"}, {}),
     ("dequantize._row_norms", DENSE | RANKS, {"out_ptr": "*fp32", "absmax_ptr": "*bf16"}, {}),
     ("cast._cast", {"BLOCK": cast.BLOCK}, dict.fromkeys([f"ptr_{i}" for i in range(cast.MOST)], "*fp32"), {}),

@@ -132,3 +132,29 @@ def test_another_adapter_on_the_same_weight_has_a_matrix_of_its_own(made: list[A
         for one, alone in zip((layer, other, louder), plain, strict=True):
             assert equal(results(one, x), alone)
     assert len(weights) == 2
+
+
+@pytest.mark.parametrize(("scaling", "cast"), [(2.0, True), (0.25, True), (1.5, False)])
+def test_backward_folds_the_cast_adapter_where_no_bit_changes(
+    scaling: float, cast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[torch.dtype] = []
+    own = ops.dequantize
+
+    def noted(weight: FourBit, dtype: torch.dtype, fold: Any, row_scale: Any) -> torch.Tensor:
+        found.append(fold[0].dtype)
+        return own(weight, dtype, fold, row_scale)
+
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    monkeypatch.setattr(ops, "dequantize", noted)
+    layer = Layer()
+    weight, a, b = layer.weights[1], layer.a[1], layer.b[1]
+    x = torch.randn(FOLDED, K, dtype=torch.bfloat16, requires_grad=True)
+    (y,) = lora_linears(x, [Projection(weight, None, a, b, scaling)])
+    g = torch.randn_like(y)
+    y.backward(g)
+    four_bit = FourBit.of(weight)
+    assert four_bit is not None
+    assert x.grad is not None
+    assert torch.equal(x.grad, g @ own(four_bit, torch.bfloat16, (a, b, scaling)))
+    assert found == [torch.float32, torch.bfloat16 if cast else torch.float32]

@@ -19,6 +19,7 @@ Shapes: T tokens, K inputs, N outputs, R rank, or the ranks together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import frexp
 from typing import Any, NamedTuple
 
 import torch
@@ -133,11 +134,18 @@ def dense(
     dtype: torch.dtype,
     fold: Fold | None = None,
     row_scale: torch.Tensor | None = None,
+    cast: Fold | None = None,
 ) -> torch.Tensor:
-    """The matrix (N, K); `fold` and `row_scale` (see dequantize) are for 4-bit weights alone."""
+    """The matrix (N, K); `fold` and `row_scale` (see dequantize) are for 4-bit weights alone. `cast`: the fold with A
+    and B in `dtype`, if they are there: half the bytes, and the same to the last bit where the scaling is a power of
+    two, which rounds alike before and after."""
     if isinstance(weight, FourBit):
         kept_NK = kept_matrix(weight, dtype, fold) if row_scale is None else None
-        return dequantize(weight, dtype, fold, row_scale) if kept_NK is None else kept_NK
+        if kept_NK is not None:
+            return kept_NK
+        if cast and abs(frexp(cast[2])[0]) == 0.5:
+            fold = cast
+        return dequantize(weight, dtype, fold, row_scale)
     assert fold is None
     assert row_scale is None
     return weight.dense(dtype) if isinstance(weight, EightBit) else weight.to(dtype)
@@ -318,6 +326,7 @@ class Gradients:
         if not self.given:
             return None
         dx_TK = None
+        each = self.a_RK.split_with_sizes(ctx.ranks)
         if not ctx.fold:
             dx_TK = expanded(ctx, self._up(), self.a_RK, self.seeds)
         for i, g_TN in enumerate(self.gs):
@@ -325,10 +334,11 @@ class Gradients:
             ctx.dequantized[i] = None  # a second backward makes its own
             if g_TN is None:
                 continue
-            a_RK, b_NR, _ = self.adapters[3 * i : 3 * i + 3]
-            fold = (a_RK, b_NR, ctx.scalings[i]) if ctx.fold else None
             if weight_NK is None:
-                weight_NK = dense(frozen(ctx.weights[i]), self.dtype, fold)
+                a_RK, b_NR, _ = self.adapters[3 * i : 3 * i + 3]
+                fold = (a_RK, b_NR, ctx.scalings[i]) if ctx.fold else None
+                cast = (each[i], self.bs[i], ctx.scalings[i]) if ctx.fold else None
+                weight_NK = dense(frozen(ctx.weights[i]), self.dtype, fold, cast=cast)
             dx_TK = torch.mm(g_TN, weight_NK) if dx_TK is None else dx_TK.addmm_(g_TN, weight_NK)
         return dx_TK
 
