@@ -137,6 +137,8 @@ def _pefts(result: Prediction, row_tokens: RowTokens) -> Filled | None:
 
 
 _KEY = "memory.cuda_graphs"
+_RECORDED = FUSED | {"phi3"}
+"""Whose recorded runs on unsloth were held to those that are not."""
 
 
 def _refused(now: Prediction, again: Again) -> str:
@@ -147,9 +149,9 @@ def _refused(now: Prediction, again: Again) -> str:
     if now.recipe.memory.cuda_graphs is None and now.setup.engine == "unsloth":
         if now.setup.packed:
             return "packed rows on unsloth need it set to true, not measured yet"
-        if kind not in FUSED:
-            # Whether its forward gives hidden states, which our loss takes, is known once it is loaded. Gemma 3 and
-            # Phi 3 were recorded in the benchmark (docs/log.md), in no run yet.
+        if kind not in _RECORDED:
+            # Whether its forward gives hidden states, which our loss takes, is known once it is loaded. Gemma 3 was
+            # recorded in the benchmark (docs/log.md), in no run yet.
             return f"{kind} on unsloth needs it set to true, not measured yet"
     return ""
 

@@ -278,14 +278,17 @@ def test_what_a_run_refuses_is_not_chosen(sections: Any, config: Any, why: str) 
 
 
 def test_architectures_whose_hidden_states_are_not_known_of_are_recorded_if_asked_for() -> None:
-    other = LLAMA_1B | {"model_type": "phi3"}
+    other = LLAMA_1B | {"model_type": "granite"}
     found = settled(other, engine="unsloth")
     assert found
-    assert "phi3 on unsloth needs it set to true" in found.filled[0].why
+    assert "granite on unsloth needs it set to true" in found.filled[0].why
     asked = settled(other, engine="unsloth", memory={"cuda_graphs": True})
     assert asked
     assert asked.result.setup.graphs
     assert keys(settled(other, engine="peft"))["memory.cuda_graphs"]
+    phi = settled(LLAMA_1B | {"model_type": "phi3"}, engine="unsloth")
+    assert keys(phi)["memory.cuda_graphs"]
+    assert keys(phi)["kernels.mode"] == "all"
 
 
 @pytest.mark.parametrize("kind", ["phi3", "gemma3_text"])
