@@ -51,6 +51,10 @@ def measure(
 ) -> dict[str, Any]:
     """One row, as it goes into the JSON: times in ms; `status` is ok, left (to PEFT) or wrong."""
     row, work = begun(case, setting), case.work(setting)
+    if setting.compiled:
+        # Else rows, which share the classes of their modules, come to a limit, after which nothing is compiled.
+        torch._dynamo.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     first = case.arms(setting)
     if "left" in first:
         row |= {"status": "left", "reason": first["left"]}
@@ -198,28 +202,34 @@ def chosen(every: Sequence[Case], only: str | None) -> list[Case]:
 @click.option("--tokens", default=DEFAULTS[1], callback=listed)
 @click.option("--ranks", default=DEFAULTS[2], callback=listed)
 @click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16", "float32"]))
+@click.option(
+    "--compiled", is_flag=True,
+    help="both by torch.compile, and of the layers of real models those that unsloth compiles",
+)  # fmt: skip
 @click.option("--only", help="parts of names, by commas: DoRA, Qwen, nf4")
 @click.option("--repeats", default=DEFAULTS[3], type=click.IntRange(min=1), help="at most")
 @click.option("--seconds", default=0.2, help="for the repeats of one row, eager and again recorded")
 @click.option("--budget", default=float("inf"), help="seconds after which nothing more is begun")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="written after each row")
 def main(
-    shapes: Any, tokens: Any, ranks: Any, dtype: str, only: str | None, repeats: int, seconds: float,
-    budget: float, target: Any,
+    shapes: Any, tokens: Any, ranks: Any, dtype: str, compiled: bool, only: str | None, repeats: int,
+    seconds: float, budget: float, target: Any,
 ) -> None:  # fmt: skip
     from fastlora.engines.memory import free_memory
     from fastlora.rundir import provenance, store
     from fastlora.train import graphs
 
-    of_case = chosen([*(cases.of_shapes(shapes) if shapes else cases.pinned())], only)
+    every = cases.compiled() if compiled else cases.pinned()
+    of_case = chosen([*(cases.of_shapes(shapes) if shapes else every)], only)
     todo = [  # a budget then leaves something of every group
-        (case, Setting(t, r, getattr(torch, dtype), DEVICE))
+        (case, Setting(t, r, getattr(torch, dtype), DEVICE, compiled=compiled))
         for (r,) in ranks
         for (t,) in tokens
         for case in of_case
     ]
     replays = timing.Replays(graphs.CudaRecorder()) if graphs.can_record() else None
     document: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "dtype": dtype}
+    document["compiled"] = compiled
     document |= {"commit": provenance.commit(HERE), "versions": provenance.versions()}
     document |= {"machine": provenance.machine(), "repeats": repeats, "seconds": seconds}
 

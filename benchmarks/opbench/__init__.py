@@ -14,12 +14,21 @@ class Setting(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     seed: int = 0
+    compiled: bool = False
+    """Modules by torch.compile, as unsloth has the layers of architectures that it fuses nothing of."""
 
     def autocast(self) -> torch.autocast:
         """As around a recorded micro-batch; each weight is cast once anyway."""
         on = self.dtype != torch.float32
         kept = self.dtype if on else None
         return torch.autocast(self.device.type, kept, enabled=on, cache_enabled=False)
+
+    def ready(self, module: Any) -> Any:
+        if not self.compiled:
+            return module
+        # On a CPU without a compiler of C++, which is there for tests alone.
+        backend = "inductor" if self.device.type == "cuda" else "aot_eager"
+        return torch.compile(module, dynamic=False, backend=backend)
 
 
 class Work(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from opbench import Case
 from opbench.ends import embedding_case, head_case
@@ -37,11 +37,20 @@ PINNED: tuple[tuple[str, Module], ...] = (
 
 def pinned() -> Iterator[Case]:
     """Of real models, as the suites of `fastlora bench` have them."""
-    for group, module in PINNED:
-        for base in BASES:
-            yield module.case(group, base)
+    yield from _modules(PINNED)
     yield head_case(HEAD, "Llama 3.1 8B", 128256, 4096)
     yield embedding_case(EMBEDDING, "Llama 3.1 8B", 128256, 4096)
+
+
+def compiled() -> Iterator[Case]:
+    """Those of them that unsloth compiles."""
+    yield from _modules((group, module) for group, module in PINNED if group in LEFT_BY_UNSLOTH[2:])
+
+
+def _modules(given: Iterable[tuple[str, Module]]) -> Iterator[Case]:
+    for group, module in given:
+        for base in BASES:
+            yield module.case(group, base)
 
 
 def of_shapes(shapes: Sequence[Sequence[int]]) -> Iterator[Case]:

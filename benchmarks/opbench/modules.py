@@ -107,7 +107,7 @@ def module_arms(module: Module, base: str, setting: Setting) -> dict[str, Any]:
     """A Case's arms. All share every weight."""
     from fastlora_kernels import attach
 
-    tokens, _, dtype, device, seed = setting
+    tokens, _, dtype, device, seed, _ = setting
     torch.manual_seed(seed)  # PEFT draws A on the host
     generator = torch.Generator(device).manual_seed(seed)
     random = partial(drawn, std=1.0, setting=setting, generator=generator)
@@ -124,6 +124,7 @@ def module_arms(module: Module, base: str, setting: Setting) -> dict[str, Any]:
     upstream = gs[-1:] if module.act else gs
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     left = list(attach(twin).left)
+    ready, ready_twin = setting.ready(model), setting.ready(twin)
 
     def found(ys: Any, inputs: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         ys = ys if isinstance(ys, tuple) else (ys,)
@@ -171,8 +172,8 @@ def module_arms(module: Module, base: str, setting: Setting) -> dict[str, Any]:
             _ = given @ dense_weight(plain(name), dtype).T
             _ = g @ dense_weight(plain(name), dtype)
 
-    arms = {"truth": truth, "floor": floor, "peft": lambda: step(model)}
-    return arms | ({"left": left[0]} if left else {"ours": lambda: step(twin)})
+    arms = {"truth": truth, "floor": floor, "peft": lambda: step(ready)}
+    return arms | ({"left": left[0]} if left else {"ours": lambda: step(ready_twin)})
 
 
 def linear_work(k: int, n: int, base: str, setting: Setting) -> Work:

@@ -125,6 +125,22 @@ def test_recorded_where_unsloth_fuses_nothing(tmp_path: Path, model_type: str) -
     assert recorded["losses"] == pytest.approx(plain["losses"], rel=0.02)
 
 
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "float32"), ("nf4", "bfloat16")])
+def test_200_steps_with_and_without(tmp_path: Path, quantization: str, dtype: str) -> None:
+    """In float32 step by step; in 16 bits, where each rounds otherwise, on average over 20 steps."""
+    settings = ("train.steps=200", "train.lr=2e-4", f'model.dtype="{dtype}"')
+    ours = trained(tmp_path, "peft", "qwen2", quantization, *settings)
+    theirs = trained(tmp_path, "peft", "qwen2", quantization, *settings, "kernels.mode=off")
+    assert by_kernel(ours) == {"fastlora": QKV | O_MLP}
+    assert len(ours["losses"]) == 200
+    size = 1 if dtype == "float32" else 20
+    means = [
+        torch.tensor(one["losses"]).reshape(-1, size).mean(dim=1).tolist() for one in (ours, theirs)
+    ]
+    assert means[0] == pytest.approx(means[1], rel=1e-3 if dtype == "float32" else 0.01)
+    assert sum(ours["losses"][-20:]) < 0.9 * sum(ours["losses"][:20])
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_peft(tmp_path: Path, quantization: str) -> None:
     auto = trained(tmp_path, "peft", "qwen2", quantization, "kernels.require_fast=true")

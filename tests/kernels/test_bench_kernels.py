@@ -89,6 +89,30 @@ def test_rows_are_sane(bench: ModuleType, dtype: str, tmp_path: Path) -> None:
             assert ours["gb_s"] == pytest.approx(moved)
 
 
+def test_compiled(bench: ModuleType, tmp_path: Path) -> None:
+    """Both arms of every row, however many rows."""
+    from torch._dynamo.utils import counters
+
+    graphs_before = counters["stats"]["unique_graphs"]
+    target = tmp_path / "ops.json"
+    sizes = ["--shapes", "64x64", "--tokens", "8,16,24,32,40", "--ranks", "2", "--dtype", "float32"]
+    only = ["--only", "linear lora_linear 64x64 dense"]
+    result = run(bench, *sizes, *only, "--compiled", "--seconds", "0", "--json", str(target))
+    assert result.exit_code == 0, result.output
+    assert json.loads(target.read_text())["compiled"] is True
+    rows = rows_of(target)
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    assert counters["stats"]["unique_graphs"] - graphs_before >= 2 * len(rows)
+
+
+def test_what_unsloth_compiles_is_of_the_pinned_layers(bench: ModuleType) -> None:
+    names = [case.name for case in bench.cases.compiled()]
+    assert set(names) < {case.name for case in bench.cases.pinned()}
+    assert {name.partition(" lora")[0] for name in names} == {
+        "fused projections", "other architectures",
+    }  # fmt: skip
+
+
 def test_recorded_as_training_does(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from fastlora_kernels.ops.dora_linear import dora_linear
+from fastlora_kernels.ops.eight_bit import EightBit
+from fastlora_kernels.ops.embedding import lora_embedding
 from fastlora_kernels.ops.glu import glu_lora_linear
 from fastlora_kernels.ops.lora_linear import Projection, folds, lora_linear, lora_linears
 
@@ -69,13 +71,33 @@ def mlp() -> Case:
     return op, [gate, up, w, a, b], kept, T * (N + K) * HALF, 3 * T * K * HALF
 
 
-def dora() -> Case:
-    x, w, (a, b), m = random(T, K), weight(K, N, False), adapter(K, N), random(N)
-    # z, and per output c and the norm.
-    kept = (T * R + T * N) * HALF + 2 * N * FULL
+def eight_bit() -> Case:
+    layer = bnb.nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(random(N, K).detach(), requires_grad=False).to(DEVICE)
+    x, (a, b) = random(T, K), adapter(K, N)
+    layer(x.detach())  # its scales are in place from now on
+    op = lambda: lora_linear(x, EightBit(layer), None, a, b, 2.0)  # type: ignore[arg-type] # noqa: E731
+    given = [x, a, b, layer.state.CB]
+    # x in 8 bits beside y, whose product is in 32; backward makes W dense.
+    return op, given, T * R * HALF, T * (N * (HALF + FULL) + K), T * K * HALF + N * K * HALF
+
+
+def dora(four_bit: bool) -> Case:
+    x, w, (a, b), m = random(T, K), weight(K, N, four_bit), adapter(K, N), random(N)
+    # z, or y with a fold, and per output c and the norm.
+    kept = (T * R * (not four_bit) + T * N) * HALF + 2 * N * FULL
     op = lambda: dora_linear(x, w, None, a, b, m, 2.0)  # noqa: E731
-    # Backward: c g, then dx beside it.
-    return op, [x, w, a, b, m], kept, 2 * T * N * HALF, T * (K + N) * HALF
+    dense = N * K * HALF * four_bit
+    # Backward: c g, then dx beside it; with a fold dx beside W.
+    backward = T * K * HALF + (dense or T * N * HALF)
+    return op, [x, w, a, b, m], kept, max(2 * T * N, T * N + N * K * four_bit) * HALF, backward
+
+
+def embedding() -> Case:
+    ids = torch.arange(T, device=DEVICE) % N
+    w, a, b = random(N, K).detach(), random(R, N, dtype=torch.float32), adapter(N, K)[1]
+    op = lambda: lora_embedding(ids, w, a, b, 2.0)  # noqa: E731
+    return op, [ids, w, a, b], T * R * HALF, T * K * HALF, 2 * N * R * FULL
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -85,7 +107,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "three": lambda: three(False),
     "three of 4 bits": lambda: three(True),
     "mlp": mlp,
-    "dora": dora,
+    "8 bits": eight_bit,
+    "dora": lambda: dora(False),
+    "dora on 4 bits": lambda: dora(True),
+    "embedding": embedding,
 }
 
 
