@@ -134,27 +134,51 @@ def test_another_adapter_on_the_same_weight_has_a_matrix_of_its_own(made: list[A
     assert len(weights) == 2
 
 
-@pytest.mark.parametrize(("scaling", "cast"), [(2.0, True), (0.25, True), (1.5, False)])
+@pytest.mark.parametrize(
+    ("dtype", "scalings", "cast"),
+    [
+        (torch.bfloat16, (2.0, -0.25), (True, True)),
+        (torch.bfloat16, (1.5, 4.0), (False, True)),
+        (torch.float16, (2.0, 1.0), (False, False)),  # fewer bits for what is small
+        (torch.float32, (2.0, 2.0), (False, False)),
+    ],
+)
 def test_backward_folds_the_cast_adapter_where_no_bit_changes(
-    scaling: float, cast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[torch.dtype] = []
+    dtype: torch.dtype, scalings: tuple[float, float], cast: tuple[bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of two projections of equal width."""
+    found: list[tuple[torch.dtype, ...]] = []
     own = ops.dequantize
 
-    def noted(weight: FourBit, dtype: torch.dtype, fold: Any, row_scale: Any) -> torch.Tensor:
-        found.append(fold[0].dtype)
+    def noted(weight: Any, dtype: torch.dtype, fold: Any, row_scale: Any = None) -> torch.Tensor:
+        found.append(tuple(one.dtype for one in fold[:2]))
         return own(weight, dtype, fold, row_scale)
 
     monkeypatch.setenv("FASTLORA_KERNELS", "reference")
     monkeypatch.setattr(ops, "dequantize", noted)
-    layer = Layer()
-    weight, a, b = layer.weights[1], layer.a[1], layer.b[1]
-    x = torch.randn(FOLDED, K, dtype=torch.bfloat16, requires_grad=True)
-    (y,) = lora_linears(x, [Projection(weight, None, a, b, scaling)])
-    g = torch.randn_like(y)
-    y.backward(g)
-    four_bit = FourBit.of(weight)
-    assert four_bit is not None
+    torch.manual_seed(0)
+    weights = [
+        bnb.nn.Params4bit(torch.randn(K, K), requires_grad=False, quant_type="nf4").to("cpu")
+        for _ in scalings
+    ]
+    adapters = [(torch.randn(R, K) * 0.1, torch.randn(K, R) * 1e-4) for _ in scalings]
+    x = torch.randn(FOLDED, K, dtype=dtype, requires_grad=True)
+    ys = lora_linears(
+        x,
+        [
+            Projection(weight, None, a, b, scaling)
+            for weight, (a, b), scaling in zip(weights, adapters, scalings, strict=True)
+        ],
+    )
+    gs = [torch.randn_like(y) for y in ys]
+    torch.autograd.backward(ys, gs)
+    dense = []
+    for weight, (a, b), scaling in zip(weights, adapters, scalings, strict=True):
+        four_bit = FourBit.of(weight)
+        assert four_bit is not None
+        dense.append(own(four_bit, dtype, (a, b, scaling)))
     assert x.grad is not None
-    assert torch.equal(x.grad, g @ own(four_bit, torch.bfloat16, (a, b, scaling)))
-    assert found == [torch.float32, torch.bfloat16 if cast else torch.float32]
+    assert torch.equal(x.grad, torch.mm(gs[0], dense[0]).addmm_(gs[1], dense[1]))
+    wide = (torch.float32, torch.float32)
+    assert found == [wide, wide, *((dtype, dtype) if each else wide for each in cast)]

@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from fastlora_kernels import reference
+from fastlora_kernels.ops import dequantize as ops
 from fastlora_kernels.ops.dequantize import dequantize
 from fastlora_kernels.ops.four_bit import FourBit
 
@@ -59,8 +60,17 @@ def test_it_is_bitsandbytes_matrix(
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("rank", [1, 16, 40, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_fold_is_the_sum(n: int, k: int, rank: int, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "hopper"),
+    [("reference", False), ("triton", False), ("triton", True)],
+    indirect=["backend"],
+)
+def test_the_fold_is_the_sum(
+    n: int, k: int, rank: int, dtype: torch.dtype, hopper: bool, backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """err(ours, float32) <= 2 err(rounding the exact sum) + eps."""
+    monkeypatch.setattr(ops, "_is_hopper", lambda device: hopper)
     weight, fold = quantized(n, k, 64, True), adapter(n, k, rank)
     a, b, scaling = fold
     exact = bitsandbytes(n, k, 64, True, "nf4") + scaling * (b @ a)
@@ -72,6 +82,23 @@ def test_the_fold_is_the_sum(n: int, k: int, rank: int, dtype: torch.dtype, back
     )
     allowed = 2 * float((plain.to(dtype).float() - exact).norm()) + 1e-6 * float(exact.norm())
     assert float((got.float() - exact).norm()) <= allowed
+
+
+@pytest.mark.parametrize("rank", [16, 64, 130])
+@pytest.mark.parametrize("hopper", [False, True])
+def test_a_cast_fold_is_the_same_to_the_last_bit(
+    rank: int, hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a scaling by a power of two, though the tiles differ."""
+    monkeypatch.setattr(ops, "_is_hopper", lambda device: hopper)
+    # The interpreter knows no bfloat16. B is far from where float16 has fewer bits.
+    monkeypatch.setenv("FASTLORA_KERNELS", "triton" if CUDA else "interpret")
+    dtype = torch.bfloat16 if CUDA else torch.float16
+    weight, (a, b, _) = quantized(257, 192, 64, True), adapter(257, 192, rank)
+    b = b + 0.02 * b.sign()
+    for scaling in (2.0, -0.5):
+        wide = dequantize(weight, dtype, (a, b, scaling))
+        assert torch.equal(wide, dequantize(weight, dtype, (a.to(dtype), b.to(dtype), scaling)))
 
 
 def test_blocks_that_go_on_in_the_next_row(backend: str) -> None:

@@ -289,6 +289,9 @@ def test_architectures_whose_hidden_states_are_not_known_of_are_recorded_if_aske
     phi = settled(LLAMA_1B | {"model_type": "phi3"}, engine="unsloth")
     assert keys(phi)["memory.cuda_graphs"]
     assert keys(phi)["kernels.mode"] == "all"
+    windowed = settled(LLAMA_1B | {"model_type": "phi3", "sliding_window": 64}, engine="unsloth")
+    assert windowed
+    assert "phi3 on unsloth with a window of 64 tokens" in windowed.filled[0].why
 
 
 @pytest.mark.parametrize("kind", ["phi3", "gemma3_text"])

@@ -30,12 +30,19 @@ PLAIN_TILE, NORM_TILE = (16, 256), (16, 256)
 PLAIN_WARPS = 4
 
 
-def fold_tile(rank: int, itemsize: int) -> tuple[tuple[int, int], int]:
-    """The tile with a fold and its warps, for A and B of `itemsize` bytes: 16 rows a warp, as _as_summed needs it to
-    move nothing. A tile of twice the rows reads A half as often, which L2 needs from some 128 bytes of rank on: at
-    4096 x 14336, rank 64, float32 86.0 us against 92.3, at rank 16 66.5 against 64.6 (H200)."""
+def fold_tile(rank: int, itemsize: int, hopper: bool) -> tuple[tuple[int, int], int]:
+    """The tile with a fold and its warps, for A and B of `itemsize` bytes. On Hopper 16 rows a warp and 64 columns, as
+    _as_summed needs it to move nothing. A tile of twice the rows reads A half as often, which L2 needs above 128 bytes
+    of rank: at 4096 x 14336, rank 64, float32 86.0 us against 92.3, at rank 16 66.5 against 64.6 (H200)."""
+    if not hopper:
+        return (64, 128), 4 if 16 < rank <= 32 else 8
     warps = 8 if rank * itemsize > 128 else 4
     return (16 * warps, 64), warps
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 Fold = tuple[torch.Tensor, torch.Tensor, float]
@@ -128,38 +135,36 @@ def _weight(
 
 
 @jit
-def _as_summed(x_NK, WARPS: tl.constexpr):
-    """Rows and columns in the order in which a tensor core's sums lie in the threads' registers, 16 rows a warp, if
-    they lie there as they were loaded, 64 columns wide: row (2, warps, 8) goes to (warps, 2, 8), column (4, K / 8, 2)
-    to (K / 8, 4, 2). A renaming that moves nothing; added in the natural order, each weight would go through shared
-    memory. Of other tiles the result is as right, and slower."""
+def _as_summed(x_NK):
+    """Rows and columns in the order in which Hopper's tensor cores leave sums in the threads' registers, 16 rows a
+    warp, if they lie there as they were loaded, 64 columns wide: row (2, warps, 8) goes to (warps, 2, 8), column (4,
+    K / 8, 2) to (K / 8, 4, 2). There a renaming that moves nothing; in the natural order each weight goes through
+    shared memory. Elsewhere, where warps also stand side by side, it would move more."""
     N: tl.constexpr = x_NK.shape[0]
     K: tl.constexpr = x_NK.shape[1]
-    x = tl.reshape(x_NK, (2, WARPS, 8, 4, K // 8, 2))
+    x = tl.reshape(x_NK, (2, N // 16, 8, 4, K // 8, 2))
     return tl.reshape(tl.permute(x, (1, 0, 2, 4, 3, 5)), (N, K))
 
 
 @jit
-def _as_loaded(x_NK, WARPS: tl.constexpr):
+def _as_loaded(x_NK):
     """The inverse of _as_summed."""
     N: tl.constexpr = x_NK.shape[0]
     K: tl.constexpr = x_NK.shape[1]
-    x = tl.reshape(x_NK, (WARPS, 2, 8, K // 8, 4, 2))
+    x = tl.reshape(x_NK, (N // 16, 2, 8, K // 8, 4, 2))
     return tl.reshape(tl.permute(x, (1, 0, 2, 4, 3, 5)), (N, K))
 
 
 @jit
 def _plus_product(
     weight_NK, a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling,
-    DTYPE: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr, WARPS: tl.constexpr,
+    DTYPE: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """A tile of W + scaling B A in float32, (N, K); A and scaling B rounded to DTYPE first. Scaled afterwards it would
-    take an instruction for each weight, and twice the registers."""
+    take an instruction for each weight, and twice the registers. ORDERED: added as _as_summed says."""
     N: tl.constexpr = weight_NK.shape[0]
     K: tl.constexpr = weight_NK.shape[1]
-    ORDERED: tl.constexpr = N == 16 * WARPS
-    if ORDERED:
-        weight_NK = _as_summed(weight_NK, WARPS)
+    sum_NK = _as_summed(weight_NK) if ORDERED else tl.zeros((N, K), tl.float32)
     for start in tl.static_range(0, PADDED_RANK, BLOCK_R):
         r_R = start + tl.arange(0, BLOCK_R)
         b_NR = tl.load(
@@ -175,12 +180,12 @@ def _plus_product(
         b_NR = (tl.cast(scaling, tl.float32) * b_NR.to(tl.float32)).to(DTYPE)
         a_RK = a_RK.to(DTYPE)
         if ORDERED:
-            b = tl.reshape(b_NR, (2, WARPS, 8, BLOCK_R))
+            b = tl.reshape(b_NR, (2, N // 16, 8, BLOCK_R))
             b_NR = tl.reshape(tl.permute(b, (1, 0, 2, 3)), (N, BLOCK_R))
             a = tl.reshape(a_RK, (BLOCK_R, 4, K // 8, 2))
             a_RK = tl.reshape(tl.permute(a, (0, 2, 1, 3)), (BLOCK_R, K))
-        weight_NK = tl.dot(b_NR, a_RK, weight_NK, input_precision="ieee")
-    return weight_NK
+        sum_NK = tl.dot(b_NR, a_RK, sum_NK, input_precision="ieee")
+    return _as_loaded(sum_NK) if ORDERED else weight_NK + sum_NK
 
 
 @jit
@@ -189,9 +194,9 @@ def _dequantize(
     out_ptr, n_rows, n_columns, scaling,
     KIND: tl.constexpr, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     SCALES: tl.constexpr,
-    FOLD: tl.constexpr, ROW_SCALE: tl.constexpr,
+    FOLD: tl.constexpr, ORDERED: tl.constexpr, ROW_SCALE: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k_K = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -203,10 +208,8 @@ def _dequantize(
     )  # fmt: skip
     if FOLD:
         weight_NK = _plus_product(
-            weight_NK, a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R, WARPS
+            weight_NK, a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R, ORDERED
         )  # fmt: skip
-        if BLOCK_N == 16 * WARPS:
-            weight_NK = _as_loaded(weight_NK, WARPS)
     if ROW_SCALE:
         weight_NK *= tl.load(row_scale_ptr + n_N, mask=n_N < n_rows, other=0.0)[:, None]
     out_NK = out_ptr + n_N.to(tl.int64)[:, None] * n_columns + k_K[None, :]
@@ -221,7 +224,7 @@ def _row_norms(
     KIND: tl.constexpr, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     SCALES: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = like_ptr.dtype.element_ty
@@ -233,14 +236,14 @@ def _row_norms(
             n_N, start, n_rows, n_columns, KIND, WORDS, BLOCKSIZE, NESTED_BLOCKSIZE, SCALES, BLOCK_K,
         )  # fmt: skip
         weight_NK = _plus_product(
-            weight_NK, a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R, WARPS
+            weight_NK, a_ptr, b_ptr, n_N, k_K, n_rows, n_columns, scaling, dtype, RANK, PADDED_RANK, BLOCK_R, False
         )  # fmt: skip
         squares_N += tl.sum(weight_NK * weight_NK, axis=1)
     tl.store(out_ptr + n_N, tl.sqrt(squares_N), mask=n_N < n_rows)
 
 
 def _frozen(
-    weight: FourBit | torch.Tensor, tile: tuple[int, int], rank: int, **more: int
+    weight: FourBit | torch.Tensor, tile: tuple[int, int], rank: int, **more: bool
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     """What the kernels are told of the frozen weight, the tile and the rank: pointers, and what is compiled in."""
     if isinstance(weight, torch.Tensor):
@@ -262,7 +265,7 @@ def _frozen(
 @cache
 def _compiled_in(
     tile: tuple[int, int], rank: int, kind: str, blocksize: int, nested_blocksize: int, k: int, words: bool,
-    **more: int,
+    **more: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Shared by all calls: not to be written to."""
     # How many scales a row of a tile has, if that is known before; else 0, and each weight looks for its own.
@@ -300,18 +303,19 @@ def dequantize(
         return made_NK if out is None else out.copy_(made_NK)
     n, k = weight.shape
     out_NK = weight.codes.new_empty(n, k, dtype=dtype) if out is None else out
-    tile, warps = PLAIN_TILE, PLAIN_WARPS
+    tile, warps, hopper = PLAIN_TILE, PLAIN_WARPS, False
     a, b, scaling = weight.table, weight.table, 0.0
     if fold:
         a, b, scaling = _contiguous(fold)
-        tile, warps = fold_tile(len(a), max(a.element_size(), b.element_size()))
+        hopper = _is_hopper(weight.codes.device)
+        tile, warps = fold_tile(len(a), max(a.element_size(), b.element_size()), hopper)
     pointers, compiled = _frozen(
         weight,
         tile,
         a.shape[0] if fold else 1,
         FOLD=fold is not None,
+        ORDERED=hopper,
         ROW_SCALE=row_scale is not None,
-        WARPS=warps,
     )
     launch(
         _dequantize,
@@ -336,7 +340,7 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
     n, k = weight.shape
     out_N = torch.empty(n, dtype=torch.float32, device=device)
     a, b, scaling = _contiguous(fold)
-    pointers, compiled = _frozen(weight, NORM_TILE, a.shape[0], WARPS=PLAIN_WARPS)
+    pointers, compiled = _frozen(weight, NORM_TILE, a.shape[0])
     like = torch.empty(0, dtype=dtype, device=device)  # its type alone is looked at
     launch(
         _row_norms,

@@ -195,7 +195,8 @@ def gradients_of(
     up_TR = torch.mm(g_TN, (b * scale_N1).to(dtype))
     dx_TK = da = db = dm_N = None
     if wants_x and fold:
-        dx_TK = torch.mm(g_TN, dense(weight, dtype, (a_RK, b_NR, scaling), c_N))
+        weight_NK = dense(weight, dtype, (a_RK, b_NR, scaling), c_N, cast=(a, b, scaling))
+        dx_TK = torch.mm(g_TN, weight_NK)
     elif wants_x:
         dx_TK = x_TK.new_empty(x_TK.shape)  # row by row, however x lies
         scaled_TN = scale_columns(g_TN, c_N)

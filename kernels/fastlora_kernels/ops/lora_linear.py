@@ -137,18 +137,25 @@ def dense(
     cast: Fold | None = None,
 ) -> torch.Tensor:
     """The matrix (N, K); `fold` and `row_scale` (see dequantize) are for 4-bit weights alone. `cast`: the fold with A
-    and B in `dtype`, if they are there: half the bytes, and the same to the last bit where the scaling is a power of
-    two, which rounds alike before and after."""
+    and B in `dtype`, if they are at hand; taken where they have fewer bytes and no bit changes."""
     if isinstance(weight, FourBit):
         kept_NK = kept_matrix(weight, dtype, fold) if row_scale is None else None
         if kept_NK is not None:
             return kept_NK
-        if cast and abs(frexp(cast[2])[0]) == 0.5:
+        if fold and cast and _rounds_alike(fold, dtype):
             fold = cast
         return dequantize(weight, dtype, fold, row_scale)
     assert fold is None
     assert row_scale is None
     return weight.dense(dtype) if isinstance(weight, EightBit) else weight.to(dtype)
+
+
+def _rounds_alike(fold: Fold, dtype: torch.dtype) -> bool:
+    """Whether A and B are wider than `dtype`, and scaling B is rounded to it alike before and after the scaling: by a
+    power of two, but in float16, which has fewer bits for what is below 6e-5, as B is in the first steps."""
+    a_RK, b_NR, scaling = fold
+    wider = min(a_RK.element_size(), b_NR.element_size()) > dtype.itemsize
+    return wider and dtype != torch.float16 and abs(frexp(scaling)[0]) == 0.5
 
 
 def shaped(y_TN: torch.Tensor, lead: torch.Size) -> torch.Tensor:
@@ -326,7 +333,6 @@ class Gradients:
         if not self.given:
             return None
         dx_TK = None
-        each = self.a_RK.split_with_sizes(ctx.ranks)
         if not ctx.fold:
             dx_TK = expanded(ctx, self._up(), self.a_RK, self.seeds)
         for i, g_TN in enumerate(self.gs):
@@ -335,9 +341,11 @@ class Gradients:
             if g_TN is None:
                 continue
             if weight_NK is None:
-                a_RK, b_NR, _ = self.adapters[3 * i : 3 * i + 3]
-                fold = (a_RK, b_NR, ctx.scalings[i]) if ctx.fold else None
-                cast = (each[i], self.bs[i], ctx.scalings[i]) if ctx.fold else None
+                fold = cast = None
+                if ctx.fold:
+                    fold = (*self.adapters[3 * i : 3 * i + 2], ctx.scalings[i])
+                    a_RK = self.a_RK.split_with_sizes(ctx.ranks)[i]
+                    cast = (a_RK, self.bs[i], ctx.scalings[i])
                 weight_NK = dense(frozen(ctx.weights[i]), self.dtype, fold, cast=cast)
             dx_TK = torch.mm(g_TN, weight_NK) if dx_TK is None else dx_TK.addmm_(g_TN, weight_NK)
         return dx_TK
