@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,25 @@ dir = "runs"
 
 
 def trained(
-    folder: Path, engine: str, model_type: str, quantization: str, *settings: str
+    folder: Path,
+    engine: str,
+    model_type: str,
+    quantization: str,
+    *settings: str,
+    counts: Sequence[int] = range(1, 33),
 ) -> dict[str, Any]:
-    """A run of `fastlora run --json`: its manifest, with the losses of its steps."""
+    """A run of `fastlora run --json`: its manifest, with the losses of its steps. `counts`: how long its 32 rows are,
+    in turn."""
     from fastlora.bench.weights import random_checkpoint
     from fastlora.recipe.schema import ModelSection
 
     section = ModelSection(name="x", quantization=quantization, dtype="bfloat16")  # type: ignore[arg-type]
     shape = {"model_type": model_type, **SHAPE, **MORE.get(model_type, {})}
     model = random_checkpoint(shape, section, folder / "models")
-    rows = [{"prompt": f"Count to {n}:", "completion": " 1 2 3" * n} for n in range(1, 33)]
+    rows = [
+        {"prompt": f"Count to {n}:", "completion": " 1 2 3" * counts[n % len(counts)]}
+        for n in range(32)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(engine=engine, model=model, quantization=quantization))
@@ -112,14 +122,18 @@ def test_unsloth(
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "phi3"])
 def test_recorded_where_unsloth_fuses_nothing(tmp_path: Path, model_type: str) -> None:
-    """As CUDA graphs: flex attention's masks, which transformers looks into, and a loss of ours."""
+    """As CUDA graphs: flex attention's masks, which transformers looks into, and a loss of ours. Of two lengths:
+    unsloth compiles Gemma 3's layers for a minute and more, for each length."""
     if find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed")
     settings = ("train.checkpointing=offload", 'lora.target_modules=["q_proj", "down_proj"]')
     if model_type == "phi3":
         settings = settings[:1]
-    plain = trained(tmp_path, "unsloth", model_type, "nf4", *settings)
-    recorded = trained(tmp_path, "unsloth", model_type, "nf4", *settings, "memory.cuda_graphs=true")
+    counts = (8, 24)
+    plain = trained(tmp_path, "unsloth", model_type, "nf4", *settings, counts=counts)
+    recorded = trained(
+        tmp_path, "unsloth", model_type, "nf4", *settings, "memory.cuda_graphs=true", counts=counts
+    )
     assert "stopped" not in recorded["cuda_graphs"], recorded["notes"]
     assert any("were replays" in note for note in recorded["notes"]), recorded["notes"]
     assert recorded["losses"] == pytest.approx(plain["losses"], rel=0.02)
