@@ -136,9 +136,21 @@ def test_dora_beside_the_others(groups: list[int]) -> None:
     inject_adapter_in_model(LoraConfig(r=4, use_dora=True, target_modules=["k_proj"]), model)
     x = torch.randn(5, 32, device=DEVICE)
     theirs = results(model, x)
-    assert attach(model).served == dict.fromkeys(NAMES, 1)
+    attached = attach(model)
+    assert attached.served == dict.fromkeys(NAMES, 1)
+    assert attached.groups == {"q_proj+v_proj": 1}
     assert_equal(results(model, x), theirs)
     assert groups == [2]
+
+
+def test_dora_alone_is_no_group(groups: list[int]) -> None:
+    model = attention(use_dora=True)
+    attached = attach(model)
+    assert attached.served == dict.fromkeys(NAMES, 1)
+    assert attached.groups == {}
+    assert "in groups" not in str(attached)
+    model(torch.randn(5, 32, device=DEVICE))
+    assert groups == []
 
 
 def other_x(model: Any, x: torch.Tensor) -> torch.Tensor:

@@ -122,16 +122,20 @@ def outputs_of(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def group_siblings(model: nn.Module) -> list[str]:
-    """Let the served layers of `model` that share an x run as groups. Returns each group's names, joined by +."""
+    """Let the served layers of `model` that share an x run as groups. Returns each group's names, joined by +.
+
+    Without those that have DoRA, whose own op takes one layer (see _joins).
+    """
     found = []
     for parent in model.modules():
         for names in SIBLINGS:
-            children = {name: parent._modules.get(name) for name in names}
-            layers: dict[str, Any] = {
-                name: child
-                for name, child in children.items()
-                if type(child) in DETACHED and not isinstance(parts_of(child, training=True), str)
-            }
+            layers: dict[str, Any] = {}
+            for name in names:
+                child = parent._modules.get(name)
+                if type(child) in DETACHED:
+                    parts = parts_of(child, training=True)
+                    if not isinstance(parts, str) and parts.magnitude is None:
+                        layers[name] = child
             if len(layers) > 1 and len({layer.in_features for layer in layers.values()}) == 1:
                 group = Group(list(layers.values()))
                 for layer in layers.values():
