@@ -4,9 +4,10 @@
     print(attached)     # what is served, what is left to PEFT and why
     detach(model)
 
-A served layer gets another class, and in its dict the group that it runs in; an MLP of a known form gets a subclass of
-its own class. Nothing else: same parameters, same state dict, so that copies, saved adapters, merging and weights that
-are moved or replaced all work as before. A copy has no groups until it is attached itself.
+A served layer gets another class, and in its dict what was reported of it and the group that it runs in; an MLP of a
+known form gets a subclass of its own class. Nothing else: same parameters, same state dict, so that copies, saved
+adapters, merging and weights that are moved or replaced all work as before. A copy has no groups until it is attached
+itself.
 
 On a model that Unsloth loaded, its fused paths go past the forward of the LoRA layers; what is served there
 are the layers that it leaves to PEFT (q and v without k, a base with bias, other architectures).
@@ -23,7 +24,7 @@ from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import nn
 
 from fastlora_kernels.dispatch import read_environment
-from fastlora_kernels.layers import embedding, linear
+from fastlora_kernels.layers import embedding, fallback, linear
 from fastlora_kernels.layers.group import group_siblings
 from fastlora_kernels.layers.mlp import fuse_mlps, unfuse
 
@@ -78,10 +79,14 @@ def attach(model: nn.Module) -> Attached:
     8-bit base stands outside the graph. The loss of a language model and an
     adapter on its output layer are `attach_head`'s (layers/head.py).
 
-    A reason in the report that can pass (a disabled adapter) holds for now and for training. May be called again, for
-    a new report. A gradient of a gradient through a served layer raises RuntimeError.
+    A reason in the report that can pass (a disabled adapter) holds for now and for training. Where PEFT's forward runs
+    a layer in training that was reported as served, a warning says so, through the logger "fastlora_kernels", once for
+    each reason (layers/fallback.py); not where torch.compile traces it. Nothing says that an adapter was put on layers
+    that had none (`add_adapter` with more target modules): these are new layers of PEFT's, and to be attached as well.
+    May be called again, for a new report. A gradient of a gradient through a served layer raises RuntimeError.
     """
     read_environment()
+    fallback.forget()
     served: Counter[str] = Counter()
     only_autocast: Counter[str] = Counter()
     left: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -96,6 +101,8 @@ def attach(model: nn.Module) -> Attached:
             layer.__class__ = home.ATTACHED.get(type(layer), type(layer))
             found = home.parts_of(layer, training=True)
         by_layer[name] = found if isinstance(found, str) else ""
+        if type(layer) in DETACHED:
+            vars(layer)[fallback.REPORTED] = kind, by_layer[name]
         if isinstance(found, str):
             left[found][kind] += 1
             continue
@@ -117,7 +124,8 @@ def detach(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) in DETACHED:
             layer.__class__ = DETACHED[type(layer)]
-            vars(layer).pop(linear.GROUP, None)
+            for ours in (linear.GROUP, fallback.REPORTED):
+                vars(layer).pop(ours, None)
         unfuse(layer)
 
 

@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Embedding
 from torch import nn
 
 from fastlora_kernels.layers import common
+from fastlora_kernels.layers.fallback import MORE_THAN_X, no_dtype, unserved
 from fastlora_kernels.ops.embedding import lora_embedding
 
 Parts = tuple[nn.Embedding, nn.Parameter, nn.Parameter, float]
@@ -21,13 +22,19 @@ class AttachedEmbedding(Embedding):  # type: ignore[misc]  # peft is untyped
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (...) token ids -> (..., K), in the base's dtype."""
         parts = parts_of(self)
-        if not (args or kwargs or isinstance(parts, str)):
+        if args or kwargs:
+            why_not = MORE_THAN_X
+        elif isinstance(parts, str):
+            why_not = parts
+        else:
             base, a, b, scaling = parts
             dtype = _compute_dtype(x, base.weight, a, b)
             if dtype is not None:
                 return lora_embedding(
                     x, base.weight, a, b, scaling, padding_idx=base.padding_idx, dtype=dtype
                 )
+            why_not = no_dtype(x, "base and adapter")
+        unserved(self, why_not)
         return Embedding.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,7 @@ torch.compile traces cannot wait; there it takes a caller that has all of them a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from torch._C import DisableTorchFunctionSubclass
 
 from fastlora_kernels.layers.common import hooked, own
+from fastlora_kernels.layers.fallback import ungrouped
 from fastlora_kernels.layers.linear import (
     DETACHED,
     GROUP,
@@ -46,8 +47,9 @@ class _Waiting(NamedTuple):
 class Group:
     """Some layers on the same x. Held by each of them, holds none of them; a copy of a model has no groups."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._layers = [weakref.ref(layer) for layer in layers]
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.names = "+".join(layers)
+        self._layers = [weakref.ref(layer) for layer in layers.values()]
         self._waiting: _Waiting | None = None
         self._misses = 0
 
@@ -68,6 +70,7 @@ class Group:
             self._waiting = None
             self._misses += 1
         if self._misses >= MISSES:
+            ungrouped(layer, self.names)
             return None
         members: list[tuple[nn.Module, Parts]] = []
         for reference in self._layers:
@@ -137,10 +140,10 @@ def group_siblings(model: nn.Module) -> list[str]:
                     if not isinstance(parts, str) and parts.magnitude is None:
                         layers[name] = child
             if len(layers) > 1 and len({layer.in_features for layer in layers.values()}) == 1:
-                group = Group(list(layers.values()))
+                group = Group(layers)
                 for layer in layers.values():
                     vars(layer)[GROUP] = group
-                found.append("+".join(layers))
+                found.append(group.names)
     return found
 
 

@@ -1,7 +1,7 @@
 """PEFT's LoRA layer on a linear base, with our op as its forward.
 
-A served layer gets one of the classes below, and in its dict the group that it runs in (layers/group.py), if any;
-what can change from call to call is looked at on every call.
+A served layer gets one of the classes below, and in its dict what was reported of it (layers/fallback.py) and the
+group that it runs in (layers/group.py), if any; what can change from call to call is looked at on every call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fastlora_kernels.bnb_or_not import (
 )
 from fastlora_kernels.layers import common
 from fastlora_kernels.layers.common import own
+from fastlora_kernels.layers.fallback import MORE_THAN_X, no_dtype, unserved
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.dora_linear import dora_linear
 from fastlora_kernels.ops.eight_bit import EightBit
@@ -63,7 +64,7 @@ class AttachedLinear(Linear):  # type: ignore[misc]  # peft is untyped
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N), in the autocast dtype or else in x's."""
-        y = None if args or kwargs else served(self, x)
+        y = unserved(self, MORE_THAN_X) if args or kwargs else served(self, x)
         return Linear.forward(self, x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
 
 
@@ -72,7 +73,7 @@ class AttachedLinear4bit(Linear4bit):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N) in x's dtype."""
-        y = None if args or kwargs else served(self, x)
+        y = unserved(self, MORE_THAN_X) if args or kwargs else served(self, x)
         return Linear4bit.forward(self, x, *args, **kwargs) if y is None else y.to(x.dtype)  # type: ignore[no-any-return]
 
 
@@ -81,7 +82,7 @@ class AttachedLinear8bit(Linear8bit):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N) in x's dtype."""
-        y = None if args or kwargs else served(self, x)
+        y = unserved(self, MORE_THAN_X) if args or kwargs else served(self, x)
         return Linear8bit.forward(self, x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
 
 
@@ -103,10 +104,10 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """
     parts = parts_of(layer)
     if isinstance(parts, str):
-        return None
+        return unserved(layer, parts)
     dtype = compute_dtype(parts, x)
     if dtype is None:
-        return None
+        return unserved(layer, no_dtype(x, "base, adapter and x"))
     compiling = torch.compiler.is_compiling()
     if parts.magnitude is not None:
         op = registered.dora_linear if compiling else dora_linear
