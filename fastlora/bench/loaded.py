@@ -127,7 +127,11 @@ class Loaded:
 
         Raises EngineError: an option would change nothing.
         """
-        plan = Plan(ours="+fastlora" in arm.options, unsloths="-kernels" not in arm.options)
+        plan = Plan(
+            ours="+fastlora" in arm.options,
+            unsloths="-kernels" not in arm.options,
+            dtype=self.dtype,
+        )
         if not plan.unsloths and not fused_layers(self.model):
             raise EngineError(
                 "-kernels: unsloth has no fused LoRA kernel in this model to take out"

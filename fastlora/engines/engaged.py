@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastlora.engines.base import Announce, Engine, resolve_dtype
 from fastlora.engines.embedding import embedding_line, embedding_to_host
@@ -19,6 +19,7 @@ from fastlora.plan.working import CONTEXT, page_table_bytes
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
 Kernel = Literal["unsloth fused", "fastlora", "PEFT"]
@@ -33,6 +34,8 @@ class Plan:
     why_not_ours: str = ""
     unsloths: bool = True
     """False takes its fused ones out."""
+    dtype: torch.dtype | None = None
+    """In which the model is to compute; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +55,18 @@ def plan_kernels(recipe: Recipe) -> Plan:
     import torch
     from fastlora_kernels import dispatch
 
-    mode, cuda = recipe.kernels.mode, torch.cuda.is_available()
+    mode, cuda, dtype = recipe.kernels.mode, torch.cuda.is_available(), resolve_dtype(recipe.model)
     asked = dispatch.wanted() is not None
     why_not = ""
     if mode == "off":
         why_not = 'kernels.mode = "off"'
     elif not cuda and mode == "auto" and not asked:
         why_not = "fastlora's kernels need a GPU"
-    elif not cuda and resolve_dtype(recipe.model) == torch.float16:
+    elif not cuda and dtype == torch.float16:
         why_not = "float16 on a CPU, which is trained without autocast"  # their dtypes then differ
     elif cuda and not asked and find_spec("triton") is None:
         why_not = "Triton is not installed"
-    return Plan(ours=not why_not, why_not_ours=why_not, unsloths=mode != "all")
+    return Plan(ours=not why_not, why_not_ours=why_not, unsloths=mode != "all", dtype=dtype)
 
 
 def load_model(
@@ -106,7 +109,10 @@ def engage(model: PeftModel, engine: str, plan: Plan) -> list[Engaged]:
     if fused_before and not plan.unsloths:
         without_fused_lora(model)
     # What unsloth fuses is attached to as well: there ours run whenever its kernels decline a call.
-    left = attach(model).by_layer if plan.ours else dict.fromkeys(names, plan.why_not_ours)
+    left = dict.fromkeys(names, plan.why_not_ours)
+    if plan.ours:
+        reasons_of = attach(model).by_layer
+        left = {n: reasons_of[n] or _other_dtype(model.get_submodule(n), plan.dtype) for n in names}
     if plan.ours and engine == "unsloth":
         group_qkv(model)
     fused = fused_layers(model)
@@ -130,6 +136,16 @@ def engage(model: PeftModel, engine: str, plan: Plan) -> list[Engaged]:
                 reasons.append(backend)
         counts[name.rpartition(".")[2], kernel, "; ".join(reasons)] += 1
     return [Engaged(kind, count, kernel, why) for (kind, kernel, why), count in counts.items()]
+
+
+def _other_dtype(layer: Any, dtype: torch.dtype | None) -> str:
+    """Why a layer that `attach` serves is PEFT's in a run that computes in `dtype`; empty if it is not. A base that was
+    quantized beforehand computes in the dtype that its checkpoint says; ours take base, adapter and x in one."""
+    its = getattr(layer.base_layer, "compute_dtype", None)
+    if None in (its, dtype) or its == dtype:
+        return ""
+    its, ours = (str(one).removeprefix("torch.") for one in (its, dtype))
+    return f"its checkpoint computes in {its}, the run in {ours}"
 
 
 def lines(rows: Sequence[Engaged]) -> Iterator[str]:
@@ -180,6 +196,7 @@ _REMEDIES = {
     "rank above": "set lora.rank to 256 or less",
     "base layer is trained too": 'set lora.bias = "none"',
     "8-bit": 'set model.quantization = "nf4"',
+    "its checkpoint computes in": "set model.dtype to its",
     'kernels.mode = "off"': 'set kernels.mode = "auto"',
     "need a GPU": "train on a GPU",
     "Triton": "pip install triton",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+)
 
 from fastlora.engines import engaged
 from fastlora.engines.engaged import Plan, engage, lines
@@ -214,6 +221,44 @@ def test_modes_on_a_cpu(workplace: Any, backend: Callable[[str | None], None]) -
     assert kernels(trained(workplace, step, "model.dtype=float16")) == {
         ("PEFT", "float16 on a CPU, which is trained without autocast")
     }
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize(
+    ("its", "runs"),
+    [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")],
+)
+def test_a_base_that_was_quantized_for_another_dtype_than_the_runs(
+    its: str,
+    runs: str,
+    workplace: Any,
+    backend: Callable[[str | None], None],
+    tiny_model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """PEFT's forward runs it, whatever `attach` says: a run in float32 has no autocast, and under another the base
+    does not follow."""
+    backend("reference")
+    folder = tmp_path / "nf4"
+    shutil.copytree(tiny_model, folder)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, its)
+    )
+    AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.bfloat16, quantization_config=quantized, device_map={"": "cpu"}
+    ).save_pretrained(folder)
+    model = ("model.quantization=nf4", f"model.name={folder}", f"model.dtype={runs}")
+    manifest = trained(workplace, "train.steps=1", *model)
+    served = not [record for record in caplog.records if record.name == "fastlora_kernels"]
+    assert served is (its == runs)
+    if served:
+        assert kernels(manifest) == {("fastlora", "FASTLORA_KERNELS=reference")}
+        return
+    reason = f"its checkpoint computes in {its}, the run in {runs}"
+    assert kernels(manifest) == {("PEFT", reason)}
+    with pytest.raises(EngineError, match=f"{reason}; set model.dtype to its"):
+        trained(workplace, "kernels.require_fast=true", *model)
 
 
 @pytest.mark.parametrize("mode", ["auto", "all", "off"])
