@@ -43,7 +43,7 @@ def variables(gpu: bool) -> Iterator[Check]:
         "CUDA_LAUNCH_BLOCKING": "the GPU waits for Python after every kernel" if gpu else "",
     }
     for name, effect in odd.items():
-        if effect and os.environ.get(name, "0") != "0":
+        if effect and os.environ.get(name, "") not in ("", "0"):
             yield Check(name, "warn", f"{os.environ[name]}: {effect}", f"unset {name}")
 
 

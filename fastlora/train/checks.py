@@ -56,9 +56,15 @@ def check_model(
 
 
 def _machine_problems(recipe: Recipe, engine: Engine | None) -> Iterator[str]:
+    from fastlora_kernels.dispatch import read_environment
+
     try:
         resolve_dtype(recipe.model)
     except EngineError as error:
+        yield str(error)
+    try:
+        read_environment()
+    except ValueError as error:
         yield str(error)
     if engine is not None:
         yield from memory_problems(recipe, engine)

@@ -84,6 +84,8 @@ def attach(model: nn.Module) -> Attached:
     each reason (layers/fallback.py); not where torch.compile traces it. Nothing says that an adapter was put on layers
     that had none (`add_adapter` with more target modules): these are new layers of PEFT's, and to be attached as well.
     May be called again, for a new report. A gradient of a gradient through a served layer raises RuntimeError.
+
+    Raises ValueError: FASTLORA_KERNELS names a backend that there is not, or not on this machine.
     """
     read_environment()
     fallback.forget()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -23,15 +23,19 @@ def choose_backend(device: torch.device, available: tuple[Backend, ...]) -> Back
 
 
 def read_environment() -> None:
-    """Let FASTLORA_KERNELS be looked at again."""
+    """Look at FASTLORA_KERNELS again. Raises ValueError: an unknown name, or what this machine does not have."""
     wanted.cache_clear()
     _chosen.cache_clear()
+    # The machine's device, not a model's: that may be moved to the GPU later.
+    _chosen(
+        wanted(), torch.device("cuda" if torch.cuda.is_available() else "cpu"), get_args(Backend)
+    )
 
 
 @cache
 def wanted() -> str | None:
-    """FASTLORA_KERNELS, as it was when it was last read."""
-    return os.environ.get("FASTLORA_KERNELS")
+    """FASTLORA_KERNELS, as it was when it was last read; None: unset, or empty."""
+    return os.environ.get("FASTLORA_KERNELS") or None
 
 
 @cache
@@ -39,17 +43,14 @@ def _chosen(name: str | None, device: torch.device, available: tuple[Backend, ..
     if name is None:
         on_gpu = device.type == "cuda" and find_spec("triton") is not None
         return "triton" if on_gpu and "triton" in available else "reference"
-    for backend in available:
-        if backend == name:
-            if backend == "triton" and device.type != "cuda":
-                raise ValueError(
-                    f"FASTLORA_KERNELS=triton: the tensors are on {device}, and Triton needs a GPU"
-                )
-            if backend == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
-                raise ValueError(
-                    "FASTLORA_KERNELS=interpret: set TRITON_INTERPRET=1 too, before Triton is imported"
-                )
-            return backend
-    raise ValueError(
-        f"FASTLORA_KERNELS={name}: not a backend of this op; it has {', '.join(available)}"
-    )
+    if name not in available:
+        problem = f"not a backend; set it to one of {', '.join(available)}"
+    elif name != "reference" and find_spec("triton") is None:
+        problem = "Triton is not installed; pip install triton, set it to reference"
+    elif name == "triton" and device.type != "cuda":
+        problem = f"Triton needs a GPU, and this runs on {device}; set it to reference"
+    elif name == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
+        problem = "set TRITON_INTERPRET=1 too, before Triton is imported"
+    else:
+        return name
+    raise ValueError(f"FASTLORA_KERNELS={name}: {problem}, or unset it")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastlora.bench import loaded
 from fastlora.bench.schema import Arm
@@ -100,6 +101,28 @@ def test_all_problems_come_together_and_leave_no_run(workplace: Any) -> None:
         assert problem in err
     assert not (workplace.folder / "runs").exists()
     assert "gemm_4bit_forward" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU does")
+@pytest.mark.parametrize("how", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_kernels_that_there_are_not_are_refused_with_the_rest(
+    workplace: Any, how: tuple[str, ...]
+) -> None:
+    """Where they would be used, and where they would not."""
+    arguments = (*how, "--set", "train.checkpointing=unsloth")
+    for name, mode, problem in (
+        ("bogus", "auto", "not a backend; set it to one of triton, interpret, reference"),
+        ("triton", "off", "Triton needs a GPU, and this runs on cpu; set it to reference"),
+        ("interpret", "all", "set TRITON_INTERPRET=1 too, before Triton is imported"),
+    ):
+        _, err = workplace.run(
+            *arguments, "--set", f"kernels.mode={mode}", expect=1,
+            FASTLORA_KERNELS=name, TRITON_INTERPRET="0",
+        )  # fmt: skip
+        assert f"FASTLORA_KERNELS={name}: {problem}" in " ".join(err.split())
+        assert "the peft engine has no 'unsloth'" in err
+        assert "Traceback" not in err
+    assert not (workplace.folder / "runs").exists()
 
 
 def test_layers_are_looked_at_and_classes_are_left_to_who_loads_the_model() -> None:

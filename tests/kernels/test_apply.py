@@ -634,3 +634,34 @@ def test_the_environment_is_read_by_attach(monkeypatch: pytest.MonkeyPatch) -> N
     assert dispatch.choose_backend(cpu, known) == "reference"
     attach(torch.nn.Linear(2, 2))
     assert dispatch.choose_backend(cpu, known) == "interpret"
+
+
+BAD_ENVIRONMENTS = {
+    "bogus": "not a backend; set it to one of triton, interpret, reference",
+    "triton": "Triton needs a GPU, and this runs on cpu; set it to reference",
+    "interpret": "set TRITON_INTERPRET=1 too, before Triton is imported",
+}
+
+
+@pytest.mark.parametrize("name", BAD_ENVIRONMENTS)
+def test_attach_refuses_what_no_op_could_run_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("FASTLORA_KERNELS", name)
+    with pytest.raises(
+        ValueError, match=f"^FASTLORA_KERNELS={name}: {BAD_ENVIRONMENTS[name]}, or unset it$"
+    ):
+        attach(torch.nn.Linear(2, 2))
+
+
+def test_backends_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda _: None)
+    monkeypatch.setenv("FASTLORA_KERNELS", "interpret")
+    with pytest.raises(ValueError, match="Triton is not installed; pip install triton"):
+        attach(torch.nn.Linear(2, 2))
+
+
+def test_an_empty_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_KERNELS", "")
+    attach(torch.nn.Linear(2, 2))
+    assert dispatch.wanted() is None

@@ -287,6 +287,7 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FASTLORA_KERNELS", "")
     (offline,) = places.variables(gpu=True)
     assert offline == Check("offline", "ok", "the Hub is not asked (HF_HUB_OFFLINE=1)")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

@@ -190,7 +190,8 @@ def weight_of(base: Any) -> Weight | str:
         quantized = FourBit.of(own(base, "weight"))
         if quantized is None:
             return "4-bit weight not quantized yet, or of another layout"
-        if quantized.codes.device.type == "cpu" and "FASTLORA_KERNELS" not in os.environ:
+        # Not dispatch.wanted, whose cache torch.compile does not trace.
+        if quantized.codes.device.type == "cpu" and not os.environ.get("FASTLORA_KERNELS"):
             return "4-bit weight on a CPU"  # the reference is slower than bitsandbytes there
         return quantized
     if type(base) is BaseLinear8bit:
