@@ -190,7 +190,7 @@ def _other_backend() -> str:
     return "" if torch.cuda.is_available() else "their reference in PyTorch, on a CPU"
 
 
-# A piece of the reason -> how to mend it.
+# A piece of the reason -> how to mend it. The first that is in it counts.
 _REMEDIES = {
     "dropout": "set lora.dropout = 0",
     "rank above": "set lora.rank to 256 or less",
@@ -200,17 +200,22 @@ _REMEDIES = {
     'kernels.mode = "off"': 'set kernels.mode = "auto"',
     "need a GPU": "train on a GPU",
     "Triton": "pip install triton",
+    "DoRA": "set lora.dora = false",
 }
+
+
+def remedy(reason: str, otherwise: str) -> str:
+    """How to mend why something fast does not run; `otherwise` where nothing is known."""
+    return next((mend for piece, mend in _REMEDIES.items() if piece in reason), otherwise)
 
 
 def _slow(rows: Sequence[Engaged]) -> Iterator[str]:
     """A line for each reason for which layers run in PEFT's plain form."""
     for kernel, reason, same in _grouped(rows):
         if kernel == "PEFT":
-            remedies = [remedy for piece, remedy in _REMEDIES.items() if piece in reason]
             names = ", ".join(row.kind for row in same)
-            remedy = remedies[0] if remedies else f"leave {names} out of lora.target_modules"
+            mend = remedy(reason, f"leave {names} out of lora.target_modules")
             yield (
                 f"kernels.require_fast: PEFT's plain layer runs {_total(same)} LoRA layers ({_kinds(same)}): "
-                f"{reason}; {remedy}"
+                f"{reason}; {mend}"
             )

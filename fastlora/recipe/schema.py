@@ -291,7 +291,8 @@ class KernelsSection(Section):
     has auto takes all by itself where micro-batches are recorded (memory.cuda_graphs), and off where unsloth fuses no
     layer and the GPU is predicted to wait for Python."""
     require_fast: bool = False
-    """Refuse to train where PEFT's plain layer would run any LoRA layer."""
+    """Refuse to train where PEFT's plain layer would run any LoRA layer, or where, unless train.chunked_loss is false,
+    the loss would hold all logits."""
 
 
 class CheckSection(Section):

@@ -21,6 +21,7 @@ from fastlora.train.callbacks import Metrics, TokenCounter
 from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.held_out import BaseLosses, CurveWatch
 from fastlora.train.job import Job
+from fastlora.train.loss import takes_own_loss
 from fastlora.train.oom import Continuation
 from fastlora.train.planned import compare_with_plan, predict_run
 from fastlora.train.probe import Probe
@@ -54,6 +55,7 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     began = run.manifest.get("resumed", [run.manifest])[-1]
     began["kernels"] = [asdict(row) for row in kernels]
     run.update()
+    own_loss = takes_own_loss(recipe, model, job.engine, notes)
     asked = pick_questions(job)
     if asked:
         ask_before(job, model, asked)
@@ -70,7 +72,8 @@ def learn(job: Job, on_trained: OnTrained | None) -> None:
     _, epochs = count_steps(recipe, job.data)
     trainer = build_trainer(
         recipe, model, job.tokenizer, job.data, run, job.engine, counter, checkpoints, base_losses,
-        continuation, [probe, metrics, CurveWatch(run, recipe, notes), *trackers.callbacks], epochs, notes,
+        continuation, [probe, metrics, CurveWatch(run, recipe, notes), *trackers.callbacks], epochs,
+        own_loss, notes,
     )  # fmt: skip
     newest = checkpoints.newest()
     started = time.perf_counter()

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fastlora.engines.base import Announce, Engine
-from fastlora.engines.engaged import loss_line, plan_kernels
+from fastlora.engines.engaged import loss_line, plan_kernels, remedy
 from fastlora.engines.unsloth import attach_own_loss
+from fastlora.errors import EngineError
 from fastlora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def takes_own_loss(recipe: Recipe, model: PeftModel, engine: Engine, announce: A
     Our kernel goes into the model for an adapter on its output layer, which TRL's loss would go past, for
     train.chunked_loss, and, where that is unset, wherever our kernels run. It serves most architectures; for the
     others the notes say what is done instead. On the unsloth engine it is there for memory.cuda_graphs alone.
+
+    Raises EngineError: it would hold all logits, unasked, although kernels.require_fast is set.
     """
     import torch
 
@@ -40,12 +43,18 @@ def takes_own_loss(recipe: Recipe, model: PeftModel, engine: Engine, announce: A
     if reason is None:
         announce(loss_line(None))
         return True
+    # TRL's needs Triton, and is slower than logits where they fit.
+    trls = bool(asked) and not adapted and torch.cuda.is_available()
     if adapted or not asked:
         announce(loss_line(reason, ", because of an adapter" if adapted else ""))
-        return True
-    # TRL's needs Triton, and is slower than logits where they fit.
-    trls = torch.cuda.is_available()
-    announce(f"train.chunked_loss: {'by TRL' if trls else 'not used'} ({reason})")
+    else:
+        announce(f"train.chunked_loss: {'by TRL' if trls else 'not used'} ({reason})")
+    if recipe.kernels.require_fast and not trls and asked is not False:
+        mend = remedy(reason, "")
+        raise EngineError(
+            f"kernels.require_fast: the loss would hold all logits ({reason}); {mend}{', or ' if mend else ''}"
+            "set train.chunked_loss = false if it may, or set kernels.require_fast = false"
+        )
     return not trls
 
 

@@ -32,6 +32,7 @@ from fastlora.rundir.store import RunDir, check_place, is_disk_full
 from fastlora.train.advising import advise_before, fill_open_keys
 from fastlora.train.checks import check_model
 from fastlora.train.job import Job
+from fastlora.train.loss import takes_own_loss
 from fastlora.train.notes import Notes
 from fastlora.train.planned import fit_memory, longest_row, micro_batches_of
 from fastlora.train.resume import as_begun, changed_keys, open_for_resume
@@ -90,7 +91,8 @@ def dry_run(request: Request, console: Console) -> dict[str, Any]:
     console.print(f"\n{steps:,} steps of {effective_batch(recipe)} sequences, {epochs:g} epochs")
     advice = advise_before(recipe, data, start.engine.name, notes)
     with explained_loading():
-        _, kernels = load_model(start.engine, recipe, notes)
+        model, kernels = load_model(start.engine, recipe, notes)
+    takes_own_loss(recipe, model, start.engine, notes)
     return {
         "steps": steps,
         "epochs": epochs,

@@ -17,7 +17,7 @@ from fastlora.train.callbacks import TokenCounter
 from fastlora.train.checkpoints import Checkpoints
 from fastlora.train.collate import SplittableCollator
 from fastlora.train.held_out import BaseLosses, evaluate_sources
-from fastlora.train.loss import adapted_head_allowed, takes_own_loss
+from fastlora.train.loss import adapted_head_allowed
 from fastlora.train.notes import Notes
 from fastlora.train.oom import Continuation, DoesNotFit
 from fastlora.train.static import StaticSteps, why_not
@@ -50,9 +50,11 @@ def build_trainer(
     continuation: Continuation,
     callbacks: list[TrainerCallback],
     epochs: float,
+    own_loss: bool,
     notes: Notes,
 ) -> Trainer:
-    """The trainer, ready for `train()`. `epochs` holds where the recipe gives neither epochs nor steps."""
+    """The trainer, ready for `train()`. `epochs` holds where the recipe gives neither epochs nor steps; `own_loss` is
+    `takes_own_loss` of the model."""
     import torch
     from accelerate.utils import AutocastKwargs
     from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -61,7 +63,6 @@ def build_trainer(
     )  # here and not above: unsloth, when it is the engine, has replaced it
 
     parts = {label: rows.with_format("torch") for label, rows in data.eval_by_source().items()}
-    own_loss = takes_own_loss(recipe, model, engine, notes)
     reason = why_not(model, engine, own_loss=own_loss, packing=recipe.data.packing)
     graphs = bool(recipe.memory.cuda_graphs) and not reason
     if recipe.memory.cuda_graphs and reason:

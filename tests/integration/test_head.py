@@ -85,6 +85,56 @@ def test_where_our_loss_does_not_serve_the_adapter_trains_all_the_same(
     assert losses[-1] < losses[0]
 
 
+HEAD = ("--set", 'lora.target_modules=["q_proj", "lm_head"]')
+
+
+def said_of_the_loss(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("loss: ")]
+
+
+def test_a_dry_run_says_whose_loss_and_require_fast_refuses_all_logits(
+    workplace: Any, untied: str
+) -> None:
+    """Before the questions are asked, in both."""
+    settings = ("--set", untied, *HEAD, "--set", "train.steps=1", "--set", "eval.rows=2",
+                "--set", 'eval.metrics=["exact_match"]')  # fmt: skip
+    strict = ("--set", "kernels.require_fast=true")
+    on = {"FASTLORA_KERNELS": "reference"}
+    for more, reason, mend in (
+        (
+            ("--set", "lora.dropout=0.1"),
+            "lm_head: dropout in training",
+            "set lora.dropout = 0, or ",
+        ),
+        (
+            ("--set", "lora.dropout=0", "--set", "lora.dora=true"),
+            "lm_head: DoRA",
+            "set lora.dora = false, or ",
+        ),
+    ):
+        _, dry = workplace.run(*settings, *more, "--dry-run", **on)
+        assert said_of_the_loss(dry) == [
+            f"loss: it holds all logits, because of an adapter ({reason})"
+        ]
+        for how in (("--dry-run",), ()):
+            _, err = workplace.run(*settings, *more, *strict, *how, expect=1, **on)
+            assert "kernels: fastlora 5" in err
+            assert (
+                f"error: kernels.require_fast: the loss would hold all logits ({reason}); {mend}"
+                "set train.chunked_loss = false if it may, or set kernels.require_fast = false"
+            ) in " ".join(err.split())
+            assert "answers before training" not in err
+    wanted = ("--set", "lora.dropout=0.1", "--set", "train.chunked_loss=false")
+    _, dry = workplace.run(*settings, *wanted, *strict, "--dry-run", **on)
+    assert "it holds all logits" in dry
+
+    free = ("--set", "lora.dropout=0", *strict)
+    _, dry = workplace.run(*settings, *free, "--dry-run", **on)
+    _, err = workplace.run(*settings, *free, **on)
+    assert said_of_the_loss(dry) == said_of_the_loss(err) == ["loss: fastlora, without the logits"]
+    assert err.index("loss: fastlora") < err.index("answers before training")
+
+
 @pytest.mark.slow
 def test_resumed_with_both_it_is_the_run_that_was_not_interrupted(
     workplace: Any, untied: str

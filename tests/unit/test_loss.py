@@ -98,6 +98,26 @@ def test_an_architecture_that_ours_does_not_know(monkeypatch: pytest.MonkeyPatch
     assert taken(model, PeftEngine(), True) == (False, [f"train.chunked_loss: by TRL {reason}"], False)  # fmt: skip
 
 
+def test_require_fast_refuses_all_logits_that_were_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASTLORA_KERNELS", "reference")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    strict = {"kernels": {"require_fast": True}}
+    other = functools.partial(model_of, GPT2, "c_proj", fan_in_fan_out=True)
+    refused = (
+        r"^kernels\.require_fast: the loss would hold all logits \(the forward of GPT2LMHeadModel"
+    )
+    for asked in (None, True):
+        with pytest.raises(EngineError, match=refused):
+            taken(other(), PeftEngine(), asked, **strict)
+    assert taken(other(), PeftEngine(), False, **strict) == (True, [], False)
+    assert taken(model_of(LLAMA, "lm_head"), PeftEngine(), **strict) == (True, [OURS], True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    own, (note,), _ = taken(other(), PeftEngine(), True, **strict)
+    assert (own, note.partition(" (")[0]) == (False, "train.chunked_loss: by TRL")
+
+
 def test_trl_finds_a_base_layer_while_its_trainer_is_made() -> None:
     model = model_of(LLAMA, "lm_head")
     with adapted_head_allowed(model):
