@@ -143,7 +143,7 @@ def target_problems(
     targets: Sequence[str], config: PretrainedConfig, engine: Engine | None, announce: Announce
 ) -> list[str]:
     """One line for each of lora.target_modules that names no layer of the model, with the nearest that
-    do, or one whose adapter could not be trained or merged. Layers are known by the ends of their names,
+    do, or one whose adapter could not be trained. Layers are known by the ends of their names,
     as in PEFT. No weight is read: the model is built from its configuration on the meta device."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -175,17 +175,16 @@ def target_problems(
             reason = f"the model has no {target}; {hint}It has {', '.join(ends)}"
         elif not any(module is head or module is embedding for module in named):
             continue
-        elif model.config.tie_word_embeddings:
-            # PEFT puts an adapter on one of the two, which merging then gives to both.
-            reason = (
-                f"an adapter on {target} could not be merged: this model's embedding and output layer share one "
-                "weight (tie_word_embeddings); leave it out"
-            )
         elif engine and engine.name == "unsloth":
             reason = f'unsloth trains {target} whole, not with LoRA; leave it out, or set engine = "peft"'
         elif engine and engine.name == "liger" and any(module is head for module in named):
             reason = f"liger takes its loss from {target}'s weight, past an adapter; leave it out"
         else:
+            if model.config.tie_word_embeddings:
+                announce(
+                    "lora.target_modules: embedding and output layer share one weight (tie_word_embeddings); the "
+                    f"adapter changes {target} alone, and a merged or exported model holds both"
+                )
             continue
         problems.append(f"lora.target_modules: {reason}")
     return problems

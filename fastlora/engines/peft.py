@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -41,6 +42,8 @@ class PeftEngine:
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(
             lambda record: "inputs will be cast" not in str(record.msg)
         )
+        # And PEFT of its own merge, which gives an adapter on one of two tied layers to both; fastlora's parts them.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         prefer_expandable_segments()
         import peft  # noqa: F401  (nothing is patched: this only moves the cost of the import here)
         from transformers.utils import logging as transformers_logging

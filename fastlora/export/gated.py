@@ -42,6 +42,11 @@ def notes_of(plan: Plan, *others: str) -> dict[str, Any]:
             f"{plan.base} is quantized on disk: its weights were dequantized, and carry that quantization's error "
             "into the export; name the 16-bit original as model.name to avoid it"
         )
+    if plan.untied:
+        notes.append(
+            f"{plan.base} has one weight for embedding and output layer; the adapter changes them differently, and the "
+            "export holds both"
+        )
     return {"notes": notes} if notes else {}
 
 

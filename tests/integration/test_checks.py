@@ -87,15 +87,13 @@ def test_all_problems_come_together_and_leave_no_run(workplace: Any) -> None:
     _, err = workplace.run(
         "--set", 'output.report_to=["tensorboard", "wandb"]',
         "--set", "train.checkpointing=unsloth",
-        "--set", 'lora.target_modules=["q_proj", "lm_head", "embed_tokens", "v_prj"]',
+        "--set", 'lora.target_modules=["q_proj", "v_prj"]',
         expect=1, new=True, PYTHONPATH=path,
     )  # fmt: skip
     for problem in (
         "output.report_to: tensorboard is not installed; pip install tensorboard",
         "output.report_to: wandb is not installed; pip install wandb",
         "train.checkpointing: the peft engine has no 'unsloth'; it has full, offload, none",
-        "lora.target_modules: an adapter on lm_head could not be merged",
-        "lora.target_modules: an adapter on embed_tokens could not be merged",
         "lora.target_modules: the model has no v_prj; did you mean v_proj?",
     ):
         assert problem in err
@@ -159,16 +157,19 @@ def test_a_configuration_that_cannot_be_read_does_not_hide_the_rest(
     assert [line.partition(":")[0] for line in problems] == ["train.checkpointing", "model.name"]
 
 
-def test_a_layer_that_is_tied_has_no_adapter_of_its_own(checked: Checked, model: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_on_head_and_embedding(checked: Checked, model: Path, tied: bool) -> None:
+    change(model, tie_word_embeddings=tied)
     lora = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
-    assert [line.count("tie_word_embeddings") for line in checked(lora=lora)[0]] == [1, 1]
-    change(model, tie_word_embeddings=False)
-    assert checked(lora=lora) == ([], [])
-    assert checked(PeftEngine(), lora=lora) == ([], [])
-    problems, _ = checked(UnslothEngine(), lora=lora)
+    for engine in (None, PeftEngine()):
+        problems, notes = checked(engine, lora=lora, output={"dir": "runs", "merge": "16bit"})
+        assert problems == []
+        assert [note.count("(tie_word_embeddings)") for note in notes] == [1, 1] * tied
+    problems, notes = checked(UnslothEngine(), lora=lora)
     for problem, target in zip(problems, ("embed_tokens", "lm_head"), strict=True):
         assert f"unsloth trains {target} whole" in problem
         assert 'set engine = "peft"' in problem
+    assert notes == []
     problems, _ = checked(LigerEngine(), lora=lora)
     assert ["liger takes its loss from lm_head's weight" in line for line in problems] == [True]
 

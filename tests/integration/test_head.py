@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from fastlora.export.gguf_run import gguf_run
+from fastlora.export.load import load_run
 from fastlora.export.merge_run import merge_run
 
 
 @pytest.fixture
 def untied(workplace: Any, tmp_path: Path) -> str:
     """The tiny model with an output layer of its own."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     tiny = workplace.root / "recipes/tiny/model"
     config = AutoConfig.from_pretrained(tiny, tie_word_embeddings=False)
@@ -26,15 +29,25 @@ def untied(workplace: Any, tmp_path: Path) -> str:
     return f"model.name={tmp_path}/untied"
 
 
+@pytest.fixture(params=["tied", "untied"])
+def model(request: Any, workplace: Any) -> str:
+    """The tiny model as it is, and with an output layer of its own."""
+    if request.param == "untied":
+        return str(request.getfixturevalue("untied"))
+    return f"model.name={workplace.root}/recipes/tiny/model"
+
+
 BOTH = 'lora.target_modules=["q_proj", "embed_tokens", "lm_head"]'
+# Of adapters on tied layers, which it merges otherwise than fastlora.
+peft_warns = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 
 
-def test_adapters_on_head_and_embedding_train_and_merge(workplace: Any, untied: str) -> None:
+@peft_warns
+def test_adapters_on_head_and_embedding_train_and_merge(workplace: Any, model: str) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     workplace.run(
-        "--set", untied, "--set", BOTH, "--set", "lora.dropout=0", "--set", "train.keep_best=true",
+        "--set", model, "--set", BOTH, "--set", "lora.dropout=0", "--set", "train.keep_best=true",
     )  # fmt: skip
     manifest = workplace.manifest()
     assert merge_run(workplace.opened())["carried"] == pytest.approx(1, abs=0.05)
@@ -49,7 +62,7 @@ def test_adapters_on_head_and_embedding_train_and_merge(workplace: Any, untied: 
     assert saved["base_model.model.model.embed_tokens.lora_embedding_A"].any()
     assert all("lora_" in name for name in saved)
 
-    base = AutoModelForCausalLM.from_pretrained(untied.partition("=")[2], dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model.partition("=")[2], dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, str(workplace.path() / "adapter")).eval()
     merged = AutoModelForCausalLM.from_pretrained(workplace.path() / "merged", dtype=torch.float32)
     assert type(merged).__name__ == "LlamaForCausalLM"
@@ -86,6 +99,33 @@ def test_where_our_loss_does_not_serve_the_adapter_trains_all_the_same(
 
 
 HEAD = ("--set", 'lora.target_modules=["q_proj", "lm_head"]')
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other_as_it_was(
+    workplace: Any, target: str
+) -> None:
+    """In the run, where the adapter is asked, and in what is made of it."""
+    _, err = workplace.run("--set", f'lora.target_modules=["q_proj", "{target}"]')
+    assert f"the adapter changes {target} alone" in " ".join(err.split())
+    assert "UserWarning" not in err
+    run = workplace.opened()
+    tuned = load_run(run)
+    ids = torch.tensor([run.manifest["probe_ids"]])
+    with torch.no_grad(), tuned.speaking("tuned") as model:
+        wanted = model(input_ids=ids).logits
+    gguf, merged = gguf_run(run, "f16"), merge_run(run)
+    assert "the export holds both" in "".join(gguf["notes"] + merged["notes"])
+    assert gguf["carried"] == pytest.approx(1, abs=0.05)
+    saved = load_file(run.merged / "model.safetensors")
+    base = load_file(workplace.root / "recipes/tiny/model/model.safetensors")
+    shared = base["model.embed_tokens.weight"]
+    parts = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    changed = {name for name, key in parts.items() if not torch.equal(saved[key], shared)}
+    assert changed == {target}
+    again = AutoModelForCausalLM.from_pretrained(run.merged, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, wanted, rtol=0.05, atol=0.05)
 
 
 def said_of_the_loss(err: str) -> list[str]:
@@ -137,10 +177,10 @@ def test_a_dry_run_says_whose_loss_and_require_fast_refuses_all_logits(
 
 @pytest.mark.slow
 def test_resumed_with_both_it_is_the_run_that_was_not_interrupted(
-    workplace: Any, untied: str
+    workplace: Any, model: str
 ) -> None:
     """Checkpoints hold the adapter of both without the frozen weights beside it."""
-    arguments = ("--set", untied, "--set", BOTH, "--set", "lora.dropout=0")
+    arguments = ("--set", model, "--set", BOTH, "--set", "lora.dropout=0")
     workplace.interrupt("SIGINT", 6, *arguments, expect=130)
     workplace.run(*arguments, "--resume")
     workplace.run(*arguments)
