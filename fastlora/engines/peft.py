@@ -59,6 +59,7 @@ class PeftEngine:
     def load_base(self, model: ModelSection) -> PreTrainedModel:
         """The base alone, quantized as the recipe says. Raises EngineError: it cannot be found, or is not whole."""
         import torch
+        from bitsandbytes.nn import Linear4bit
         from safetensors import SafetensorError
         from transformers import BitsAndBytesConfig
 
@@ -92,6 +93,12 @@ class PeftEngine:
                 f"model.name: {model.name} lacks {len(missing)} weights, such as {missing[0]}; copy or download "
                 "it again"
             )
+        if model.quantization == "nf4" and not torch.cuda.is_available():
+            # At a first answer bitsandbytes 0.50 packs them for a kernel of the CPU's, where it has AVX-512 for
+            # bfloat16, through which later steps of training get no gradient.
+            for module in base.modules():
+                if isinstance(module, Linear4bit):
+                    module.support_avx512bf16_for_cpu = False
         return base
 
     def load(self, recipe: Recipe, announce: Announce) -> PeftModel:

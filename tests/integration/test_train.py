@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fastlora.engines.peft import PeftEngine
 from fastlora.export.merge_run import merge_run
+from fastlora.recipe.load import load_recipe
 from fastlora.rundir.store import RunDir
 
 
@@ -130,6 +133,26 @@ def test_nf4_on_a_cpu(workplace: object) -> None:
 
     merged = AutoModelForCausalLM.from_pretrained(workplace.path() / "merged")
     assert merged.dtype == torch.bfloat16
+
+
+def test_nf4_on_a_cpu_trains_as_before_once_it_answered(workplace: Any) -> None:
+    settings = ["model.quantization=nf4", "lora.dropout=0.0"]
+    model = PeftEngine().load(load_recipe(workplace.recipe, settings), print)
+    ids = torch.arange(12)[None]
+
+    def gradients() -> list[torch.Tensor]:
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+        model.zero_grad()
+        return found
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert any(gradient.any() for gradient in before)
+    torch.testing.assert_close(after, before)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(workplace: object) -> None:
