@@ -219,8 +219,8 @@ def main(
     from fastlora.rundir import provenance, store
     from fastlora.train import graphs
 
-    every = cases.compiled() if compiled else cases.pinned()
-    of_case = chosen([*(cases.of_shapes(shapes) if shapes else every)], only)
+    every = cases.of_shapes(shapes) if shapes else cases.pinned()
+    of_case = chosen([*(cases.compiled(every) if compiled else every)], only)
     todo = [  # a budget then leaves something of every group
         (case, Setting(t, r, getattr(torch, dtype), DEVICE, compiled=compiled))
         for (r,) in ranks

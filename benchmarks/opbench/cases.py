@@ -37,20 +37,20 @@ PINNED: tuple[tuple[str, Module], ...] = (
 
 def pinned() -> Iterator[Case]:
     """Of real models, as the suites of `fastlora bench` have them."""
-    yield from _modules(PINNED)
+    for group, module in PINNED:
+        for base in BASES:
+            yield module.case(group, base)
     yield head_case(HEAD, "Llama 3.1 8B", 128256, 4096)
     yield embedding_case(EMBEDDING, "Llama 3.1 8B", 128256, 4096)
 
 
-def compiled() -> Iterator[Case]:
-    """Those of them that unsloth compiles."""
-    yield from _modules((group, module) for group, module in PINNED if group in LEFT_BY_UNSLOTH[2:])
-
-
-def _modules(given: Iterable[tuple[str, Module]]) -> Iterator[Case]:
-    for group, module in given:
-        for base in BASES:
-            yield module.case(group, base)
+def compiled(every: Iterable[Case]) -> Iterator[Case]:
+    """Of real models those that unsloth compiles; of the user's shapes all but the ends of a model, whose arms never
+    are."""
+    for case in every:
+        by_unsloth = case.group in LEFT_BY_UNSLOTH[2:]
+        if by_unsloth if case.model else case.group not in (HEAD, EMBEDDING):
+            yield case
 
 
 def of_shapes(shapes: Sequence[Sequence[int]]) -> Iterator[Case]:

@@ -43,7 +43,7 @@ def head_arms(
     how many labels there are, as where a micro-batch is recorded, and need not ask."""
     from fastlora_kernels.ops.head_loss import lora_head_loss
 
-    tokens, rank, dtype, device, seed, _ = setting
+    tokens, rank, dtype, device, seed, *_ = setting
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     linear: Any = linear_base(hidden, vocabulary, "dense", setting, generator)
@@ -122,7 +122,7 @@ def embedding_case(group: str, model: str, vocabulary: int, hidden: int) -> Case
 def _embedding_arms(vocabulary: int, hidden: int, setting: Setting) -> dict[str, Any]:
     from fastlora_kernels import attach
 
-    tokens, _, dtype, device, seed, _ = setting
+    tokens, _, dtype, device, seed, *_ = setting
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     random = partial(drawn, std=1.0, setting=setting, generator=generator)

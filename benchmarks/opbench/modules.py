@@ -107,7 +107,7 @@ def module_arms(module: Module, base: str, setting: Setting) -> dict[str, Any]:
     """A Case's arms. All share every weight."""
     from fastlora_kernels import attach
 
-    tokens, _, dtype, device, seed, _ = setting
+    tokens, _, dtype, device, seed, *_ = setting
     torch.manual_seed(seed)  # PEFT draws A on the host
     generator = torch.Generator(device).manual_seed(seed)
     random = partial(drawn, std=1.0, setting=setting, generator=generator)

@@ -109,12 +109,11 @@ def engage(model: PeftModel, engine: str, plan: Plan) -> list[Engaged]:
     if fused_before and not plan.unsloths:
         without_fused_lora(model)
     # What unsloth fuses is attached to as well: there ours run whenever its kernels decline a call.
-    left = dict.fromkeys(names, plan.why_not_ours)
+    left = attach(model).by_layer if plan.ours else dict.fromkeys(names, plan.why_not_ours)
     if plan.ours:
-        reasons_of = attach(model).by_layer
-        left = {n: reasons_of[n] or _other_dtype(model.get_submodule(n), plan.dtype) for n in names}
-    if plan.ours and engine == "unsloth":
-        group_qkv(model)
+        left = {n: left[n] or _other_dtype(model.get_submodule(n), plan.dtype) for n in names}
+        if engine == "unsloth":
+            group_qkv(model)
     fused = fused_layers(model)
     counts: Counter[tuple[str, Kernel, str]] = Counter()
     for name in names:

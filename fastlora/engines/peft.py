@@ -59,7 +59,6 @@ class PeftEngine:
     def load_base(self, model: ModelSection) -> PreTrainedModel:
         """The base alone, quantized as the recipe says. Raises EngineError: it cannot be found, or is not whole."""
         import torch
-        from bitsandbytes.nn import Linear4bit
         from safetensors import SafetensorError
         from transformers import BitsAndBytesConfig
 
@@ -94,6 +93,8 @@ class PeftEngine:
                 "it again"
             )
         if model.quantization == "nf4" and not torch.cuda.is_available():
+            from bitsandbytes.nn import Linear4bit
+
             # At a first answer bitsandbytes 0.50 packs them for a kernel of the CPU's, where it has AVX-512 for
             # bfloat16, through which later steps of training get no gradient.
             for module in base.modules():

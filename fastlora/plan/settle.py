@@ -147,8 +147,8 @@ def _refused(now: Prediction, again: Again) -> str:
     if now.recipe.memory.cuda_graphs is None and now.setup.engine == "unsloth":
         if now.setup.packed:
             return "packed rows on unsloth need it set to true, not measured yet"
-        in_window = 0 < now.shape.window < now.recipe.model.seq_len_tokens
-        if kind not in FUSED and (kind != "phi3" or in_window):
+        in_window = kind == "phi3" and 0 < now.shape.window < now.recipe.model.seq_len_tokens
+        if in_window or kind not in FUSED | {"phi3"}:
             # Whether its forward gives hidden states, which our loss takes, is known once it is loaded: without them a
             # run goes on unrecorded. Phi 3's does, in runs and in the benchmark's gates; Gemma 3 was recorded in the
             # benchmark, in no run yet (docs/log.md).

@@ -106,11 +106,13 @@ def test_compiled(bench: ModuleType, tmp_path: Path) -> None:
 
 
 def test_what_unsloth_compiles_is_of_the_pinned_layers(bench: ModuleType) -> None:
-    names = [case.name for case in bench.cases.compiled()]
+    names = [case.name for case in bench.cases.compiled(bench.cases.pinned())]
     assert set(names) < {case.name for case in bench.cases.pinned()}
     assert {name.partition(" lora")[0] for name in names} == {
         "fused projections", "other architectures",
     }  # fmt: skip
+    groups = [case.group for case in bench.cases.compiled(bench.cases.of_shapes([[8, 8]]))]
+    assert {*groups} == {"linear", "DoRA", "q, k, v", "q and v alone", "gated MLP"}
 
 
 def test_recorded_as_training_does(

@@ -52,13 +52,9 @@ def folded(architecture: int) -> list[tuple[str, dict[str, Any], dict[str, str],
     for itemsize, kind in ((4, "*fp32"), (2, "*bf16")):
         for rank, row_scale in ((16, False), (40, True), (130, False)):
             hopper = architecture == 90
-            (block_n, block_k), warps = dequantize.fold_tile(rank, itemsize, hopper)
-            block = {16: 16, 40: 64, 130: 64}[rank]
-            constants = PLACES | {
-                "BLOCK_N": block_n, "BLOCK_K": block_k, "SCALES": block_k // 64,
-                "RANK": rank, "PADDED_RANK": -(-rank // block) * block, "BLOCK_R": block,
-                "FOLD": True, "ORDERED": hopper, "ROW_SCALE": row_scale,
-            }  # fmt: skip
+            tile, warps = dequantize.fold_tile(rank, itemsize, hopper)
+            more = {"FOLD": True, "ORDERED": hopper, "ROW_SCALE": row_scale}
+            constants = dequantize._compiled_in(tile, rank, "nested", 64, 256, 4096, True, **more)
             types = {"weight_ptr": "*u8", "a_ptr": kind, "b_ptr": kind}
             found.append(("dequantize._dequantize", constants, types, {"num_warps": warps}))
     return found

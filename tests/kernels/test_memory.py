@@ -95,7 +95,7 @@ def dora(four_bit: bool) -> Case:
 
 def embedding() -> Case:
     ids = torch.arange(T, device=DEVICE) % N
-    w, a, b = random(N, K).detach(), random(R, N, dtype=torch.float32), adapter(N, K)[1]
+    w, (a, b) = random(N, K).detach(), adapter(N, K)
     op = lambda: lora_embedding(ids, w, a, b, 2.0)  # noqa: E731
     return op, [ids, w, a, b], T * R * HALF, T * K * HALF, 2 * N * R * FULL
 

@@ -348,6 +348,5 @@ def row_norms(weight: FourBit | torch.Tensor, fold: Fold, dtype: torch.dtype) ->
         (*pointers, a, b, like, out_N),
         (n, k, float(scaling)),
         compiled,
-        num_warps=PLAIN_WARPS,
     )
     return out_N
