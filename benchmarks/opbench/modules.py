@@ -41,6 +41,16 @@ class Projections(nn.Module):
         return tuple(layer(x) for layer in self.children())
 
 
+class Qkv(nn.Module):
+    """As an attention calls them, so that they are found to share x where torch.compile traces it too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        return q, k, v
+
+
 class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return,operator]
@@ -111,7 +121,7 @@ def module_arms(module: Module, base: str, setting: Setting) -> dict[str, Any]:
     torch.manual_seed(seed)  # PEFT draws A on the host
     generator = torch.Generator(device).manual_seed(seed)
     random = partial(drawn, std=1.0, setting=setting, generator=generator)
-    model: Any = Mlp() if module.act else Projections()
+    model: Any = Mlp() if module.act else Qkv() if "q_proj" in module.layers else Projections()
     for name, (k, n) in module.layers.items():
         model.add_module(name, linear_base(k, n, base, setting, generator, module.bias))
     if module.act:

@@ -342,8 +342,9 @@ def fused_layers(model: PeftModel) -> set[str]:
 
 
 def group_qkv(model: PeftModel) -> None:
-    """Where unsloth calls q, k and v one by one, let ours take them together: inside its compiled blocks they cannot
-    see by themselves that they share an x."""
+    """Where unsloth calls q, k and v one by one through a function of its own, let ours take them together: inside its
+    compiled blocks they cannot see by themselves that they share an x, as they do where the forward of their attention
+    calls them."""
     from fastlora_kernels.layers.group import outputs_of
 
     def apply_qkv(attention: Any, x: torch.Tensor) -> list[torch.Tensor]:

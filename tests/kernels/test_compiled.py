@@ -17,6 +17,7 @@ import torch._dynamo
 from bitsandbytes.nn import Params4bit
 from fastlora_kernels import attach
 from fastlora_kernels.layers.group import outputs_of
+from fastlora_kernels.layers.linear import GROUP
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.lora_linear import Projection, lora_linears
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -112,12 +113,16 @@ def test_one_graph_for_all_layers(
     assert counters["stats"]["unique_graphs"] == 2
     assert again == pytest.approx(loss, rel=TOLERANCE)
     assert_same(found, gradients)
+    groups = [vars(layer)[GROUP] for layer in model.modules() if GROUP in vars(layer)]
+    assert bool(groups) is not dora
+    assert all(group._traced is None for group in groups)  # nothing is kept behind a graph
 
 
 def test_layers_at_hand_together_are_one_op(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gate and up, whose MLP is ours, and q, k and v where their caller takes them together."""
+    """gate and up, whose MLP is ours, q, k and v, which their attention calls one after the other, and what a caller
+    takes together."""
     model = tiny(tiny_model, nf4=False)
     assert attach(model).left == {}
     loss, gradients = step(model)
@@ -131,9 +136,10 @@ def test_layers_at_hand_together_are_one_op(
     monkeypatch.setattr(registered, "lora_linears", counted)
     compile_layers(monkeypatch)
     again, found = step(model)
-    assert sorted(set(forwards)) == [1, 2]  # q, k, v and o alone; gate and up
+    assert sorted(set(forwards)) == [1, 2, 3]  # o alone; gate and up; q, k and v
     assert again == pytest.approx(loss, rel=TOLERANCE)
     assert_same(found, gradients)
+    assert dict(counters["graph_break"]) == {}
 
     attention = model.base_model.model.model.layers[0].self_attn
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)

@@ -193,8 +193,32 @@ class Decorated(Other):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+def _work(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+COMPILED, DISABLED = torch.compile(_work, backend="eager"), torch.compiler.disable(_work)
+
+
+class AsUnslothWritesIt(Other):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return COMPILED(self, x=x)
+
+
+class OfTwice(Other):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return COMPILED(self, x * 2)
+
+
+class OfDisabled(Other):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return DISABLED(self, x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_other_forms_are_left_alone() -> None:
-    for cls, fused in ((Other, 0), (Decorated, 0), (Same, 1)):
+    forms = {Other: 0, Decorated: 0, OfTwice: 0, OfDisabled: 0, Same: 1, AsUnslothWritesIt: 1}
+    for cls, fused in forms.items():
         mlp = cls()
         x = torch.randn(3, 4)
         expected = mlp(x)

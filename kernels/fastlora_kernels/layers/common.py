@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,18 +46,3 @@ def active_adapters(layer: Any, of: Mapping[str, Any]) -> list[str] | str:
         return "adapter merged"
     adapters = [name for name in layer.active_adapters if name in of]
     return adapters if len(adapters) == 1 else f"{len(adapters)} active adapters"
-
-
-def function_in(source: str) -> ast.FunctionDef | None:
-    """The function that is all of `source`, without its docstring; None if it is none.
-
-    Raises SyntaxError.
-    """
-    function = ast.parse(textwrap.dedent(source)).body[0]
-    return without_docstring(function) if isinstance(function, ast.FunctionDef) else None
-
-
-def without_docstring(function: ast.FunctionDef) -> ast.FunctionDef:
-    if ast.get_docstring(function) is not None:
-        function.body.pop(0)
-    return function

@@ -1,12 +1,14 @@
 """LoRA layers that are given the same x one after the other (q, k, v; gate, up) run as one op.
 
 No forward of a model is changed for it: the first of them to be called computes the outputs of all, and the others
-find theirs waiting, if they are called with the very same x in the very same state. Else each runs alone. What
-torch.compile traces cannot wait; there it takes a caller that has all of them at hand (see `outputs_of`).
+find theirs waiting, if they are called with the very same x in the very same state. Else each runs alone. Where
+torch.compile traces it that state cannot be looked at: there the source of the forward that calls them must show that
+nothing happens in between (layers/source.py), or a caller have all of them at hand (see `outputs_of`).
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from fastlora_kernels.layers.linear import (
     compute_dtype,
     parts_of,
 )
+from fastlora_kernels.layers.source import in_order, worker
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.lora_linear import lora_linears
 
@@ -47,10 +50,13 @@ class _Waiting(NamedTuple):
 class Group:
     """Some layers on the same x. Held by each of them, holds none of them; a copy of a model has no groups."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], follow: bool) -> None:
+        """`layers` by name, if `follow` in the order in which they are called on one x, with nothing in between."""
         self.names = "+".join(layers)
         self._layers = [weakref.ref(layer) for layer in layers.values()]
+        self._follow = follow
         self._waiting: _Waiting | None = None
+        self._traced: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
         self._misses = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -60,8 +66,7 @@ class Group:
         self, layer: nn.Module, x: torch.Tensor, parts: Parts, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """The output of `layer`, whose parts these are, for x computed in `dtype`; None if it must run alone."""
-        # torch.compile cannot follow what waits; inference tensors do not count their changes.
-        if torch.compiler.is_compiling() or x.is_inference():
+        if x.is_inference():  # which does not count its changes
             return None
         waiting, state = self._waiting, _state(x, dtype)
         if waiting is not None:
@@ -91,6 +96,22 @@ class Group:
         self._waiting = _Waiting(x, state, outputs)
         return y
 
+    def traced(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """The same where torch.compile traces it. Nothing waits when the traced code has ended."""
+        if not self._follow:
+            return None
+        layers = [reference() for reference in self._layers]
+        place = next(n for n, other in enumerate(layers) if other is layer)
+        if place == 0:
+            ys = _as_one_op(layers, x)
+            self._traced = None if ys[0] is None else (x, ys)
+        if self._traced is None or self._traced[0] is not x:
+            return None
+        _, ys = self._traced
+        if all(y is None for y in ys[place + 1 :]):
+            self._traced = None
+        return ys[place]
+
     def _take(self, waiting: _Waiting, layer: nn.Module, parts: Parts) -> torch.Tensor | None:
         stamp, y = waiting.outputs.pop(id(layer), (None, None))
         if not waiting.outputs:
@@ -104,6 +125,14 @@ def outputs_of(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
     served alike are one op; in eager the first that is called sees to that."""
     if not torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
+    return [
+        layer(x) if y is None else y.to(x.dtype) if type(layer) is AttachedLinear4bit else y
+        for layer, y in zip(layers, _as_one_op(layers, x), strict=True)
+    ]
+
+
+def _as_one_op(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor | None]:
+    """Of those that are served alike, for torch.compile; None for a layer that has to run alone."""
     together = []
     for place, layer in enumerate(layers):
         if type(layer) in DETACHED and not hooked(layer):
@@ -111,17 +140,16 @@ def outputs_of(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
             if not isinstance(parts, str) and parts.magnitude is None:
                 dtype = compute_dtype(parts, x)
                 if dtype is not None and registered.serves(parts.projection()):
-                    together.append((place, layer, parts, dtype))
+                    together.append((place, parts, dtype))
+    outputs: list[torch.Tensor | None] = [None for _ in layers]
     if len(together) < 2 or len({dtype for *_, dtype in together}) > 1:
-        return [layer(x) for layer in layers]
+        return outputs
     ys = registered.lora_linears(
-        x.to(together[0][3]), [parts.projection() for _, _, parts, _ in together]
+        x.to(together[0][2]), [parts.projection() for _, parts, _ in together]
     )
-    found = {
-        place: y.to(x.dtype) if type(layer) is AttachedLinear4bit else y
-        for (place, layer, *_), y in zip(together, ys, strict=True)
-    }
-    return [found[n] if n in found else layer(x) for n, layer in enumerate(layers)]
+    for (place, *_), y in zip(together, ys, strict=True):
+        outputs[place] = y
+    return outputs
 
 
 def group_siblings(model: nn.Module) -> list[str]:
@@ -140,11 +168,28 @@ def group_siblings(model: nn.Module) -> list[str]:
                     if not isinstance(parts, str) and parts.magnitude is None:
                         layers[name] = child
             if len(layers) > 1 and len({layer.in_features for layer in layers.values()}) == 1:
-                group = Group(layers)
+                order = _order(parent, names)
+                group = Group(
+                    {name: layers[name] for name in order or layers if name in layers}, bool(order)
+                )
                 for layer in layers.values():
                     vars(layer)[GROUP] = group
                 found.append(group.names)
     return found
+
+
+def _order(parent: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """In which the forward of `parent` calls its layers on one x with nothing in between; () if that does not show."""
+    if "forward" in vars(parent):
+        return ()
+    there = tuple(name for name in names if name in parent._modules)
+    return _order_in(type(parent).forward, there)
+
+
+@functools.cache  # a model has as many of them as it has layers
+def _order_in(forward: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    function = worker(forward)
+    return () if function is None else in_order(function, names)
 
 
 def drop_waiting(model: nn.Module) -> None:

@@ -24,7 +24,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastlora_kernels.layers import linear
-from fastlora_kernels.layers.common import function_in, hooked, without_docstring
+from fastlora_kernels.layers.common import hooked
+from fastlora_kernels.layers.source import function_in, without_docstring
 from fastlora_kernels.ops.head_loss import Shape, lora_head_loss
 
 Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float]

@@ -115,13 +115,17 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
             x.to(dtype), parts.weight, parts.base.bias, parts.down.weight, parts.up.weight,
             parts.magnitude, parts.scaling,
         )  # fmt: skip
-    if compiling:  # a group's state is no part of a graph
-        projection = parts.projection()
-        if registered.serves(projection):
-            return registered.lora_linear(x.to(dtype), projection)
-        return _uncompiled(layer, x)  # type: ignore[no-any-return]
     group = vars(layer).get(GROUP)
-    y: torch.Tensor | None = None if group is None else group.output(layer, x, parts, dtype)
+    y: torch.Tensor | None = None
+    if compiling:
+        projection = parts.projection()
+        if not registered.serves(projection):
+            return _uncompiled(layer, x)  # type: ignore[no-any-return]
+        if group is not None:
+            y = group.traced(layer, x)
+        return registered.lora_linear(x.to(dtype), projection) if y is None else y
+    if group is not None:
+        y = group.output(layer, x, parts, dtype)
     # What autocast does. The op casts W, b, A and B itself and returns gradients in their own dtype.
     return lora_linear(x.to(dtype), *parts.projection()) if y is None else y  # type: ignore[no-any-return]
 

@@ -1,20 +1,20 @@
 """The gated MLP of a model, with our activation in it, and the one of down_proj with it where that is served.
 
-An MLP is taken only if the source of its class's forward is one of the forms below, statement by statement; then it
-gets a subclass of its own class, with the same name and a forward of ours. gate_proj and up_proj (or gate_up_proj) are
-called as they are: they may be LoRA layers, served or not, or plain.
+An MLP is taken only if the source of its class's forward, or of the function that this does nothing but call, is one
+of the forms below, statement by statement; then it gets a subclass of its own class, with the same name and a forward
+of ours. gate_proj and up_proj (or gate_up_proj) are called as they are: they may be LoRA layers, served or not, or
+plain.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlora_kernels.layers.common import function_in, hooked
+from fastlora_kernels.layers.common import hooked
 from fastlora_kernels.layers.group import outputs_of
 from fastlora_kernels.layers.linear import (
     DETACHED,
@@ -22,6 +22,7 @@ from fastlora_kernels.layers.linear import (
     compute_dtype,
     parts_of,
 )
+from fastlora_kernels.layers.source import function_in, worker
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.glu import Activation, Recomputed, glu, glu_lora_linear
 from fastlora_kernels.unneeded import recomputing
@@ -73,19 +74,22 @@ class GateUpMlp(FusedMlp):
         return _down(self, self.activation_fn, both, None)  # type: ignore[no-any-return]
 
 
-def _form(source: str) -> str | None:
-    """A function's statements and the names of its arguments; None if it is decorated."""
-    function = function_in(source)
-    if function is None or function.decorator_list:
-        return None
-    function.returns = None
-    for node in ast.walk(function.args):
-        if isinstance(node, ast.arg):
-            node.annotation = None
+def _form(function: ast.FunctionDef | None) -> str:
+    """A function's statements and the names of its arguments; "" for None."""
+    if function is None:
+        return ""
+    function.name = "forward"  # whatever unsloth calls it
     return ast.dump(function)
 
 
-FORMS = {_form(GATED): GatedMlp, _form(GATED_IN_ONE_LINE): GatedMlp, _form(GATE_UP): GateUpMlp}
+FORMS = {
+    _form(function_in(source)): ours
+    for source, ours in (
+        (GATED, GatedMlp),
+        (GATED_IN_ONE_LINE, GatedMlp),
+        (GATE_UP, GateUpMlp),
+    )
+}
 _classes: dict[type, type | None] = {}
 
 
@@ -97,13 +101,7 @@ def _new(ours: type, theirs: type) -> Any:
 def _fused(cls: type) -> type | None:
     """The subclass of `cls` that is ours, one for each class; None if its forward is of another form."""
     if cls not in _classes:
-        forward = cls.forward  # type: ignore[attr-defined]
-        try:
-            # What a decorator wraps would be looked at instead of what is called.
-            form = None if hasattr(forward, "__wrapped__") else _form(inspect.getsource(forward))
-        except (OSError, TypeError, SyntaxError):  # no source, or no function
-            form = None
-        ours = FORMS.get(form) if form else None
+        ours = FORMS.get(_form(worker(cls.forward, as_given=True)))  # type: ignore[attr-defined]
         _classes[cls] = ours and type(_new(ours, cls))
     return _classes[cls]
 

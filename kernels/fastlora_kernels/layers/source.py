@@ -1,0 +1,137 @@
+"""What the source of a module's forward says of it: which function does the work, and how that calls its layers.
+
+Read behind torch.compile, and through a forward that does nothing but call a function with its module, which is how
+the classes that unsloth writes come to theirs.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+_DEEP = 8
+"""So many functions may stand one behind the other."""
+
+
+def worker(forward: Any, as_given: bool = False) -> ast.FunctionDef | None:
+    """The function that does what `forward` does, without decorators, annotations and docstring. None if there is no
+    source, or a decorator other than torch.compile in between. `as_given`: through functions alone that pass on every
+    argument as they got it."""
+    for _ in range(_DEEP):
+        if getattr(forward, "_torchdynamo_disable", False):
+            return None
+        # What torch.compile compiles is there; what another decorator wraps is not what is called.
+        function = getattr(forward, "_torchdynamo_orig_callable", forward)
+        if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+            return None
+        try:
+            tree = function_in(inspect.getsource(function))
+        except (OSError, SyntaxError):
+            return None
+        if tree is None or (tree.decorator_list and function is forward):
+            return None  # some decorators give back what they changed, and do not say so
+        call = _only_call(tree)
+        further = call and _named(function, call.func.id)  # type: ignore[attr-defined]
+        if call is None or not callable(further) or (as_given and not _passed_on(tree, call)):
+            tree.decorator_list, tree.returns = [], None
+            for node in ast.walk(tree.args):
+                if isinstance(node, ast.arg):
+                    node.annotation = None
+            return tree
+        forward = further
+    return None
+
+
+def in_order(function: ast.FunctionDef, names: Sequence[str]) -> tuple[str, ...]:
+    """The layers `names` of its module in the order in which `function` calls them, if it calls each once, all on one
+    x, and nothing that stands in these statements could write to x in between; else ()."""
+    calls: dict[str, ast.Call] = {}
+    places: list[int] = []
+    if not names or not function.args.args:
+        return ()
+    module = function.args.args[0].arg
+    for place, statement in enumerate(function.body):
+        for node in ast.walk(statement):
+            name = _layer_of(node, module)
+            if name in names:
+                if name in calls or not isinstance(statement, ast.Assign | ast.Return):
+                    return ()
+                calls[name] = node  # type: ignore[assignment]
+                places.append(place)
+    given = {call.args[0].id for call in calls.values()}  # type: ignore[attr-defined]
+    if set(calls) != set(names) or len(given) != 1:
+        return ()
+    within = function.body[min(places) : max(places) + 1]
+    nodes = [node for statement in within for node in ast.walk(statement)]
+    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id in given]
+    writes = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr.endswith("_")]
+    stores = [node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store)]
+    plain = all(isinstance(node, ast.Name | ast.Tuple) for node in stores)
+    if set(places) != set(range(min(places), max(places) + 1)) or len(uses) != len(names):
+        return ()
+    if writes or not plain:
+        return ()
+    return tuple(sorted(calls, key=lambda name: (calls[name].lineno, calls[name].col_offset)))
+
+
+def function_in(source: str) -> ast.FunctionDef | None:
+    """The function that is all of `source`, without its docstring; None if it is none.
+
+    Raises SyntaxError.
+    """
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    return without_docstring(function) if isinstance(function, ast.FunctionDef) else None
+
+
+def without_docstring(function: ast.FunctionDef) -> ast.FunctionDef:
+    if ast.get_docstring(function) is not None:
+        function.body.pop(0)
+    return function
+
+
+def _layer_of(node: ast.AST, module: str) -> str:
+    """The name of the layer that is called on one name alone, or ""."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return ""
+    holder, alone = node.func.value, len(node.args) == 1 and not node.keywords
+    on_name = alone and isinstance(node.args[0], ast.Name)
+    is_layer = isinstance(holder, ast.Name) and holder.id == module and on_name
+    return node.func.attr if is_layer else ""
+
+
+def _only_call(tree: ast.FunctionDef) -> ast.Call | None:
+    """return f(self, ...), where that is all, and self stands nowhere else in it."""
+    if len(tree.body) != 1 or not tree.args.args or not isinstance(tree.body[0], ast.Return):
+        return None
+    call, module = tree.body[0].value, tree.args.args[0].arg
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args):
+        return None
+    named = [node for node in ast.walk(call) if isinstance(node, ast.Name) and node.id == module]
+    return call if named == [call.args[0]] else None
+
+
+def _passed_on(tree: ast.FunctionDef, call: ast.Call) -> bool:
+    """Whether each argument goes on as it came, in its order or by its name."""
+    given = [argument.arg for argument in tree.args.args]
+    if tree.args.vararg or tree.args.kwarg or tree.args.kwonlyargs or tree.args.posonlyargs:
+        return False
+    by_place = [getattr(argument, "id", "") for argument in call.args]
+    by_name = [(word.arg, getattr(word.value, "id", "")) for word in call.keywords]
+    if any(name != value for name, value in by_name):
+        return False
+    return by_place + [value for _, value in by_name] == given
+
+
+def _named(function: FunctionType, name: str) -> Any:
+    """What `name` stands for in it."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    if name in cells:
+        try:
+            return cells[name].cell_contents
+        except ValueError:  # not yet bound
+            return None
+    return function.__globals__.get(name)
