@@ -209,9 +209,10 @@ def _all_pinned() -> AbstractContextManager[None]:
     return _instead("unsloth_zoo.block_swap", "_pin_budget", budget)
 
 
-_COMPILE = "UNSLOTH_BLOCK_COMPILE_LEGACY"
-"""Read when an adapter is put on. "0": layers of FastLanguageModel's own architectures are not compiled, and run its
-Triton kernels as they are; other models' norms and rotary embeddings would be PyTorch's, so they are compiled still."""
+_COMPILE = "UNSLOTH_BLOCK_COMPILE"
+"""Read when an adapter is put on. "0": layers are not compiled as a whole. What stands in them is Triton still: kernels
+of FastLanguageModel's own architectures, and norms, rotary embeddings and activations that it compiles one by one of
+others."""
 
 
 @contextmanager
@@ -222,7 +223,7 @@ def _layers_compiled(wanted: bool) -> Iterator[None]:
     down_proj's product is made again for nobody (fastlora_kernels/unneeded.py). What the environment says about it
     is the user's word and stays.
     """
-    if wanted or _COMPILE in os.environ or "UNSLOTH_BLOCK_COMPILE" in os.environ:
+    if wanted or _COMPILE in os.environ or f"{_COMPILE}_LEGACY" in os.environ:
         yield
         return
     os.environ[_COMPILE] = "0"

@@ -148,10 +148,9 @@ def _refused(now: Prediction, again: Again) -> str:
         if now.setup.packed:
             return "packed rows on unsloth need it set to true, not measured yet"
         in_window = kind == "phi3" and 0 < now.shape.window < now.recipe.model.seq_len_tokens
-        if in_window or kind not in FUSED | {"phi3"}:
+        if in_window or kind not in FUSED | {"phi3", "gemma3_text"}:
             # Whether its forward gives hidden states, which our loss takes, is known once it is loaded: without them a
-            # run goes on unrecorded. Phi 3's does, in runs and in the benchmark's gates; Gemma 3 was recorded in the
-            # benchmark, in no run yet (docs/log.md).
+            # run goes on unrecorded. These two were recorded in runs and in the benchmark's gates (docs/log.md).
             rows = f" with a window of {now.shape.window:,} tokens" if in_window else ""
             return f"{kind} on unsloth{rows} needs it set to true, not measured yet"
     return ""

@@ -121,7 +121,7 @@ def setup_of(
     if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     graphs = bool(memory.cuda_graphs) and not refused
-    in_compiled = compiled(name, shape.model_type, graphs)
+    in_compiled = compiled(name, graphs)
     dense = graphs and kernels and not in_compiled
     if memory.dense_layers and not dense:
         why = (in_compiled or NO_LAYER) if graphs else "micro-batches are not recorded"
@@ -174,14 +174,12 @@ def setup_of(
 NO_LAYER = "fastlora's kernels run no layer"
 
 
-def compiled(engine: str, model_type: str, recorded: bool) -> str:
+def compiled(engine: str, recorded: bool) -> str:
     """Why a layer keeps no matrix of its weights, if unsloth compiles it: an op is given the codes of the weights then,
     and not the weights, by which matrices are kept. "": it does not."""
-    if engine != "unsloth":
+    if engine != "unsloth" or recorded:
         return ""
-    if model_type not in FUSED:
-        return f"unsloth compiles layers of {model_type}"
-    return "" if recorded else "unsloth compiles layers, unless micro-batches are recorded"
+    return "unsloth compiles layers, unless micro-batches are recorded"
 
 
 def why_embedding_stays(shape: Shape, setup: Setup) -> str:
