@@ -107,7 +107,6 @@ def setup_of(
         raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
     if problems := list(memory_problems(recipe, name, policy, streams=unsloth)):
         raise RecipeError("recipe", problems)
-    kernels = _kernels(recipe, name)
     chunked = _chunked(recipe, name)
     memory = recipe.memory
     streamed = min(memory.stream_layers or 0, shape.layers - 1)
@@ -121,6 +120,9 @@ def setup_of(
     if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     graphs = bool(memory.cuda_graphs) and not refused
+    # With kernels.mode = "auto" they are where unsloth leaves all layers, which it does not compile if recorded.
+    left = graphs and (shape.model_type not in FUSED or lora.dora)
+    kernels = _kernels(recipe, name) or (left and recipe.kernels.mode == "auto")
     in_compiled = compiled(name, graphs)
     dense = graphs and kernels and not in_compiled
     if memory.dense_layers and not dense:

@@ -151,13 +151,13 @@ def test_fused_attention_is_computed_once(offload: bool) -> None:
             return func(*args, **(kwargs or {}))
 
     peft = model("sdpa")
-    plain, again = step(peft), step(peft)
+    plain, *again = (step(peft) for _ in range(4))
     recompute_layers(peft, ["attention"] * LAYERS, offload=offload)
     for _ in range(3):
         found = step(peft)
         assert torch.equal(found["loss"], plain["loss"])
         for name, theirs in plain.items():
-            noise = float((again[name] - theirs).norm())
+            noise = max(float((one[name] - theirs).norm()) for one in again)
             assert float((found[name] - theirs).norm()) <= 3 * noise + 1e-3 * float(theirs.norm())
     with Counted() as counted:
         step(peft, ((4, 1024),))
