@@ -102,13 +102,13 @@ def _mlp_saves(shape: Shape, setup: Setup) -> int:
 
 def _adapters_save(linears: Sequence[Linear], setup: Setup) -> int:
     """Bytes a token: x A^T; with DoRA the base's result and the adapter's, which the magnitude's gradient takes, or
-    with fastlora's kernels their sum; with dropout the dropped input, and a byte of mask, which the kernels draw again.
+    with fastlora's kernels their sum; with dropout the dropped input and a byte of mask, which the kernels make again.
     """
     adapted = [one for one in linears if setup.adapted(one)]
     elements, inputs = len(adapted) * setup.rank, sum(one.inputs for one in adapted)
     if setup.dora:
         elements += (1 if setup.kernels else 2) * sum(one.outputs for one in adapted)
-    masked = setup.dropout and (setup.dora or not setup.kernels)
+    masked = setup.dropout and not setup.kernels
     if masked:
         elements += inputs
     return setup.item * elements + (inputs if masked else 0)

@@ -68,13 +68,14 @@ def attach(model: nn.Module) -> Attached:
     """Serve every LoRA layer of `model` that our op can serve; leave the others as they are.
 
     Served: PEFT's LoRA layers on a plain, frozen `torch.nn.Linear` or a bitsandbytes `Linear4bit` or `Linear8bitLt`,
-    one active adapter of rank 256 or less, with bias and dropout if it has them; DoRA on the first two without those;
-    no other variant; LoRA on a plain `torch.nn.Embedding`. What can change from call to call is looked at on every
-    call, and PEFT's own forward runs where it does not fit: adapters disabled, merged or switched, `adapter_names`,
-    hooks, dtypes. Outside autocast, base, adapter and x must be of one dtype: there PEFT computes a float32 adapter in
-    float32, and in x's bfloat16 dA and dB would be off by 0.2 %. Dropout draws other masks than PEFT's from the same
-    seed. Layers that share an x run together (layers/group.py), and the gated activation of an MLP is fused
-    (layers/mlp.py). Where torch.compile traces a layer, ours are ops in its graph (ops/registered.py), q, k and v each
+    one active adapter of rank 256 or less, with bias and dropout if it has them; DoRA on the first two, without the
+    bias; no other variant; LoRA on a plain `torch.nn.Embedding`. What can change from call to call is looked at on
+    every call, and PEFT's own forward runs where it does not fit: adapters disabled, merged or switched,
+    `adapter_names`, hooks, dtypes. Outside autocast, base, adapter and x must be of one dtype: there PEFT computes a
+    float32 adapter in float32, and in x's bfloat16 dA and dB would be off by 0.2 %. Dropout draws other masks than
+    PEFT's from the same seed. Layers that share an x run together (layers/group.py), and the gated activation of an
+    MLP is fused (layers/mlp.py). Where torch.compile traces a layer, ours are ops in its graph (ops/registered.py),
+    q, k and v each
     alone unless their caller takes them together (`layers.group.outputs_of`); a layer with dropout in training or an
     8-bit base stands outside the graph. The loss of a language model and an
     adapter on its output layer are `attach_head`'s (layers/head.py).

@@ -305,19 +305,19 @@ def test_require_fast_refuses_before_the_first_step(
     workplace: Any, backend: Callable[[str | None], None]
 ) -> None:
     backend("reference")
-    settings = ("kernels.require_fast=true", "lora.dora=true", "lora.dropout=0.1")
+    settings = ("kernels.require_fast=true", "lora.rank=257")
     with pytest.raises(EngineError) as refused:
         train_run(request(workplace, *settings), Console(quiet=True))
     assert str(refused.value) == (
         "kernels.require_fast: PEFT's plain layer runs 28 LoRA layers (q_proj 4, k_proj 4, v_proj 4, o_proj 4, "
-        "gate_proj 4, up_proj 4, down_proj 4): DoRA with dropout in training; set lora.dropout = 0, "
+        "gate_proj 4, up_proj 4, down_proj 4): rank above 256; set lora.rank to 256 or less, "
         "or set kernels.require_fast = false"
     )
     manifest = workplace.manifest()
     assert manifest["status"] == "failed"
     assert any("kernels: PEFT 28" in note for note in manifest["notes"])
     assert not (workplace.path() / "metrics.jsonl").exists()
-    with pytest.raises(EngineError, match="DoRA with dropout in training; set lora"):
+    with pytest.raises(EngineError, match="rank above 256; set lora"):
         dry_run(request(workplace, *settings), Console(quiet=True))
     assert trained(workplace, "kernels.require_fast=true", "train.steps=1")["status"] == "finished"
 
@@ -378,7 +378,7 @@ def test_a_dry_run_goes_to_the_first_step_and_leaves_nothing(workplace: Any) -> 
     before = files()
     strict = ("--set", "kernels.require_fast=true", "--set", "lora.dora=true")
     on = {"FASTLORA_KERNELS": "reference"}
-    out, err = workplace.run("--dry-run", "--json", *strict, "--set", "lora.dropout=0.0", **on)
+    out, err = workplace.run("--dry-run", "--json", *strict, **on)
     document = json.loads(out)
     assert document["engine"] == "peft"
     assert [(row["kind"], row["kernel"]) for row in document["kernels"]] == [
@@ -386,7 +386,7 @@ def test_a_dry_run_goes_to_the_first_step_and_leaves_nothing(workplace: Any) -> 
     ]
     assert "16 steps of 8 sequences, 2 epochs" in err
     assert "kernels: fastlora 28" in err
-    _, err = workplace.run("--dry-run", *strict, expect=1, **on)
+    _, err = workplace.run("--dry-run", *strict, "--set", "lora.rank=257", expect=1, **on)
     assert "kernels.require_fast: PEFT's plain layer runs 28" in err
     _, err = workplace.run("--dry-run", "--set", f"output.dir={workplace.recipe}/x", expect=1)
     assert "a run cannot be made here" in err

@@ -367,16 +367,24 @@ class OwnLora(Linear):  # PEFT has such for torchao, AWQ and others
     pass
 
 
+def test_dora_with_dropout_is_served() -> None:
+    model = lora_model(lora_dropout=0.5, use_dora=True)
+    model["proj"].lora_magnitude_vector["default"].weight.data *= 1.5
+    x = torch.randn(40, 24)
+    theirs = results(model.eval(), x)
+    assert attach(model.train()).served == {"proj": 1}
+    assert_equal(results(model.eval(), x), theirs, rtol=1e-4, atol=1e-5)
+    dropped = results(model.train(), x)
+    assert dropped.keys() == theirs.keys()
+    assert not torch.allclose(dropped["y"], theirs["y"])
+
+
 LEFT: dict[str, tuple[Callable[[], nn.ModuleDict], str]] = {
     "disabled": (lambda: changed(lambda p: p.enable_adapters(False)), "adapter disabled"),
     "merged": (lambda: changed(lambda p: p.merge()), "adapter merged"),
     "two": (both_active, "2 active adapters"),
     "none": (none_active, "0 active adapters"),
     "dora, odd": (lambda: lora_model(k=23, use_dora=True), "DoRA on an odd number of inputs"),
-    "dora, dropout": (
-        lambda: lora_model(lora_dropout=0.5, use_dora=True),
-        "DoRA with dropout in training",
-    ),
     "dora, bias": (
         lambda: changed(
             lambda p: setattr(p.lora_B["default"], "bias", nn.Parameter(torch.ones(17))),

@@ -198,10 +198,11 @@ def test_nothing_dense_is_saved(
     assert_same(found, gradients)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_dropout_stands_outside_the_graph(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, dora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny(tiny_model, nf4=False, lora_dropout=0.5)
+    model = tiny(tiny_model, nf4=False, lora_dropout=0.5, use_dora=dora)
     attach(model)
     compile_layers(monkeypatch)
     _, first = step(model)

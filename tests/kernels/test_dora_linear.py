@@ -10,11 +10,14 @@ import pytest
 import torch
 from fastlora_kernels import reference
 from fastlora_kernels.ops import dequantize as dequantizing
+from fastlora_kernels.ops import dora_linear as doras
+from fastlora_kernels.ops import dropout as dropping
 from fastlora_kernels.ops import skinny
 from fastlora_kernels.ops.dora_linear import column_dots, dora_linear, scale_columns
 from fastlora_kernels.ops.lora_linear import folds
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -45,10 +48,10 @@ def parameters(peft: Any) -> list[torch.Tensor]:
     ]
 
 
-def ours(peft: Any, x: torch.Tensor) -> torch.Tensor:
+def ours(peft: Any, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
     a, b, magnitude = parameters(peft)
     base = peft.base_layer
-    return dora_linear(x, base.weight, base.bias, a, b, magnitude, peft.scaling["default"])
+    return dora_linear(x, base.weight, base.bias, a, b, magnitude, peft.scaling["default"], dropout)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -71,6 +74,53 @@ def test_output_and_every_gradient_are_pefts(
     for name, left, right in zip(("y", "x", "A", "B", "m"), got, expected, strict=True):
         error = float((left - right).norm() / right.norm())
         assert error < 2e-6, (name, error)
+
+
+class Masked(nn.Dropout):
+    """PEFT's dropout with the mask of ours."""
+
+    def __init__(self, like: torch.Tensor, p: float, seed: torch.Tensor) -> None:
+        super().__init__(p)
+        self.mask = dropping.dropout(torch.ones_like(like), p, seed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mask
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize(("tokens", "k", "n", "rank"), [((3, 21), 64, 70, 8), ((257,), 192, 48, 4)])
+def test_dropout_is_of_what_the_adapter_changes(
+    tokens: tuple[int, ...], k: int, n: int, rank: int, four_bit: bool, bias: bool, backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    peft = layer(k, n, rank, four_bit=four_bit, bias=bias).train()
+    x = torch.randn(*tokens, k, device=DEVICE, requires_grad=True)
+    upstream = torch.randn(*tokens, n, device=DEVICE)
+    seeds = torch.tensor([7], device=DEVICE)
+    monkeypatch.setattr(doras, "draw_seeds", lambda ps, device: seeds)
+    peft.lora_dropout["default"] = Masked(x.detach(), 0.3, seeds[0])
+    inputs = [x, *parameters(peft)]
+    wanted = peft(x)
+    expected = [wanted.detach(), *torch.autograd.grad(wanted, inputs, upstream)]
+    y = ours(peft, x, 0.3)
+    got = [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+    for name, left, right in zip(("y", "x", "A", "B", "m"), got, expected, strict=True):
+        error = float((left - right).norm() / right.norm())
+        assert error < 2e-6, (name, error)
+
+
+def test_a_repetition_drops_the_same(backend: str) -> None:
+    peft = layer(64, 70, 8, four_bit=False, bias=False)
+    x = torch.randn(40, 64, device=DEVICE, requires_grad=True)
+    found = []
+    for again in (False, True):
+        torch.manual_seed(3)
+        y = checkpoint(ours, peft, x, 0.5, use_reentrant=False) if again else ours(peft, x, 0.5)
+        found.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *parameters(peft)])])
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
+    assert not torch.equal(ours(peft, x, 0.5), ours(peft, x, 0.5))
 
 
 def test_an_input_that_lies_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,8 +143,8 @@ def test_one_line_for_each_reason(said: Callable[[], list[str]]) -> None:
 
 
 def test_what_the_report_said_is_not_said_again(said: Callable[[], list[str]]) -> None:
-    model = model_of(lora_dropout=0.5, use_dora=True, target_modules=["o_proj"])
-    assert attach(model).left == {"DoRA with dropout in training": {"o_proj": 1}}
+    model = model_of(r=257, target_modules=["o_proj"])
+    assert attach(model).left == {"rank above 256": {"o_proj": 1}}
     call(model)
     assert said() == []
     model.o_proj.merge()

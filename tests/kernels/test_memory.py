@@ -82,15 +82,19 @@ def eight_bit() -> Case:
     return op, given, T * R * HALF, T * (N * (HALF + FULL) + K), T * K * HALF + N * K * HALF
 
 
-def dora(four_bit: bool) -> Case:
+def dora(four_bit: bool, dropout: float = 0.0) -> Case:
     x, w, (a, b), m = random(T, K), weight(K, N, four_bit), adapter(K, N), random(N)
     # z, or y with a fold, and per output c and the norm.
     kept = (T * R * (not four_bit) + T * N) * HALF + 2 * N * FULL
-    op = lambda: dora_linear(x, w, None, a, b, m, 2.0)  # noqa: E731
+    op = lambda: dora_linear(x, w, None, a, b, m, 2.0, dropout)  # noqa: E731
     dense = N * K * HALF * four_bit
     # Backward: c g, then dx beside it; with a fold dx beside W.
     backward = T * K * HALF + (dense or T * N * HALF)
-    return op, [x, w, a, b, m], kept, max(2 * T * N, T * N + N * K * four_bit) * HALF, backward
+    forward = max(2 * T * N, T * N + N * K * four_bit) * HALF
+    if dropout:  # D(x) all the time; then x - D(x) beside W; in backward g W beside W, and dx twice
+        forward = 2 * T * (K + N) * HALF + dense
+        backward = max(backward + T * K * HALF, 3 * T * K * HALF + dense, 4 * T * K * HALF)
+    return op, [x, w, a, b, m], kept, forward, backward
 
 
 def embedding() -> Case:
@@ -110,6 +114,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "8 bits": eight_bit,
     "dora": lambda: dora(False),
     "dora on 4 bits": lambda: dora(True),
+    "dora, dropout": lambda: dora(False, 0.1),
+    "dora on 4 bits, dropout": lambda: dora(True, 0.1),
     "embedding": embedding,
 }
 

@@ -139,7 +139,7 @@ def _as_one_op(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor | No
             parts = parts_of(layer)
             if not isinstance(parts, str) and parts.magnitude is None:
                 dtype = compute_dtype(parts, x)
-                if dtype is not None and registered.serves(parts.projection()):
+                if dtype is not None and registered.serves(parts.weight, parts.dropout):
                     together.append((place, parts, dtype))
     outputs: list[torch.Tensor | None] = [None for _ in layers]
     if len(together) < 2 or len({dtype for *_, dtype in together}) > 1:

@@ -109,21 +109,22 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     if dtype is None:
         return unserved(layer, no_dtype(x, "base, adapter and x"))
     compiling = torch.compiler.is_compiling()
+    if compiling and not registered.serves(parts.weight, parts.dropout):
+        return _uncompiled(layer, x)  # type: ignore[no-any-return]
     if parts.magnitude is not None:
-        op = registered.dora_linear if compiling else dora_linear
-        return op(
+        given = (
             x.to(dtype), parts.weight, parts.base.bias, parts.down.weight, parts.up.weight,
             parts.magnitude, parts.scaling,
         )  # fmt: skip
+        if compiling:
+            return registered.dora_linear(*given)
+        return dora_linear(*given, parts.dropout)
     group = vars(layer).get(GROUP)
     y: torch.Tensor | None = None
     if compiling:
-        projection = parts.projection()
-        if not registered.serves(projection):
-            return _uncompiled(layer, x)  # type: ignore[no-any-return]
         if group is not None:
             y = group.traced(layer, x)
-        return registered.lora_linear(x.to(dtype), projection) if y is None else y
+        return registered.lora_linear(x.to(dtype), parts.projection()) if y is None else y
     if group is not None:
         y = group.output(layer, x, parts, dtype)
     # What autocast does. The op casts W, b, A and B itself and returns gradients in their own dtype.
@@ -176,8 +177,6 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
     if adapter in layer.lora_variant:
         if type(layer.lora_variant[adapter]) is not DoraLinearVariant:
             return f"variant {type(layer.lora_variant[adapter]).__name__}"
-        if p:
-            return "DoRA with dropout in training"
         if own(up, "bias") is not None:
             return "DoRA with a bias in the adapter"
         if isinstance(weight, EightBit):

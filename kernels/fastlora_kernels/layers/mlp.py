@@ -167,7 +167,9 @@ def _down(mlp: Any, act: Any, gate: torch.Tensor, up: torch.Tensor | None) -> to
         if not isinstance(parts, str) and parts.magnitude is None:
             dtype = compute_dtype(parts, gate)
             projection = parts.projection()
-            if dtype is not None and (not compiling or registered.serves(projection)):
+            if dtype is not None and (
+                not compiling or registered.serves(parts.weight, parts.dropout)
+            ):
                 if compiling:
                     y = registered.glu_lora_linear(gate, up, activation, projection, dtype)
                 else:

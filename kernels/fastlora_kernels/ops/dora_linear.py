@@ -3,6 +3,9 @@
     y = c z + b,  z = x W^T + s S B^T,  S = x A^T,  c_n = m_n / |W + s B A|_n
     dx = (c g) W + s ((c g) B) A,  dA = s ((c g) B)^T x,  dB = s (c g)^T S,  dm_n = sum_t g_tn z_tn / |W + s B A|_n
 
+With dropout D (ops/dropout.py) the adapter's change is made of D(x), and W x is what it was, as PEFT has it:
+y = (x - D(x)) W^T + c z + b with z of D(x), which costs one product more each way.
+
 DoRA, Liu et al. 2024 (arXiv:2402.09353); the norm is a constant in backward (section 4.3). Its rows are summed
 up without W + s B A in memory. On a 4-bit W above a number of tokens c and s B A are folded into it, which makes
 forward and dx a product each, and S is first made in backward; else the wide products are scaled once. Saved: x, S if
@@ -20,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from fastlora_kernels.dispatch import Backend, choose_backend
 from fastlora_kernels.launch import cdiv, launch
 from fastlora_kernels.ops.dequantize import row_norms
+from fastlora_kernels.ops.dropout import draw_seeds, dropout
 from fastlora_kernels.ops.eight_bit import EightBit
 from fastlora_kernels.ops.four_bit import FourBit
 from fastlora_kernels.ops.lora_linear import (
@@ -106,11 +110,12 @@ def dora_linear(
     lora_b: torch.Tensor,
     magnitude: torch.Tensor,
     scaling: float,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """m / |W + s B A| (x W^T + s (x A^T) B^T) + b; gradients for x, A, B and m, none for W and b.
 
-    magnitude (N) in any float dtype; the rest, and what is raised, as in lora_linear. A dense weight must have
-    an even number of inputs.
+    magnitude (N) in any float dtype; dropout in [0, 1), of what the adapter changes, drawn anew from torch's generator;
+    the rest, and what is raised, as in lora_linear. A dense weight must have an even number of inputs.
     """
     ready = frozen(weight)
     n, _ = fitting("dora_linear", x, ready, lora_a, lora_b)
@@ -120,7 +125,8 @@ def dora_linear(
         )
     if isinstance(ready, EightBit):
         raise ValueError("dora_linear: an 8-bit weight is not served")
-    y: torch.Tensor = DoraLinear.apply(x, (ready, bias, scaling), lora_a, lora_b, magnitude)
+    fixed = ready, bias, scaling, dropout
+    y: torch.Tensor = DoraLinear.apply(x, fixed, lora_a, lora_b, magnitude)
     return y
 
 
@@ -134,9 +140,11 @@ class DoraLinear(torch.autograd.Function):
         b_NR: torch.Tensor,
         magnitude_N: torch.Tensor,
     ) -> torch.Tensor:
-        weight, bias_N, scaling = fixed
-        y, *made = output(x, weight, bias_N, scaling, a_RK, b_NR, magnitude_N)
-        ctx.fixed = source(weight), scaling
+        weight, bias_N, scaling, p = fixed
+        seeds = draw_seeds((p,), x.device)
+        drop = None if seeds is None else (p, seeds[0])
+        y, *made = output(x, weight, bias_N, scaling, a_RK, b_NR, magnitude_N, drop)
+        ctx.fixed, ctx.drop = (source(weight), scaling), drop
         ctx.save_for_backward(x, bias_N, a_RK, b_NR, magnitude_N, *made)
         return y  # type: ignore[no-any-return]
 
@@ -144,8 +152,14 @@ class DoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wants_x, _, *wants = ctx.needs_input_grad
-        dx, *found = gradients_of(gradients[0], (wants_x, *wants), ctx.fixed, ctx.saved_tensors)
+        dx, *found = gradients_of(
+            gradients[0], (wants_x, *wants), ctx.fixed, ctx.saved_tensors, ctx.drop
+        )
         return dx, None, *found
+
+
+Drop = tuple[float, torch.Tensor]
+"""p and the seed of a dropout."""
 
 
 def output(
@@ -156,9 +170,11 @@ def output(
     a_RK: torch.Tensor,
     b_NR: torch.Tensor,
     magnitude_N: torch.Tensor,
+    drop: Drop | None = None,
 ) -> tuple[Any, ...]:
     """y, (..., N); S if it was made, what dm is made of, c and the norm."""
-    dtype, x_TK = x.dtype, x.reshape(-1, x.shape[-1])
+    dtype, given_TK = x.dtype, x.reshape(-1, x.shape[-1])
+    x_TK = given_TK if drop is None else dropout(given_TK, *drop)
     if isinstance(weight, torch.Tensor):
         weight = weight.to(dtype).contiguous()
     fold = (a_RK, b_NR, scaling)
@@ -176,11 +192,17 @@ def output(
         kept_TN = x_TK.new_empty(x_TK.shape[0], b.shape[0])
         add_up(kept_TN, None, (down_TR, b.T, scaling), (x_TK, dense(weight, dtype).T, 1.0))
         y_TN = scale_columns(kept_TN, c_N, bias_N)
+    if drop is not None:
+        y_TN.addmm_(given_TK - x_TK, dense(weight, dtype).T)
     return shaped(y_TN, x.shape[:-1]), down_TR, kept_TN, c_N, norm_N
 
 
 def gradients_of(
-    g: torch.Tensor, wants: Sequence[bool], fixed: Any, saved: Sequence[Any]
+    g: torch.Tensor,
+    wants: Sequence[bool],
+    fixed: Any,
+    saved: Sequence[Any],
+    drop: Drop | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """dx, dA, dB and dm, where wanted. `fixed`: the weight and the scaling; `saved`: x, b, A, B, m and what `output`
     gave; without S it is made again."""
@@ -188,6 +210,8 @@ def gradients_of(
     x, bias_N, a_RK, b_NR, magnitude_N, down_TR, kept_TN, c_N, norm_N = saved
     g_TN = g.reshape(-1, b_NR.shape[0]).contiguous()
     weight, dtype, x_TK = frozen(weight), x.dtype, x.reshape(-1, x.shape[-1])
+    if drop is not None:
+        x_TK = dropout(x_TK, *drop)
     a, (b,) = in_one_dtype((a_RK, b_NR, None), dtype)
     wants_x, wants_a, wants_b, wants_m = wants
     fold = _folds(weight, x_TK)
@@ -195,12 +219,17 @@ def gradients_of(
     up_TR = torch.mm(g_TN, (b * scale_N1).to(dtype))
     dx_TK = da = db = dm_N = None
     if wants_x and fold:
-        weight_NK = dense(weight, dtype, (a_RK, b_NR, scaling), c_N, cast=(a, b, scaling))
-        dx_TK = torch.mm(g_TN, weight_NK)
+        folded = dense(weight, dtype, (a_RK, b_NR, scaling), c_N, cast=(a, b, scaling))
+        dx_TK = torch.mm(g_TN, folded)
+        del folded  # before W comes again
     elif wants_x:
         dx_TK = x_TK.new_empty(x_TK.shape)  # row by row, however x lies
-        scaled_TN = scale_columns(g_TN, c_N)
-        add_up(dx_TK, None, (up_TR, a, 1.0), (scaled_TN, dense(weight, dtype), 1.0))
+        scaled = scale_columns(g_TN, c_N), dense(weight, dtype), 1.0
+        add_up(dx_TK, None, (up_TR, a, 1.0), scaled)
+        del scaled
+    if dx_TK is not None and drop is not None:
+        base_TK = torch.mm(g_TN, dense(weight, dtype))
+        dx_TK = dropout(dx_TK.sub_(base_TK), *drop).add_(base_TK)
     if wants_a:
         da = product(up_TR.T, x_TK).to(a_RK.dtype)
     if wants_b:

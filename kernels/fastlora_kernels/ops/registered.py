@@ -41,9 +41,9 @@ LIBRARY = torch.library.Library(NAME, "FRAGMENT")
 FROZEN = "Tensor[] frozen, int[] layout, Tensor? bias"
 
 
-def serves(projection: lora.Projection) -> bool:
-    """Whether there is an op here for it."""
-    return not projection.dropout and not isinstance(projection.weight, EightBit)
+def serves(weight: lora.Weight, dropout: float) -> bool:
+    """Whether there is an op here for a layer of such a weight."""
+    return not dropout and not isinstance(weight, EightBit)
 
 
 def lora_linear(x: torch.Tensor, projection: lora.Projection) -> torch.Tensor:
