@@ -116,6 +116,7 @@ def dense_weight(linear: Any, dtype: torch.dtype) -> Tensor:
 def module_arms(module: Module, base: str, setting: Setting) -> dict[str, Any]:
     """A Case's arms. All share every weight."""
     from fastlora_kernels import attach
+    from fastlora_kernels.layers.group import trace_together
 
     tokens, _, dtype, device, seed, *_ = setting
     torch.manual_seed(seed)  # PEFT draws A on the host
@@ -134,6 +135,8 @@ def module_arms(module: Module, base: str, setting: Setting) -> dict[str, Any]:
     upstream = gs[-1:] if module.act else gs
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     left = list(attach(twin).left)
+    if setting.compiled:
+        trace_together(twin)
     ready, ready_twin = setting.ready(model), setting.ready(twin)
 
     def found(ys: Any, inputs: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def keep_as_asked(model: PeftModel, engine: Engine, recipe: Recipe, announce: An
         announce(f"memory.keep_dequantized: {_NONE}")
     elif dequantized:
         recorded = setup.records(recipe, engine.name, checkpointing)
-        if why := setup.compiled(engine.name, recorded):
+        if why := setup.compiled(engine.name, model.config.model_type, recorded):
             announce(f"memory.keep_dequantized: it does nothing ({why})")
 
 

@@ -209,10 +209,9 @@ def _all_pinned() -> AbstractContextManager[None]:
     return _instead("unsloth_zoo.block_swap", "_pin_budget", budget)
 
 
-_COMPILE = "UNSLOTH_BLOCK_COMPILE"
-"""Read when an adapter is put on. "0": layers are not compiled as a whole. What stands in them is Triton still: kernels
-of FastLanguageModel's own architectures, and norms, rotary embeddings and activations that it compiles one by one of
-others."""
+_COMPILE = "UNSLOTH_BLOCK_COMPILE_LEGACY"
+"""Read when an adapter is put on. "0": layers of FastLanguageModel's own architectures are not compiled, and run its
+Triton kernels as they are. Others' are compiled when they are loaded, and were measured so (docs/log.md)."""
 
 
 @contextmanager
@@ -223,7 +222,7 @@ def _layers_compiled(wanted: bool) -> Iterator[None]:
     down_proj's product is made again for nobody (fastlora_kernels/unneeded.py). What the environment says about it
     is the user's word and stays.
     """
-    if wanted or _COMPILE in os.environ or f"{_COMPILE}_LEGACY" in os.environ:
+    if wanted or _COMPILE in os.environ or "UNSLOTH_BLOCK_COMPILE" in os.environ:
         yield
         return
     os.environ[_COMPILE] = "0"
@@ -343,10 +342,9 @@ def fused_layers(model: PeftModel) -> set[str]:
 
 
 def group_qkv(model: PeftModel) -> None:
-    """Where unsloth calls q, k and v one by one through a function of its own, let ours take them together: inside its
-    compiled blocks they cannot see by themselves that they share an x, as they do where the forward of their attention
-    calls them."""
-    from fastlora_kernels.layers.group import outputs_of
+    """Where unsloth calls q, k and v one by one, let ours take them together: inside its compiled blocks they cannot
+    see by themselves that they share an x."""
+    from fastlora_kernels.layers.group import outputs_of, trace_together
 
     def apply_qkv(attention: Any, x: torch.Tensor) -> list[torch.Tensor]:
         return outputs_of((attention.q_proj, attention.k_proj, attention.v_proj), x)
@@ -354,6 +352,7 @@ def group_qkv(model: PeftModel) -> None:
     for module in model.modules():
         if _function_name(vars(module).get("apply_qkv")) == "original_apply_qkv":
             module.apply_qkv = apply_qkv
+    trace_together(model)  # of other architectures, whose attention's own forward calls them
 
 
 # (attribute of the instance, how the name of unsloth's function for it begins, LoRA layers that it runs).

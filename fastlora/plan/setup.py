@@ -120,10 +120,12 @@ def setup_of(
     if refused:
         notes.append(f"memory.cuda_graphs: a run would go on without them ({refused})")
     graphs = bool(memory.cuda_graphs) and not refused
-    # With kernels.mode = "auto" they are where unsloth leaves all layers, which it does not compile if recorded.
+    # With kernels.mode = "auto" they run a layer where unsloth leaves all of it; counted where that was measured.
     left = graphs and (shape.model_type not in FUSED or lora.dora)
     kernels = _kernels(recipe, name) or (left and recipe.kernels.mode == "auto")
-    in_compiled = compiled(name, graphs)
+    if lora.dora and model.quantization == "int8":
+        kernels = False  # they serve no such layer
+    in_compiled = compiled(name, shape.model_type, graphs)
     dense = graphs and kernels and not in_compiled
     if memory.dense_layers and not dense:
         why = (in_compiled or NO_LAYER) if graphs else "micro-batches are not recorded"
@@ -176,12 +178,14 @@ def setup_of(
 NO_LAYER = "fastlora's kernels run no layer"
 
 
-def compiled(engine: str, recorded: bool) -> str:
+def compiled(engine: str, model_type: str, recorded: bool) -> str:
     """Why a layer keeps no matrix of its weights, if unsloth compiles it: an op is given the codes of the weights then,
     and not the weights, by which matrices are kept. "": it does not."""
-    if engine != "unsloth" or recorded:
+    if engine != "unsloth":
         return ""
-    return "unsloth compiles layers, unless micro-batches are recorded"
+    if model_type not in FUSED:
+        return f"unsloth compiles layers of {model_type}"
+    return "" if recorded else "unsloth compiles layers, unless micro-batches are recorded"
 
 
 def why_embedding_stays(shape: Shape, setup: Setup) -> str:

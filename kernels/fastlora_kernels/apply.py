@@ -75,8 +75,8 @@ def attach(model: nn.Module) -> Attached:
     float32 adapter in float32, and in x's bfloat16 dA and dB would be off by 0.2 %. Dropout draws other masks than
     PEFT's from the same seed. Layers that share an x run together (layers/group.py), and the gated activation of an
     MLP is fused (layers/mlp.py). Where torch.compile traces a layer, ours are ops in its graph (ops/registered.py),
-    those that share an x as one where the source of their caller shows that they do (layers/source.py), or where it
-    takes them together (`layers.group.outputs_of`); a layer with dropout in training or an 8-bit base stands outside
+    those that share an x each alone unless their caller takes them together (`layers.group.outputs_of`, and
+    `trace_together`); a layer with dropout in training or an 8-bit base stands outside
     the graph. The loss of a language model and an adapter on its output layer are `attach_head`'s (layers/head.py).
 
     A reason in the report that can pass (a disabled adapter) holds for now and for training. Where PEFT's forward runs

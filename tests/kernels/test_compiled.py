@@ -7,7 +7,7 @@ the log that nobody reads.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ import torch
 import torch._dynamo
 from bitsandbytes.nn import Params4bit
 from fastlora_kernels import attach
-from fastlora_kernels.layers.group import outputs_of
+from fastlora_kernels.layers.group import drop_waiting, outputs_of, trace_together
 from fastlora_kernels.layers.linear import GROUP
 from fastlora_kernels.ops import registered
 from fastlora_kernels.ops.lora_linear import Projection, lora_linears
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from scripts import script
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -104,6 +106,7 @@ def test_one_graph_for_all_layers(
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     assert attach(model).left == {}
+    trace_together(model)
     loss, gradients = step(model)
     compile_layers(monkeypatch)
     for _ in range(2):
@@ -125,6 +128,7 @@ def test_layers_at_hand_together_are_one_op(
     takes together."""
     model = tiny(tiny_model, nf4=False)
     assert attach(model).left == {}
+    trace_together(model)
     loss, gradients = step(model)
     forwards: list[int] = []
     original = registered.lora_linears
@@ -149,6 +153,62 @@ def test_layers_at_hand_together_are_one_op(
     together = torch.compile(lambda x: outputs_of(layers, x), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(together(x), expected)
     assert forwards == [3]
+
+
+class Attention(nn.Module):
+    def __init__(self, at_k: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self.add_module(name, nn.Linear(8, 8))
+        self.at_k = at_k
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q_proj(x)
+        k = self.at_k(self.k_proj(x))
+        v = self.v_proj(x)
+        return q + k + v
+
+
+def attention(together: bool, at_k: Callable[[torch.Tensor], torch.Tensor] = torch.relu) -> Any:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Attention(at_k))
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])
+    inject_adapter_in_model(config, model)
+    assert attach(model.to(DEVICE)).groups == {"q_proj+k_proj+v_proj": 1}
+    if together:
+        trace_together(model)
+    return model
+
+
+def test_checkpointing_inside_of_what_is_compiled() -> None:
+    """No state of ours stands in its way, unless it is asked for."""
+    model, x = attention(together=False), torch.randn(3, 8, device=DEVICE)
+    step = torch.compile(
+        lambda x: checkpoint(model, x, use_reentrant=False), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(step(x), model(x))
+
+
+def test_a_hooked_layer_is_called_when_it_is_its_turn() -> None:
+    model, x = attention(together=True), torch.randn(3, 8, device=DEVICE)
+    model[0].k_proj.register_forward_pre_hook(lambda layer, args: (args[0].mul_(2),))
+    with torch.no_grad():
+        wanted = model(x.clone())
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x.clone()), wanted)
+
+
+def test_outputs_of_a_forward_that_broke_off_are_let_go() -> None:
+    @torch.compiler.disable
+    def breaks(y: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("in between")
+
+    model = attention(together=True, at_k=breaks)
+    with pytest.raises(RuntimeError, match="in between"):
+        torch.compile(model, backend="aot_eager")(torch.randn(3, 8, device=DEVICE))
+    group = vars(model[0].q_proj)[GROUP]
+    assert group._traced is not None
+    drop_waiting(model)
+    assert group._traced is None
 
 
 def test_other_lengths_and_autocast(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,11 +131,53 @@ class Decorated(nn.Module):
         return q + k + v
 
 
+class PutOff(nn.Module):
+    def forward(self, x: Any, quiet: Any) -> Any:
+        q = self.q_proj(x)
+        k = quiet(lambda: self.k_proj(x))
+        v = self.v_proj(x)
+        return q + k + v
+
+
+class Perhaps(nn.Module):
+    def forward(self, x: Any) -> Any:
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x) if self.use else k
+        return q + k + v
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Any, functional: Any) -> Any:
+        y = x
+        q = self.q_proj(x)
+        k = self.k_proj(x) + functional.relu(y, inplace=True)
+        v = self.v_proj(x)
+        return q + k + v
+
+
+class OfAFunction(nn.Module):
+    def forward(self, x: Any, write: Any) -> Any:
+        y = x
+        q = self.q_proj(x)
+        k = self.k_proj(x) * write(y)
+        v = self.v_proj(x)
+        return q + k + v
+
+
+class Repeats(nn.Module):
+    def forward(self, x: Any) -> Any:
+        q = self.q_proj(x)
+        k, _ = [self.k_proj(x) for _ in range(2)]
+        v = self.v_proj(x)
+        return q + k + v
+
+
 @pytest.mark.parametrize(
     "kind",
     [
         WritesBetween, WritesInOne, Stores, AddsTo, Others, Another, Twice, Branches, Missing,
-        Decorated,
+        Decorated, PutOff, Perhaps, InPlace, OfAFunction, Repeats,
     ],
 )  # fmt: skip
 def test_others_are_not_said_to(kind: type) -> None:
@@ -149,7 +191,7 @@ def work(self: Any, x: Any, scale: Any = 1) -> Any:
 
 COMPILED = torch.compile(work, backend="eager")
 DISABLED = torch.compiler.disable(work)
-NO_GRAD = torch.no_grad()(work)
+NO_GRAD, COMPILED_NO_GRAD = torch.no_grad()(work), torch.no_grad()(COMPILED)
 THEN_COMPILED = torch.compile(NO_GRAD, backend="eager")
 
 
@@ -157,6 +199,15 @@ THEN_COMPILED = torch.compile(NO_GRAD, backend="eager")
 def UNSLOTHS(*args: Any, **kwargs: Any) -> Any:
     """A wrapper that chooses between two of the same work, and has what torch.compile left on one of them."""
     return COMPILED(*args, **kwargs)
+
+
+UNSLOTHS.__wrapped__ = work
+
+
+@functools.wraps(COMPILED)
+def TWICE(*args: Any, **kwargs: Any) -> Any:
+    """Has the same marks, but for the function that it wraps."""
+    return 2 * COMPILED(*args, **kwargs)
 
 
 def made(inner: Any) -> Any:
@@ -202,6 +253,18 @@ class Passes:
     def no_grad_compiled(self: Any, x: Any, scale: Any = 1) -> Any:
         return THEN_COMPILED(self, x, scale)
 
+    def no_grad_over_compiled(self: Any, x: Any, scale: Any = 1) -> Any:
+        return COMPILED_NO_GRAD(self, x, scale)
+
+    def twice(self: Any, x: Any, scale: Any = 1) -> Any:
+        return TWICE(self, x, scale)
+
+    def named_otherwise(self: Any, y: Any, scale: Any = 1) -> Any:
+        return work(self, y, scale)
+
+    def by_default(self: Any, x: Any, scale: Any = 2) -> Any:
+        return work(self, x, scale)
+
     @changed
     def decorated(self: Any, x: Any, scale: Any = 1) -> Any:
         return work(self, x, scale)
@@ -217,9 +280,14 @@ def test_who_does_the_work() -> None:
         assert body(Passes.named, as_given) == DONE
         assert body(Passes.unsloths, as_given) == DONE
         assert body(made(COMPILED), as_given) == DONE
-        for kind in (Passes.off, Passes.no_grad, Passes.no_grad_compiled, Passes.decorated):
+        for kind in (
+            Passes.off, Passes.no_grad, Passes.no_grad_compiled, Passes.no_grad_over_compiled, Passes.twice,
+            Passes.decorated,
+        ):  # fmt: skip
             assert body(kind, as_given) == "", kind
-    for kind in (Passes.less, Passes.others, Passes.turned):
+    for kind in (
+        Passes.less, Passes.others, Passes.turned, Passes.named_otherwise, Passes.by_default,
+    ):  # fmt: skip
         assert body(kind) == DONE
         assert body(kind, as_given=True).startswith("return work(self"), kind
     assert body(Passes.more).startswith("return work(self, self.norm(x)")

@@ -191,7 +191,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def get_peft_model(base: Any, **given: Any) -> Any:
         calls["adapt"] = given
-        calls["compile"] = os.environ.get("UNSLOTH_BLOCK_COMPILE")
+        calls["compile"] = os.environ.get("UNSLOTH_BLOCK_COMPILE_LEGACY")
         embedding = SimpleNamespace(weight=torch.empty(1, device=calls.get("embedding", "meta")))
         return SimpleNamespace(
             _unsloth_gradient_checkpointing=given["use_gradient_checkpointing"],
@@ -234,8 +234,8 @@ def test_what_unsloth_is_asked_for(
     [
         ("offload", {}, {}, "0"),
         ("none", {"kernels": {"mode": "all"}}, {}, "0"),
-        ("offload", {}, {"UNSLOTH_BLOCK_COMPILE": "1"}, "1"),  # the user's word
-        ("offload", {}, {"UNSLOTH_BLOCK_COMPILE_LEGACY": "1"}, None),
+        ("offload", {}, {"UNSLOTH_BLOCK_COMPILE": "1"}, None),  # the user's word
+        ("offload", {}, {"UNSLOTH_BLOCK_COMPILE_LEGACY": "1"}, "1"),
         # Nothing will be recorded: then Python is what compiling spares.
         ("offload", {"memory": {"cuda_graphs": False}}, {}, None),
         ("unsloth", {}, {}, None),

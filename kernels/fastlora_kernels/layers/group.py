@@ -2,8 +2,8 @@
 
 No forward of a model is changed for it: the first of them to be called computes the outputs of all, and the others
 find theirs waiting, if they are called with the very same x in the very same state. Else each runs alone. Where
-torch.compile traces it that state cannot be looked at: there the source of the forward that calls them must show that
-nothing happens in between (layers/source.py), or a caller have all of them at hand (see `outputs_of`).
+torch.compile traces it that state cannot be looked at: there a caller must have all of them at hand (`outputs_of`), or
+the source of the forward that calls them show that nothing happens in between (`trace_together`).
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ class _Waiting(NamedTuple):
 class Group:
     """Some layers on the same x. Held by each of them, holds none of them; a copy of a model has no groups."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], follow: bool) -> None:
-        """`layers` by name, if `follow` in the order in which they are called on one x, with nothing in between."""
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.names = "+".join(layers)
         self._layers = [weakref.ref(layer) for layer in layers.values()]
-        self._follow = follow
+        self._in_order: list[weakref.ref[nn.Module]] = []
         self._waiting: _Waiting | None = None
         self._traced: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
         self._misses = 0
@@ -96,16 +95,20 @@ class Group:
         self._waiting = _Waiting(x, state, outputs)
         return y
 
+    def follow(self, layers: Sequence[nn.Module]) -> None:
+        """`layers` in the order in which traced code calls them on one x, with nothing in between."""
+        mine = [layer for layer in layers if vars(layer).get(GROUP) is self]
+        self._in_order = [weakref.ref(layer) for layer in mine]
+
     def traced(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """The same where torch.compile traces it. Nothing waits when the traced code has ended."""
-        if not self._follow:
-            return None
-        layers = [reference() for reference in self._layers]
-        place = next(n for n, other in enumerate(layers) if other is layer)
+        """`output` where torch.compile traces it: by the order alone (see `trace_together`)."""
+        layers = [reference() for reference in self._in_order]
+        place = next((n for n, other in enumerate(layers) if other is layer), -1)
         if place == 0:
-            ys = _as_one_op(layers, x)
+            alone = any(other is None or hooked(other) for other in layers)
+            ys = [None] if alone else _as_one_op(layers, x)
             self._traced = None if ys[0] is None else (x, ys)
-        if self._traced is None or self._traced[0] is not x:
+        if place < 0 or self._traced is None or self._traced[0] is not x:
             return None
         _, ys = self._traced
         if all(y is None for y in ys[place + 1 :]):
@@ -168,22 +171,27 @@ def group_siblings(model: nn.Module) -> list[str]:
                     if not isinstance(parts, str) and parts.magnitude is None:
                         layers[name] = child
             if len(layers) > 1 and len({layer.in_features for layer in layers.values()}) == 1:
-                order = _order(parent, names)
-                group = Group(
-                    {name: layers[name] for name in order or layers if name in layers}, bool(order)
-                )
+                group = Group(layers)
                 for layer in layers.values():
                     vars(layer)[GROUP] = group
                 found.append(group.names)
     return found
 
 
-def _order(parent: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """In which the forward of `parent` calls its layers on one x with nothing in between; () if that does not show."""
-    if "forward" in vars(parent):
-        return ()
-    there = tuple(name for name in names if name in parent._modules)
-    return _order_in(type(parent).forward, there)
+def trace_together(model: nn.Module) -> None:
+    """Let groups of `model`, which has them (see `group_siblings`), be one op in traced code too.
+
+    For layers that are compiled each by itself, as unsloth's are: outputs that wait are state of the trace, which
+    torch.compile refuses where checkpointing stands inside what it compiles.
+    """
+    for parent in model.modules():
+        for names in SIBLINGS:
+            there = tuple(name for name in names if name in parent._modules)
+            if "forward" not in vars(parent) and (order := _order_in(type(parent).forward, there)):
+                layers = [parent._modules[name] for name in order]
+                for layer in layers:
+                    if isinstance(group := vars(layer).get(GROUP), Group):
+                        group.follow(layers)  # type: ignore[arg-type]
 
 
 @functools.cache  # a model has as many of them as it has layers
@@ -196,7 +204,7 @@ def drop_waiting(model: nn.Module) -> None:
     """Let go of outputs that wait for a layer which will not be called: the forward that made them was broken off."""
     for module in model.modules():
         if isinstance(group := vars(module).get(GROUP), Group):
-            group._waiting = None
+            group._waiting = group._traced = None
 
 
 def _joins(parts: Parts, x: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -177,6 +177,8 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
     if adapter in layer.lora_variant:
         if type(layer.lora_variant[adapter]) is not DoraLinearVariant:
             return f"variant {type(layer.lora_variant[adapter]).__name__}"
+        if not (layer.training or training):
+            p = 0.0  # PEFT's DoRA asks the layer, its dropout for LoRA itself
         if own(up, "bias") is not None:
             return "DoRA with a bias in the adapter"
         if isinstance(weight, EightBit):

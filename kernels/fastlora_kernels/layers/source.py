@@ -24,19 +24,29 @@ def worker(forward: Any, as_given: bool = False) -> ast.FunctionDef | None:
     for _ in range(_DEEP):
         if getattr(forward, "_torchdynamo_disable", False):
             return None
-        # What torch.compile compiles is there; what another decorator wraps is not what is called.
-        function = getattr(forward, "_torchdynamo_orig_callable", forward)
+        function = forward
+        # functools.wraps copies the mark that torch.compile leaves: only what wraps the marked function itself does no
+        # more than it. What another decorator wraps is not what is called.
+        wrapped = getattr(forward, "__wrapped__", None)
+        if wrapped is not None and wrapped is getattr(forward, "_torchdynamo_orig_callable", None):
+            function = wrapped
         if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
             return None
         try:
             tree = function_in(inspect.getsource(function))
         except (OSError, SyntaxError):
             return None
-        if tree is None or (tree.decorator_list and function is forward):
+        if tree is None:
+            return None
+        compiles = [
+            function is not forward and "compile" in ast.unparse(one) for one in tree.decorator_list
+        ]
+        if not all(compiles):
             return None  # some decorators give back what they changed, and do not say so
         call = _only_call(tree)
         further = call and _named(function, call.func.id)  # type: ignore[attr-defined]
-        if call is None or not callable(further) or (as_given and not _passed_on(tree, call)):
+        given = not as_given or (call and _passed_on(tree, call) and _alike(function, further))
+        if call is None or not callable(further) or not given:
             tree.decorator_list, tree.returns = [], None
             for node in ast.walk(tree.args):
                 if isinstance(node, ast.arg):
@@ -47,8 +57,8 @@ def worker(forward: Any, as_given: bool = False) -> ast.FunctionDef | None:
 
 
 def in_order(function: ast.FunctionDef, names: Sequence[str]) -> tuple[str, ...]:
-    """The layers `names` of its module in the order in which `function` calls them, if it calls each once, all on one
-    x, and nothing that stands in these statements could write to x in between; else ()."""
+    """The layers `names` of its module in the order in which `function` calls them, if it always calls each once, all
+    on one x, in statements on end that do nothing else but to call methods and to add up; else ()."""
     calls: dict[str, ast.Call] = {}
     places: list[int] = []
     if not names or not function.args.args:
@@ -58,24 +68,37 @@ def in_order(function: ast.FunctionDef, names: Sequence[str]) -> tuple[str, ...]
         for node in ast.walk(statement):
             name = _layer_of(node, module)
             if name in names:
-                if name in calls or not isinstance(statement, ast.Assign | ast.Return):
+                if name in calls:
                     return ()
                 calls[name] = node  # type: ignore[assignment]
                 places.append(place)
     given = {call.args[0].id for call in calls.values()}  # type: ignore[attr-defined]
     if set(calls) != set(names) or len(given) != 1:
         return ()
-    within = function.body[min(places) : max(places) + 1]
-    nodes = [node for statement in within for node in ast.walk(statement)]
+    first, last = min(places), max(places)
+    nodes = [node for one in function.body[first : last + 1] for node in ast.walk(one)]
     uses = [node for node in nodes if isinstance(node, ast.Name) and node.id in given]
-    writes = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr.endswith("_")]
-    stores = [node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store)]
-    plain = all(isinstance(node, ast.Name | ast.Tuple) for node in stores)
-    if set(places) != set(range(min(places), max(places) + 1)) or len(uses) != len(names):
-        return ()
-    if writes or not plain:
+    on_end = set(places) == set(range(first, last + 1)) and len(uses) == len(names)
+    if not on_end or not all(map(_harmless, nodes)):
         return ()
     return tuple(sorted(calls, key=lambda name: (calls[name].lineno, calls[name].col_offset)))
+
+
+_HARMLESS = (
+    ast.Assign, ast.Return, ast.Name, ast.Tuple, ast.Starred, ast.Attribute, ast.Subscript, ast.Slice, ast.Constant,
+    ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.keyword, ast.Call, ast.Load, ast.Store,
+)  # fmt: skip
+
+
+def _harmless(node: ast.AST) -> bool:
+    """Of what stands between two of the calls: not skipped, repeated or put off, and writing to no tensor."""
+    if isinstance(node, ast.Call):  # of a method, and none that writes to what it is called on
+        return isinstance(node.func, ast.Attribute) and not node.func.attr.endswith("_")
+    if isinstance(node, ast.keyword):
+        return node.arg not in ("inplace", "out")
+    if isinstance(getattr(node, "ctx", None), ast.Store):
+        return isinstance(node, ast.Name | ast.Tuple)
+    return isinstance(node, _HARMLESS)
 
 
 def function_in(source: str) -> ast.FunctionDef | None:
@@ -124,6 +147,15 @@ def _passed_on(tree: ast.FunctionDef, call: ast.Call) -> bool:
     if any(name != value for name, value in by_name):
         return False
     return by_place + [value for _, value in by_name] == given
+
+
+def _alike(outer: FunctionType, inner: Any) -> bool:
+    """Whether both may be called alike: arguments of the same names and defaults."""
+    arguments = [
+        [(one.name, one.kind, one.default) for one in inspect.signature(each).parameters.values()]
+        for each in (outer, inner)
+    ]
+    return arguments[0] == arguments[1]
 
 
 def _named(function: FunctionType, name: str) -> Any:
