@@ -76,8 +76,8 @@ def attach(model: nn.Module) -> Attached:
     PEFT's from the same seed. Layers that share an x run together (layers/group.py), and the gated activation of an
     MLP is fused (layers/mlp.py). Where torch.compile traces a layer, ours are ops in its graph (ops/registered.py),
     those that share an x each alone unless their caller takes them together (`layers.group.outputs_of`, and
-    `trace_together`); a layer with dropout in training or an 8-bit base stands outside
-    the graph. The loss of a language model and an adapter on its output layer are `attach_head`'s (layers/head.py).
+    `trace_together`); a layer with dropout in training or an 8-bit base stands outside the graph. The loss of a
+    language model and an adapter on its output layer are `attach_head`'s (layers/head.py).
 
     A reason in the report that can pass (a disabled adapter) holds for now and for training. Where PEFT's forward runs
     a layer in training that was reported as served, a warning says so, through the logger "fastlora_kernels", once for

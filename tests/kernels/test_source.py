@@ -190,6 +190,8 @@ def work(self: Any, x: Any, scale: Any = 1) -> Any:
 
 
 COMPILED = torch.compile(work, backend="eager")
+BUILT_IN: Any = torch._C._nn.gelu
+NOTHING: Any = None
 DISABLED = torch.compiler.disable(work)
 NO_GRAD, COMPILED_NO_GRAD = torch.no_grad()(work), torch.no_grad()(COMPILED)
 THEN_COMPILED = torch.compile(NO_GRAD, backend="eager")
@@ -265,6 +267,12 @@ class Passes:
     def by_default(self: Any, x: Any, scale: Any = 2) -> Any:
         return work(self, x, scale)
 
+    def of_no_python(self: Any, x: Any) -> Any:
+        return BUILT_IN(self, x)
+
+    def of_nothing(self: Any, x: Any) -> Any:
+        return NOTHING(self, x)
+
     @changed
     def decorated(self: Any, x: Any, scale: Any = 1) -> Any:
         return work(self, x, scale)
@@ -290,6 +298,9 @@ def test_who_does_the_work() -> None:
     ):  # fmt: skip
         assert body(kind) == DONE
         assert body(kind, as_given=True).startswith("return work(self"), kind
+    assert body(Passes.of_no_python) == ""
+    assert body(Passes.of_no_python, as_given=True) == "return BUILT_IN(self, x)"
+    assert body(Passes.of_nothing) == body(Passes.of_nothing, as_given=True)
     assert body(Passes.more).startswith("return work(self, self.norm(x)")
 
 

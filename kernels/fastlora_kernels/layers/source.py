@@ -45,8 +45,8 @@ def worker(forward: Any, as_given: bool = False) -> ast.FunctionDef | None:
             return None  # some decorators give back what they changed, and do not say so
         call = _only_call(tree)
         further = call and _named(function, call.func.id)  # type: ignore[attr-defined]
-        given = not as_given or (call and _passed_on(tree, call) and _alike(function, further))
-        if call is None or not callable(further) or not given:
+        goes_on = callable(further) and (not as_given or _passed_on(tree, call, function, further))
+        if not goes_on:
             tree.decorator_list, tree.returns = [], None
             for node in ast.walk(tree.args):
                 if isinstance(node, ast.arg):
@@ -137,8 +137,8 @@ def _only_call(tree: ast.FunctionDef) -> ast.Call | None:
     return call if named == [call.args[0]] else None
 
 
-def _passed_on(tree: ast.FunctionDef, call: ast.Call) -> bool:
-    """Whether each argument goes on as it came, in its order or by its name."""
+def _passed_on(tree: ast.FunctionDef, call: Any, outer: FunctionType, inner: Any) -> bool:
+    """Whether each argument goes on as it came, in its order or by its name, and both may be called alike."""
     given = [argument.arg for argument in tree.args.args]
     if tree.args.vararg or tree.args.kwarg or tree.args.kwonlyargs or tree.args.posonlyargs:
         return False
@@ -146,16 +146,14 @@ def _passed_on(tree: ast.FunctionDef, call: ast.Call) -> bool:
     by_name = [(word.arg, getattr(word.value, "id", "")) for word in call.keywords]
     if any(name != value for name, value in by_name):
         return False
-    return by_place + [value for _, value in by_name] == given
-
-
-def _alike(outer: FunctionType, inner: Any) -> bool:
-    """Whether both may be called alike: arguments of the same names and defaults."""
-    arguments = [
-        [(one.name, one.kind, one.default) for one in inspect.signature(each).parameters.values()]
-        for each in (outer, inner)
-    ]
-    return arguments[0] == arguments[1]
+    if by_place + [value for _, value in by_name] != given:
+        return False
+    try:
+        theirs, ours = (inspect.signature(one).parameters.values() for one in (inner, outer))
+    except (TypeError, ValueError):  # of a function that is not Python's
+        return False
+    alike = [[(one.name, one.kind, one.default) for one in each] for each in (theirs, ours)]
+    return alike[0] == alike[1]
 
 
 def _named(function: FunctionType, name: str) -> Any:

@@ -42,6 +42,8 @@ from fastlora_kernels.triton_or_not import jit, tl
 
 BACKENDS: tuple[Backend, ...] = ("triton", "interpret", "reference")
 BLOCK_T, BLOCK_N = 64, 64
+Drop = tuple[float, torch.Tensor]
+"""p and the seed of a dropout."""
 
 
 @jit
@@ -156,10 +158,6 @@ class DoraLinear(torch.autograd.Function):
             gradients[0], (wants_x, *wants), ctx.fixed, ctx.saved_tensors, ctx.drop
         )
         return dx, None, *found
-
-
-Drop = tuple[float, torch.Tensor]
-"""p and the seed of a dropout."""
 
 
 def output(
