@@ -189,9 +189,8 @@ def trace_together(model: nn.Module) -> None:
             there = tuple(name for name in names if name in parent._modules)
             if "forward" not in vars(parent) and (order := _order_in(type(parent).forward, there)):
                 layers = [parent._modules[name] for name in order]
-                for layer in layers:
-                    if isinstance(group := vars(layer).get(GROUP), Group):
-                        group.follow(layers)  # type: ignore[arg-type]
+                for group in {vars(layer).get(GROUP) for layer in layers} - {None}:
+                    group.follow(layers)  # type: ignore[union-attr]
 
 
 @functools.cache  # a model has as many of them as it has layers

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastlora_kernels.layers import linear
 from fastlora_kernels.layers.common import hooked
-from fastlora_kernels.layers.source import function_in, without_docstring
+from fastlora_kernels.layers.source import function_of, without_docstring
 from fastlora_kernels.ops.head_loss import Shape, lora_head_loss
 
 Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float]
@@ -179,10 +179,7 @@ def _attached(theirs: Any, in_evaluation: bool, backbone: Backbone) -> type:
 @functools.cache
 def _shape_of(forward: Any) -> Callable[[Any], Shape] | None:
     """How it makes logits of lm_head's output; None if it is not of the form above."""
-    try:
-        function = function_in(inspect.getsource(forward))
-    except (OSError, TypeError, SyntaxError):
-        return None
+    function = function_of(forward)
     return None if function is None else _shape_in(function)
 
 

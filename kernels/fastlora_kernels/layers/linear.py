@@ -119,16 +119,14 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         if compiling:
             return registered.dora_linear(*given)
         return dora_linear(*given, parts.dropout)
-    group = vars(layer).get(GROUP)
-    y: torch.Tensor | None = None
-    if compiling:
-        if group is not None:
-            y = group.traced(layer, x)
-        return registered.lora_linear(x.to(dtype), parts.projection()) if y is None else y
-    if group is not None:
-        y = group.output(layer, x, parts, dtype)
+    if (group := vars(layer).get(GROUP)) is not None:
+        y = group.traced(layer, x) if compiling else group.output(layer, x, parts, dtype)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     # What autocast does. The op casts W, b, A and B itself and returns gradients in their own dtype.
-    return lora_linear(x.to(dtype), *parts.projection()) if y is None else y  # type: ignore[no-any-return]
+    if compiling:
+        return registered.lora_linear(x.to(dtype), parts.projection())
+    return lora_linear(x.to(dtype), *parts.projection())
 
 
 @torch.compiler.disable

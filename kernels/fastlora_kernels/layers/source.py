@@ -32,10 +32,7 @@ def worker(forward: Any, as_given: bool = False) -> ast.FunctionDef | None:
             function = wrapped
         if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
             return None
-        try:
-            tree = function_in(inspect.getsource(function))
-        except (OSError, SyntaxError):
-            return None
+        tree = function_of(function)
         if tree is None:
             return None
         compiles = [
@@ -86,7 +83,7 @@ def in_order(function: ast.FunctionDef, names: Sequence[str]) -> tuple[str, ...]
 
 _HARMLESS = (
     ast.Assign, ast.Return, ast.Name, ast.Tuple, ast.Starred, ast.Attribute, ast.Subscript, ast.Slice, ast.Constant,
-    ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.keyword, ast.Call, ast.Load, ast.Store,
+    ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Load, ast.Store,
 )  # fmt: skip
 
 
@@ -99,6 +96,14 @@ def _harmless(node: ast.AST) -> bool:
     if isinstance(getattr(node, "ctx", None), ast.Store):
         return isinstance(node, ast.Name | ast.Tuple)
     return isinstance(node, _HARMLESS)
+
+
+def function_of(forward: Any) -> ast.FunctionDef | None:
+    """`forward` as it was written, without its docstring; None if it has no source, or is no function."""
+    try:
+        return function_in(inspect.getsource(forward))
+    except (OSError, TypeError, SyntaxError):
+        return None
 
 
 def function_in(source: str) -> ast.FunctionDef | None:
