@@ -125,6 +125,7 @@ def overhead(arguments: list[str]) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from fastlora.train import trainer as wiring
+    from fastlora.train.collate import split
     from fastlora.train.session import train_run
 
     request, _ = load(arguments)
@@ -152,12 +153,11 @@ def overhead(arguments: list[str]) -> dict[str, Any]:
             started = time.perf_counter()
             for batch in range(train.accumulation_steps):
                 places = range(batch * train.micro_batch, (batch + 1) * train.micro_batch)
-                inputs = {
-                    name: value.cuda()
-                    for name, value in self.collate([self.rows[place] for place in places]).items()
-                }
+                rows = self.collate([self.rows[place] for place in places])
+                [inputs] = split(rows, train.micro_batch, self.collate.engine)
+                on_gpu = {name: value.cuda() for name, value in inputs.items()}
                 with torch.autocast("cuda", torch.bfloat16):
-                    loss = self.model(**inputs).loss / train.accumulation_steps
+                    loss = self.model(**on_gpu).loss / train.accumulation_steps
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
             self.optimizer.step()

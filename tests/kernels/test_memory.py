@@ -78,8 +78,9 @@ def eight_bit() -> Case:
     layer(x.detach())  # its scales are in place from now on
     op = lambda: lora_linear(x, EightBit(layer), None, a, b, 2.0)  # type: ignore[arg-type] # noqa: E731
     given = [x, a, b, layer.state.CB]
-    # x in 8 bits beside y, whose product is in 32; backward makes W dense.
-    return op, given, T * R * HALF, T * (N * (HALF + FULL) + K), T * K * HALF + N * K * HALF
+    # x in 8 bits beside y, which bitsandbytes makes in int32, then in float16, then in bfloat16; backward makes W dense.
+    forward = T * (N * (FULL + HALF + HALF) + K)
+    return op, given, T * R * HALF, forward, T * K * HALF + N * K * HALF
 
 
 def dora(four_bit: bool, dropout: float = 0.0) -> Case:
