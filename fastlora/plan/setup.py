@@ -55,6 +55,8 @@ class Setup:
     """Micro-batches are recorded: asked for, and not refused (train/static.py)."""
     not_recorded: str = ""
     """Why not, where it was asked for."""
+    compiled: bool = False
+    """unsloth compiles the layers, each as a whole."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -69,10 +71,8 @@ class Setup:
 
     @property
     def recomputed_by_us(self) -> bool:
-        """What is computed again is so by fastlora, its kernels know it, and no compiled layer is in between: as where
-        unsloth compiles them, which it does not if micro-batches are recorded."""
-        compiled = self.engine == "unsloth" and not self.graphs
-        return self.kernels and self.policy in ("full", "offload") and not compiled
+        """What is computed again is so by fastlora, its kernels know it, and no compiled layer is in between."""
+        return self.kernels and self.policy in ("full", "offload") and not self.compiled
 
     def adapted(self, linear: Linear) -> bool:
         if self.targets == "all-linear":
@@ -157,6 +157,7 @@ def setup_of(
         dense_layers=dense * min(memory.dense_layers or 0, shape.layers),
         graphs=graphs,
         not_recorded=refused or "",
+        compiled=bool(in_compiled),
     )  # fmt: skip
     if setup.keep_dequantized and (in_compiled or not setup.recomputed_by_us):
         setup = replace(setup, keep_dequantized=False)

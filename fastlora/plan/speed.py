@@ -117,7 +117,7 @@ def _again_products(shape: Shape, setup: Setup) -> tuple[list[Linear], list[Line
     """Those that the backward of a layer makes again: of one whose input alone is kept, and of one that keeps its
     attention, which is gate and up where fastlora's kernels run the projections, else all products. fastlora's
     checkpointing leaves out the product of down_proj where fastlora's kernel runs it: nothing needs it again, but for a
-    norm behind it. Where unsloth compiled the layer, it is made; it does not where micro-batches are recorded."""
+    norm behind it. Where unsloth compiles the layer, it is made."""
     unused = setup.recomputed_by_us and shape.layer_norms == 2
     whole = [one for one in shape.linears if not (unused and one.name == "down_proj")]
     kept = keeps_projections(setup)

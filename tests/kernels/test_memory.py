@@ -78,7 +78,7 @@ def eight_bit() -> Case:
     layer(x.detach())  # its scales are in place from now on
     op = lambda: lora_linear(x, EightBit(layer), None, a, b, 2.0)  # type: ignore[arg-type] # noqa: E731
     given = [x, a, b, layer.state.CB]
-    # x in 8 bits beside y, which bitsandbytes makes in int32, then in float16, then in bfloat16; backward makes W dense.
+    # x in 8 bits beside y, made by bitsandbytes in int32, float16 and bfloat16; backward makes W dense.
     forward = T * (N * (FULL + HALF + HALF) + K)
     return op, given, T * R * HALF, forward, T * K * HALF + N * K * HALF
 
