@@ -31,8 +31,10 @@ OPEN: dict[str, Any] = {"train": {"effective_batch": 16}}
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache_and_a_host_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen depends on the host's free memory, which the machine's other programs take."""
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fastlora.train.planned.host_free_bytes", lambda: 64 * 2**30)
 
 
 @pytest.mark.parametrize(
