@@ -54,7 +54,7 @@ class Attached:
         if self.only_autocast:
             yield f"  under autocast only: {_total(self.only_autocast)}{_listed(self.only_autocast)}"
         if self.groups:
-            yield f"  in groups that read x once: {_total(self.groups)}{_listed(self.groups)}"
+            yield f"  in groups on the same x: {_total(self.groups)}{_listed(self.groups)}"
         if self.mlps:
             yield f"  MLPs with the activation fused: {_total(self.mlps)}{_listed(self.mlps)}"
         for reason, kinds in self.left.items():
@@ -83,7 +83,9 @@ def attach(model: nn.Module) -> Attached:
     a layer in training that was reported as served, a warning says so, through the logger "fastlora_kernels", once for
     each reason (layers/fallback.py); not where torch.compile traces it. Nothing says that an adapter was put on layers
     that had none (`add_adapter` with more target modules): these are new layers of PEFT's, and to be attached as well.
-    May be called again, for a new report. A gradient of a gradient through a served layer raises RuntimeError.
+    May be called again, for a new report. Not looked at are hooks that torch is given for all modules at once. What
+    torch.func transforms and torch.jit traces does not go through a served layer; a backward with create_graph=True
+    raises RuntimeError.
 
     Raises ValueError: FASTLORA_KERNELS names a backend that there is not, or not on this machine.
     """

@@ -34,12 +34,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastlora_kernels import replay
 from fastlora_kernels.attention import OPERATORS, Attention, Give, Keep
+from fastlora_kernels.first_order import first_order
 from fastlora_kernels.layers.linear import DETACHED
 from fastlora_kernels.offload import Lanes, Stash
 from fastlora_kernels.ops.lora_linear import LoraLinears
@@ -337,7 +337,7 @@ class Recomputed(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError(

@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from fastlora_kernels import reference
+from fastlora_kernels import attach, reference
 from fastlora_kernels.ops import dequantize as dequantizing
 from fastlora_kernels.ops import dora_linear as doras
 from fastlora_kernels.ops import dropout as dropping
@@ -74,6 +74,34 @@ def test_output_and_every_gradient_are_pefts(
     for name, left, right in zip(("y", "x", "A", "B", "m"), got, expected, strict=True):
         error = float((left - right).norm() / right.norm())
         assert error < 2e-6, (name, error)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("tokens", "four_bit"), [(6, False), (6, True), (90, True)])
+def test_a_magnitude_of_nothing(tokens: int, four_bit: bool, bias: bool, backend: str) -> None:
+    """The last is folded: there y has nothing left of z, of which the gradient is made."""
+    peft = layer(64, 48, 8, four_bit=four_bit, bias=bias)
+    magnitude = peft.lora_magnitude_vector["default"].weight
+    magnitude.data[3] = 0.0
+    magnitude.data[5] *= -1e-6
+    x = torch.randn(tokens, 64, device=DEVICE)
+    upstream = torch.randn(tokens, 48, device=DEVICE)
+    wanted = peft(x)
+    (expected,) = torch.autograd.grad(wanted, [magnitude], upstream)
+    y = ours(peft, x)
+    (found,) = torch.autograd.grad(y, [magnitude], upstream)
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert abs(float(expected[3])) > 1e-2
+
+
+def test_in_float64_it_is_pefts() -> None:
+    """Ours sums in float32."""
+    peft = layer(64, 48, 8, four_bit=False, bias=True).double()
+    x = torch.randn(5, 64, device=DEVICE, dtype=torch.float64)
+    wanted = peft(x)
+    assert attach(nn.ModuleDict({"proj": peft})).served == {"proj": 1}
+    assert torch.equal(peft(x), wanted)
 
 
 class Masked(nn.Dropout):

@@ -99,8 +99,13 @@ def other_dtypes_of_the_embedding(model: Any) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
+def hook_on_dropout(model: Any) -> None:
+    model.o_proj.lora_dropout["default"].register_forward_hook(lambda *_: None)
+
+
 CHANGES: dict[Callable[[Any], None], str] = {
     merge: peft("embed", "adapter merged"),
+    hook_on_dropout: peft("o_proj", "hooks or special weights on its base or adapter"),
     trained_base: peft("o_proj", "base layer is trained too"),
     other_dtypes: peft("o_proj", "base, adapter and x are of different dtypes outside autocast"),
     other_dtypes_of_the_embedding: peft(

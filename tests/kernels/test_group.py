@@ -119,7 +119,7 @@ def test_one_op_gives_what_peft_gives(
     theirs = results(model, x)
     attached = attach(model)
     assert attached.groups == {"+".join(targets): 1}
-    assert f"in groups that read x once: 1 (1 {'+'.join(targets)})" in str(attached)
+    assert f"in groups on the same x: 1 (1 {'+'.join(targets)})" in str(attached)
     assert_equal(results(model, x), theirs)
     assert groups == [len(targets)]
     assert waiting(model) is None
@@ -250,6 +250,40 @@ def test_layers_that_never_share_end_up_alone(groups: list[int]) -> None:
     other_x(model, torch.randn(3, 32, device=DEVICE))
     assert len(groups) == seen
     assert waiting(model) is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_they_end_up_alone_between_two_repetitions(reentrant: bool, groups: list[int]) -> None:
+    """A forward that is to be repeated saves what its repetition will, which is compared where it is not reentrant."""
+    plain, model = attention(), attention()
+    attach(model)
+
+    def twice_checkpointed(model: Any, x: torch.Tensor) -> torch.Tensor:
+        ys = [
+            checkpoint(other_x, model, x + n, use_reentrant=reentrant)
+            for n in range(2)  # one is repeated when the other has been
+        ]
+        return torch.cat(ys, dim=-1)
+
+    for _ in range(MISSES + 2):
+        x = torch.randn(3, 32, device=DEVICE)
+        seen = len(groups)
+        theirs = results(plain, x, lambda x: twice_checkpointed(plain, x))
+        assert_equal(results(model, x, lambda x: twice_checkpointed(model, x)), theirs)
+    assert seen
+    assert len(groups) == seen
+    assert waiting(model) is None
+
+
+def test_groups_that_were_are_gone() -> None:
+    model = attention()
+    attach(model)
+    first = vars(model.k_proj)[GROUP]
+    model.k_proj.enable_adapters(False)
+    model.k_proj.set_adapter([])
+    assert attach(model).groups == {"q_proj+v_proj": 1}
+    assert GROUP not in vars(model.k_proj)
+    assert vars(model.q_proj)[GROUP] is not first
 
 
 def test_an_exception_between_leaves_nothing_wrong(groups: list[int]) -> None:

@@ -337,6 +337,41 @@ def test_a_wrapper_that_kept_our_forward_does_not_outlive_detach(calls: list[boo
     assert calls == [True]
 
 
+def test_a_loss_that_is_served_no_longer_is_said(
+    calls: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once; not what the report said, and not of what does not train."""
+
+    def lines() -> list[str]:
+        found = [one.getMessage() for one in caplog.records if one.name == "fastlora_kernels"]
+        caplog.clear()
+        return [line.partition(": ")[2] for line in found if line.startswith("loss: ")]
+
+    model = model_of()
+    assert attach_head(model) is None
+    results(model)
+    assert lines() == []
+    hook = model.get_base_model().lm_head.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        model(**batch())
+    assert lines() == []
+    results(model)
+    results(model)
+    (line,) = lines()
+    assert line.startswith(
+        "the model's own forward runs from now on, which holds all logits: hooks on lm_head"
+    )
+    assert attach_head(model) == "hooks on lm_head"
+    results(model)
+    assert lines() == []
+    hook.remove()
+    assert attach_head(model) is None
+    model.get_base_model().lm_head.merge()
+    results(model)
+    assert [line.partition("lm_head: ")[2][:14] for line in lines()] == ["adapter merged"]
+    assert calls == [True]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_without_an_adapter(tied: bool, calls: list[bool]) -> None:
     """Tied, with the embedding trained whole: its gradient is the sum of both its uses."""

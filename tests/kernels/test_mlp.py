@@ -216,6 +216,53 @@ class OfDisabled(Other):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+class Doubled:
+    """As accelerate puts what offloads a layer around it: in the place of its forward."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.theirs, layer.forward = layer.forward, self  # type: ignore[method-assign]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.theirs(x)  # type: ignore[no-any-return]
+
+
+def doubled_gradient(layer: nn.Module) -> None:
+    layer.register_full_backward_hook(lambda _layer, gs, _: (2 * gs[0],))
+
+
+@pytest.mark.parametrize("put_on", [Doubled, doubled_gradient])
+@pytest.mark.parametrize("on", ["down_proj", "act_fn"])
+def test_what_is_put_on_a_layer_later_is_not_gone_past(put_on: Any, on: str) -> None:
+    plain, ours = model("Llama"), model("Llama")
+    before = results(plain)
+    attach(ours)
+    for peft in (plain, ours):
+        put_on(getattr(peft.base_model.model.model.layers[0].mlp, on))
+    theirs = results(plain)
+    name = next(name for name in theirs if "gate_proj.lora_A" in name)
+    assert not torch.allclose(theirs[name], before[name], rtol=1e-2)
+    for _ in range(2):
+        found = results(ours)
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
+        attach(ours)
+
+
+def test_a_class_that_gets_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then there are models of it that are attached, and new ones."""
+    first = model("Llama")
+    assert attach(first).mlps
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
+    expected = results(model("Llama"))
+    for peft in (first, model("Llama")):
+        assert attach(peft).mlps == {}
+        torch.testing.assert_close(results(peft)["loss"], expected["loss"])
+
+
 def test_other_forms_are_left_alone() -> None:
     forms = {Other: 0, Decorated: 0, OfTwice: 0, OfDisabled: 0, Same: 1, AsUnslothWritesIt: 1}
     for cls, fused in forms.items():

@@ -1,4 +1,4 @@
-"""A line in the log, once, where a layer that `attach` reported as served is PEFT's after all while it trains.
+"""A line in the log, once, where what was reported as served, a layer or the loss, is not after all while it trains.
 
 Its report was read before that, and the results are PEFT's: what changes is the speed, which nobody would look for.
 Through `logging`, as of a library; who does not want it sets the level of the logger "fastlora_kernels".
@@ -14,7 +14,8 @@ from torch import nn
 
 LOG = logging.getLogger("fastlora_kernels")
 REPORTED = "_fastlora_reported"
-"""Where the dict of a layer with our class has its kind, as q_proj, and why `attach` left it to PEFT, or ""."""
+"""Where the dict of a layer with our class has its kind, as q_proj, and why `attach` left it to PEFT, or ""; that of a
+model with our loss likewise."""
 MORE_THAN_X = "called with more than x, as adapter_names"
 
 _said: set[str] = set()
@@ -37,6 +38,17 @@ def unserved(layer: Any, reason: str) -> torch.Tensor | None:
                 kind, reason,
             )  # fmt: skip
     return None
+
+
+def no_loss(model: Any, reason: str) -> None:
+    """The loss is not ours: the class's own forward must run, for `reason`."""
+    if _trains(model) and reason != vars(model).get(REPORTED, ("", ""))[1]:
+        _say(
+            reason,
+            "loss: the model's own forward runs from now on, which holds all logits: %s; attach_head(model) reports "
+            "whether it is served as it now is",
+            reason,
+        )  # fmt: skip
 
 
 def ungrouped(layer: Any, names: str) -> None:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._C import DisableTorchFunctionSubclass
+from torch._C import DisableTorchFunctionSubclass, _current_graph_task_id
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from fastlora_kernels.layers.common import hooked, own
 from fastlora_kernels.layers.fallback import ungrouped
@@ -57,6 +58,8 @@ class Group:
         self._waiting: _Waiting | None = None
         self._traced: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
         self._misses = 0
+        self._alone = False
+        self._to_repeat = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -65,17 +68,19 @@ class Group:
         self, layer: nn.Module, x: torch.Tensor, parts: Parts, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """The output of `layer`, whose parts these are, for x computed in `dtype`; None if it must run alone."""
+        saving = _top_saved_tensors_default_hooks(True) if torch.is_grad_enabled() else None
+        if self._run_alone(saving is not None):
+            ungrouped(layer, self.names)
+            return None
         if x.is_inference():  # which does not count its changes
             return None
-        waiting, state = self._waiting, _state(x, dtype)
+        # Each forward and each repetition under checkpointing has hooks of its own: neither takes what the other left.
+        waiting, state = self._waiting, _state(x, dtype, saving and saving[0])
         if waiting is not None:
             if waiting.x is x and waiting.state == state:
                 return self._take(waiting, layer, parts)
             self._waiting = None
             self._misses += 1
-        if self._misses >= MISSES:
-            ungrouped(layer, self.names)
-            return None
         members: list[tuple[nn.Module, Parts]] = []
         for reference in self._layers:
             other = reference()
@@ -114,6 +119,28 @@ class Group:
         if all(y is None for y in ys[place + 1 :]):
             self._traced = None
         return ys[place]
+
+    def _run_alone(self, may_be_repeated: bool) -> bool:
+        """Whether the layers run one by one for good.
+
+        A forward whose saved tensors go through hooks may be repeated in backward, by checkpointing that is not
+        reentrant, and must save as many then. So that is not decided while one is left to be repeated.
+        """
+        if may_be_repeated:
+            if _current_graph_task_id() >= 0:  # in backward
+                self._to_repeat = max(0, self._to_repeat - 1)
+                return self._alone
+            self._to_repeat += 1
+            if self._to_repeat > 1:
+                return self._alone
+        if self._misses >= MISSES:
+            self._alone, self._waiting = True, None
+        return self._alone
+
+    def let_go(self) -> None:
+        """Of outputs that wait, and of what was to be repeated."""
+        self._waiting = self._traced = None
+        self._to_repeat = 0
 
     def _take(self, waiting: _Waiting, layer: nn.Module, parts: Parts) -> torch.Tensor | None:
         stamp, y = waiting.outputs.pop(id(layer), (None, None))
@@ -158,8 +185,10 @@ def _as_one_op(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor | No
 def group_siblings(model: nn.Module) -> list[str]:
     """Let the served layers of `model` that share an x run as groups. Returns each group's names, joined by +.
 
-    Without those that have DoRA, whose own op takes one layer (see _joins).
+    Without those that have DoRA, whose own op takes one layer (see _joins). Groups that there were are gone.
     """
+    for module in model.modules():
+        vars(module).pop(GROUP, None)
     found = []
     for parent in model.modules():
         for names in SIBLINGS:
@@ -203,15 +232,15 @@ def drop_waiting(model: nn.Module) -> None:
     """Let go of outputs that wait for a layer which will not be called: the forward that made them was broken off."""
     for module in model.modules():
         if isinstance(group := vars(module).get(GROUP), Group):
-            group._waiting = group._traced = None
+            group.let_go()
 
 
 def _joins(parts: Parts, x: torch.Tensor, dtype: torch.dtype) -> bool:
     return parts.magnitude is None and compute_dtype(parts, x) == dtype
 
 
-def _state(x: torch.Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    return x._version, x.requires_grad, x.data_ptr(), torch.is_grad_enabled(), dtype
+def _state(x: torch.Tensor, dtype: torch.dtype, saving: Any) -> tuple[Any, ...]:
+    return x._version, x.requires_grad, x.data_ptr(), torch.is_grad_enabled(), dtype, saving
 
 
 def _stamp(parts: Parts) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastlora_kernels.layers import linear
+from fastlora_kernels.layers import fallback, linear
 from fastlora_kernels.layers.common import hooked
 from fastlora_kernels.layers.source import function_of, without_docstring
 from fastlora_kernels.ops.head_loss import Shape, lora_head_loss
@@ -86,7 +86,8 @@ def attach_head(
     the loss, and `logits` is None. With a LoRA adapter on lm_head or without, tied to the embedding or not. Calls
     without labels, with logits_to_keep or return_dict=False, and whatever the op does not do (several adapters on
     lm_head, one that is disabled, merged or has DoRA, dropout in training, a bias; hooks; another loss function) go
-    to the class's own forward, looked at on every call.
+    to the class's own forward, looked at on every call. Where that happens in training to a loss that was reported as
+    served, a warning says so, as of a layer (see `attach`).
 
     `backbone`: for a class whose forward is not transformers', and who calls for it knows its way to the hidden states.
     `most_labels=N` in a call: no more than N tokens have a label, and the op need not wait for the device to count.
@@ -105,7 +106,10 @@ def attach_head(
         backbone = Backbone(_inner_model, shape)
     base.__class__ = _attached(theirs, in_evaluation, backbone)
     found = _parts_of(base, backbone, training=True)
-    return found if isinstance(found, str) else None
+    reason = found if isinstance(found, str) else None
+    vars(base)[fallback.REPORTED] = "loss", reason or ""
+    fallback.forget()
+    return reason
 
 
 def _inner_model(
@@ -119,6 +123,7 @@ def detach_head(model: nn.Module) -> None:
     """Give `model` its class's own forward again; also where another wrapper has kept ours."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base.__class__ = vars(type(base)).get("_fastlora_theirs", type(base))
+    vars(base).pop(fallback.REPORTED, None)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -149,6 +154,8 @@ def _attached(theirs: Any, in_evaluation: bool, backbone: Backbone) -> type:
         )
         parts = _parts_of(self, backbone) if served else ""
         if isinstance(parts, str):
+            if served:
+                fallback.no_loss(self, parts)
             return theirs.forward(self, *args, **kwargs)
         hidden, outputs = backbone.outputs(theirs.forward, self, labels, given)
         shifted = given.get("shift_labels")

@@ -111,6 +111,8 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     compiling = torch.compiler.is_compiling()
     if compiling and not registered.serves(parts.weight, parts.dropout):
         return _uncompiled(layer, x)  # type: ignore[no-any-return]
+    if parts.magnitude is not None and dtype is torch.float64:
+        return unserved(layer, "DoRA in float64")  # its sums are in float32
     if parts.magnitude is not None:
         given = (
             x.to(dtype), parts.weight, parts.base.bias, parts.down.weight, parts.up.weight,
@@ -151,7 +153,8 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
         return adapters
     (adapter,) = adapters
     base, down, up = modules["base_layer"], lora_a[adapter], modules["lora_B"][adapter]
-    if not (_plain(base) and _plain(down) and _plain(up)):
+    drop = modules["lora_dropout"][adapter]
+    if not (_plain(base) and _plain(down) and _plain(up)) or common.hooked(drop):
         return "hooks or special weights on its base or adapter"
     if own(down, "bias") is not None:
         return "bias in the adapter's A"
@@ -168,7 +171,7 @@ def parts_of(layer: Any, training: bool = False) -> Parts | str:
     bias = own(base, "bias")
     if bias is not None and bias.requires_grad:
         return "base layer is trained too"  # the op gives W and b no gradient
-    p = _dropout(modules["lora_dropout"][adapter], training)
+    p = _dropout(drop, training)
     if p is None:
         return "dropout of another kind"
     magnitude = None

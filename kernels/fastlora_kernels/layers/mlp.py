@@ -9,6 +9,7 @@ plain.
 from __future__ import annotations
 
 import ast
+import functools
 from typing import Any
 
 import torch
@@ -90,7 +91,6 @@ FORMS = {
         (GATE_UP, GateUpMlp),
     )
 }
-_classes: dict[type, type | None] = {}
 
 
 def _new(ours: type, theirs: type) -> Any:
@@ -98,27 +98,26 @@ def _new(ours: type, theirs: type) -> Any:
     return fused.__new__(fused)
 
 
-def _fused(cls: type) -> type | None:
-    """The subclass of `cls` that is ours, one for each class; None if its forward is of another form."""
-    if cls not in _classes:
-        ours = FORMS.get(_form(worker(cls.forward, as_given=True)))  # type: ignore[attr-defined]
-        _classes[cls] = ours and type(_new(ours, cls))
-    return _classes[cls]
+@functools.cache
+def _fused(cls: type, forward: Any) -> type | None:
+    """The subclass of `cls` that is ours, one for each class and forward of it; None if that is of another form."""
+    ours = FORMS.get(_form(worker(forward, as_given=True)))
+    return ours and type(_new(ours, cls))
 
 
 def fuse_mlps(model: nn.Module) -> list[str]:
     """Fuse every MLP of a known form in `model`. Returns the name of each one's class."""
     found = []
     for module in model.modules():
-        if not isinstance(module, FusedMlp):
-            if "down_proj" not in module._modules or "forward" in vars(module):
-                continue
-            fused = _fused(type(module))
-            act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-            if fused is None or activation_of(act) is None:
-                continue
+        unfuse(module)  # its class may have another forward by now
+        if "down_proj" not in module._modules or "forward" in vars(module):
+            continue
+        cls: Any = type(module)
+        fused = _fused(cls, cls.forward)
+        act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+        if fused is not None and activation_of(act) is not None:
             module.__class__ = fused
-        found.append(type(module).__name__)
+            found.append(type(module).__name__)
     return found
 
 
@@ -130,12 +129,7 @@ def unfuse(module: nn.Module) -> None:
 
 def activation_of(module: Any) -> Activation | None:
     """Which function a module of torch or transformers is; None if it is none of ours, or more than it."""
-    if (
-        not isinstance(module, nn.Module)
-        or "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-    ):
+    if not isinstance(module, nn.Module) or hooked(module):
         return None
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
@@ -162,7 +156,7 @@ def _down(mlp: Any, act: Any, gate: torch.Tensor, up: torch.Tensor | None) -> to
         if up is None:
             gate, up = gate.chunk(2, dim=-1)
         return down(act(gate) * up)  # type: ignore[no-any-return]
-    if type(down) in DETACHED and not (down._forward_hooks or down._forward_pre_hooks):
+    if type(down) in DETACHED and not hooked(down):
         parts = parts_of(down)
         if not isinstance(parts, str) and parts.magnitude is None:
             dtype = compute_dtype(parts, gate)

@@ -9,7 +9,8 @@ y = (x - D(x)) W^T + c z + b with z of D(x), which costs one product more each w
 DoRA, Liu et al. 2024 (arXiv:2402.09353); the norm is a constant in backward (section 4.3). Its rows are summed
 up without W + s B A in memory. On a 4-bit W above a number of tokens c and s B A are folded into it, which makes
 forward and dx a product each, and S is first made in backward; else the wide products are scaled once. Saved: x, S if
-made, and z, of which dm is made (a copy: what reads y may overwrite it). Shapes: T tokens, K inputs, N outputs, R rank.
+made, and z, or c z + b, of which dm is made (a copy: what reads y may overwrite it). Shapes: T tokens, K inputs, N
+outputs, R rank.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.first_order import first_order
 from fastlora_kernels.launch import cdiv, launch
 from fastlora_kernels.ops.dequantize import row_norms
 from fastlora_kernels.ops.dropout import draw_seeds, dropout
@@ -151,7 +152,7 @@ class DoraLinear(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wants_x, _, *wants = ctx.needs_input_grad
         dx, *found = gradients_of(
@@ -181,9 +182,13 @@ def output(
     down_TR = None
     if _folds(weight, x_TK):
         bias_N = None if bias_N is None else bias_N.to(dtype)
-        y_TN = torch.nn.functional.linear(x_TK, dense(weight, dtype, fold, c_N), bias_N)
-        # z = (y - b) / c, and dm = sum g z / norm = sum g (y - b) / m.
-        kept_TN = y_TN.clone()
+        # z = (y - b) / c, and dm = sum g z / norm. A small c would leave nothing of z, so it is not folded.
+        small_N = _too_small(c_N)
+        folded = dense(weight, dtype, fold, c_N.masked_fill(small_N, 1.0))
+        kept_TN = torch.nn.functional.linear(x_TK, folded, bias_N)
+        del folded
+        rest_N = torch.where(small_N, c_N, 1.0)
+        y_TN = scale_columns(kept_TN, rest_N, None if bias_N is None else bias_N * (1 - rest_N))
     else:
         a, (b,) = in_one_dtype((a_RK, b_NR, None), dtype)
         down_TR = torch.mm(x_TK, a.T)
@@ -238,11 +243,16 @@ def gradients_of(
         if fold:
             if bias_N is not None:
                 dots_N -= g_TN.sum(dim=0, dtype=torch.float32) * bias_N.float()
-            dots_N /= magnitude_N.float()
+            dots_N /= torch.where(_too_small(c_N), norm_N, magnitude_N.float())
         else:
             dots_N /= norm_N
         dm_N = dots_N.to(magnitude_N.dtype)
     return None if dx_TK is None else dx_TK.view(x.shape), da, db, dm_N
+
+
+def _too_small(c_N: torch.Tensor) -> torch.Tensor:
+    """Rows of a magnitude that is nearly 0."""
+    return c_N.abs() < 2**-10
 
 
 def _folds(weight: Weight, x_TK: torch.Tensor) -> bool:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from fastlora_kernels.first_order import first_order
 
 
 def lora_embedding(
@@ -70,7 +71,7 @@ class LoraEmbedding(torch.autograd.Function):
         return y_TK
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ids_T, a_RV, b_KR, down_TR = ctx.saved_tensors
         dtype, scaling = down_TR.dtype, ctx.scaling

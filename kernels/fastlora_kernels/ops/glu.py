@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.first_order import first_order
 from fastlora_kernels.launch import cdiv, launch
 from fastlora_kernels.ops.lora_linear import (
     Gradients,
@@ -200,7 +200,7 @@ class Glu(torch.autograd.Function):
         return output(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         return *gradients_of(gradients[0], gate, up, ctx.activation), None
@@ -220,7 +220,7 @@ class GluLoraLinear(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         gate, up, *made_and_adapters = ctx.saved_tensors
         wants_gate, wants_up, _, *wants = ctx.needs_input_grad

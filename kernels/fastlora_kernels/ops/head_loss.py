@@ -28,10 +28,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import reference
 from fastlora_kernels.dispatch import Backend, choose_backend
+from fastlora_kernels.first_order import first_order
 from fastlora_kernels.launch import launch, power_of_2
 from fastlora_kernels.ops.lora_linear import add_up, dense, frozen
 from fastlora_kernels.ops.skinny import product, up_and_gradient
@@ -311,7 +311,7 @@ class HeadLoss(torch.autograd.Function):
 
     # The gradients are numbers by now, no functions of the inputs.
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows_N, items, dh_NK, *sums = ctx.saved_tensors
         # Without labels nothing depends on anything, and 1 / items may be infinite.

@@ -23,10 +23,10 @@ from math import frexp
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora_kernels import attention
 from fastlora_kernels.dense import kept_matrix
+from fastlora_kernels.first_order import first_order
 from fastlora_kernels.ops.cast import cast_into
 from fastlora_kernels.ops.dequantize import Fold, dequantize
 from fastlora_kernels.ops.dropout import draw_seeds, dropout
@@ -184,7 +184,7 @@ class LoraLinears(torch.autograd.Function):
 
     # x A^T is saved as a number, not as a function of x and A: a second derivative through it would be wrong.
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, down_TR, seeds, *adapters = ctx.saved_tensors
         wants_x, _, *wants = ctx.needs_input_grad
@@ -384,7 +384,9 @@ class Gradients:
                 assert self.down_TR is not None
                 found[3 * i + 1] = in_dtype(product(g_TN.T, self.down_TR[:, block]), b_NR.dtype)
             if wants_beta:
-                dbeta_N = ctx.scalings[i] * g_TN.sum(dim=0, dtype=torch.float32)
+                dbeta_N = ctx.scalings[i] * g_TN.sum(
+                    dim=0, dtype=torch.promote_types(g_TN.dtype, torch.float32)
+                )
                 found[3 * i + 2] = dbeta_N.to(beta_N.dtype)
         return found
 

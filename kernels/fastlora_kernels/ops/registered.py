@@ -11,7 +11,7 @@ and they are Python, so that each argument is converted twice: lists and a text 
 the model gives. torch.library.custom_op would put 15 us of Python around each call (benchmarks/host.py).
 
 A frozen weight is passed as its tensors and a layout of numbers (see `taken_apart`). Not served: dropout and 8-bit
-weights. A second derivative raises RuntimeError.
+weights. create_graph=True raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastlora_kernels.first_order import first_order
 from fastlora_kernels.ops import dora_linear as dora
 from fastlora_kernels.ops import glu as gated
 from fastlora_kernels.ops import lora_linear as lora
@@ -147,7 +147,7 @@ class _Op(torch.autograd.Function):
         return tuple(found[:outputs])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gs: torch.Tensor) -> tuple[Any, ...]:
         (name, how, count), tensors = ctx.called, ctx.saved_tensors
         wants = ctx.needs_input_grad[4:]
