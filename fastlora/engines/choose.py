@@ -11,9 +11,10 @@ from fastlora.engines.unsloth import UnslothEngine
 from fastlora.errors import EngineError
 
 
-def choose_engine(name: str, announce: Announce) -> Engine:
+def choose_engine(name: str, announce: Announce, trained_whole: str | None = None) -> Engine:
     """The engine of that name; `auto` is unsloth where a CUDA GPU and unsloth are there, else peft.
-    `liger` is for the benchmark alone: no recipe can name it.
+    `liger` is for the benchmark alone: no recipe can name it. `trained_whole`: a target of LoRA that unsloth would
+    train whole, for which `auto` is peft.
 
     Raises EngineError: unsloth is asked for and cannot run here.
     """
@@ -30,6 +31,9 @@ def choose_engine(name: str, announce: Announce) -> Engine:
         raise EngineError(f"engine: unsloth cannot run here: {reason}; {fix}")
     if reason:
         announce(f"engine: peft ({reason})")
+        return PeftEngine()
+    if name == "auto" and trained_whole:
+        announce(f"engine: peft (unsloth trains {trained_whole} whole, not with LoRA)")
         return PeftEngine()
     if name == "auto":
         announce("engine: unsloth")

@@ -95,11 +95,15 @@ def setup_of(
     Raises RecipeError: lora.target_modules names no layer of the model; the engine cannot keep or stream layers so.
     """
     model, lora, train = recipe.model, recipe.lora, recipe.train
-    name: EngineName = engine or (recipe.engine if recipe.engine != "auto" else "unsloth")
-    notes = list(shape.notes)
+    notes, whole = list(shape.notes), lora.trained_whole_by_unsloth
+    name: EngineName = engine or (
+        recipe.engine if recipe.engine != "auto" else "peft" if whole else "unsloth"
+    )
     if recipe.engine == "auto" and engine is None:
         notes.append(
-            "engine: unsloth, which auto is where it is installed beside a GPU; --set engine=peft for the other"
+            f"engine: peft, since unsloth trains {whole} whole, not with LoRA"
+            if whole
+            else "engine: unsloth, which auto is where it is installed beside a GPU; --set engine=peft for the other"
         )
     unsloth = name == "unsloth"
     policy = policy_of(recipe, name)

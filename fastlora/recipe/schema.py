@@ -55,6 +55,15 @@ class LoraSection(Section):
             raise ValueError('target_modules: the list is empty; name modules or say "all-linear"')
         return self
 
+    @property
+    def trained_whole_by_unsloth(self) -> str | None:
+        """The first of target_modules that is an output layer or input embedding by the name that unsloth knows it by:
+        it trains these whole, and not with LoRA."""
+        if self.target_modules == "all-linear":
+            return None
+        named = (target.rpartition(".")[2] for target in self.target_modules)
+        return next((name for name in named if name in ("lm_head", "embed_tokens")), None)
+
 
 class SourceSection(Section):
     path: str = Field(min_length=1)

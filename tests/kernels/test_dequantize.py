@@ -57,8 +57,17 @@ def test_it_is_bitsandbytes_matrix(
     torch.testing.assert_close(dequantize(weight, torch.float32), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", [32, 512, 1024, 2048, 4096])
+def test_the_other_sizes_of_a_block(nested: bool, blocksize: int, backend: str) -> None:
+    for n, k in [(3, 4096), (1, 8192), (63, 4096)]:  # see SHAPES
+        expected = bitsandbytes(n, k, blocksize, nested, "nf4")
+        got = dequantize(quantized(n, k, blocksize, nested), torch.float32)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("rank", [1, 16, 40, 130])
+@pytest.mark.parametrize("rank", [1, 16, 40, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("backend", "hopper"),

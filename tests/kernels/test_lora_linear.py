@@ -28,7 +28,8 @@ def inputs(
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "k", "n", "r"), [((5,), 7, 3, 2), ((2, 3), 4, 9, 16), ((1,), 1, 1, 1)]
+    ("tokens", "k", "n", "r"),
+    [((5,), 7, 3, 2), ((2, 3), 4, 9, 16), ((1,), 1, 1, 1), ((2,), 3, 2, 256)],
 )
 def test_output_and_every_gradient(
     tokens: tuple[int, ...], k: int, n: int, r: int, bias: bool
@@ -153,7 +154,7 @@ def with_gradients(ys: Any, x: torch.Tensor, projections: list[Projection]) -> l
 @pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "r"), [((1,), 8), ((3, 21), 16), ((257,), 40)])
+@pytest.mark.parametrize(("tokens", "r"), [((1,), 8), ((3, 21), 16), ((257,), 40), ((65,), 256)])
 def test_several_err_no_more_than_torch(
     tokens: tuple[int, ...], r: int, dtype: torch.dtype, four_bit: bool, one_pass: bool,
     backend: str, monkeypatch: pytest.MonkeyPatch,
