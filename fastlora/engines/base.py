@@ -112,9 +112,10 @@ def resolve_checkpointing(recipe: Recipe, engine: Engine) -> str:
     if wanted == "auto":
         return engine.capabilities.checkpointing[0] if torch.cuda.is_available() else "none"
     if wanted not in engine.capabilities.checkpointing:
+        why = recipe.lora.why_not_unsloth if wanted == "unsloth" else ""
         raise EngineError(
             f"train.checkpointing: the {engine.name} engine has no {wanted!r}; "
-            f"it has {', '.join(engine.capabilities.checkpointing)}"
+            f"it has {', '.join(engine.capabilities.checkpointing)}{why and f', and {why}'}"
         )
     return wanted
 

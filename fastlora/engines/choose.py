@@ -11,10 +11,9 @@ from fastlora.engines.unsloth import UnslothEngine
 from fastlora.errors import EngineError
 
 
-def choose_engine(name: str, announce: Announce, trained_whole: str | None = None) -> Engine:
+def choose_engine(name: str, announce: Announce, why_not_unsloth: str = "") -> Engine:
     """The engine of that name; `auto` is unsloth where a CUDA GPU and unsloth are there, else peft.
-    `liger` is for the benchmark alone: no recipe can name it. `trained_whole`: a target of LoRA that unsloth would
-    train whole, for which `auto` is peft.
+    `liger` is for the benchmark alone: no recipe can name it. `why_not_unsloth`: for which `auto` is peft, if any.
 
     Raises EngineError: unsloth is asked for and cannot run here.
     """
@@ -32,8 +31,8 @@ def choose_engine(name: str, announce: Announce, trained_whole: str | None = Non
     if reason:
         announce(f"engine: peft ({reason})")
         return PeftEngine()
-    if name == "auto" and trained_whole:
-        announce(f"engine: peft (unsloth trains {trained_whole} whole, not with LoRA)")
+    if name == "auto" and why_not_unsloth:
+        announce(f"engine: peft ({why_not_unsloth})")
         return PeftEngine()
     if name == "auto":
         announce("engine: unsloth")

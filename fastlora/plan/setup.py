@@ -95,20 +95,24 @@ def setup_of(
     Raises RecipeError: lora.target_modules names no layer of the model; the engine cannot keep or stream layers so.
     """
     model, lora, train = recipe.model, recipe.lora, recipe.train
-    notes, whole = list(shape.notes), lora.trained_whole_by_unsloth
+    notes, why = list(shape.notes), lora.why_not_unsloth
     name: EngineName = engine or (
-        recipe.engine if recipe.engine != "auto" else "peft" if whole else "unsloth"
+        recipe.engine if recipe.engine != "auto" else "peft" if why else "unsloth"
     )
     if recipe.engine == "auto" and engine is None:
         notes.append(
-            f"engine: peft, since unsloth trains {whole} whole, not with LoRA"
-            if whole
+            f"engine: peft, since {why}"
+            if why
             else "engine: unsloth, which auto is where it is installed beside a GPU; --set engine=peft for the other"
         )
     unsloth = name == "unsloth"
+    if unsloth and why:
+        mend = 'leave it out, or set engine = "peft"'
+        raise RecipeError("recipe", [f"lora.target_modules: {why}; {mend}"])
     policy = policy_of(recipe, name)
     if policy == "unsloth" and name != "unsloth":
-        raise RecipeError("recipe", [f"train.checkpointing: the {name} engine has no 'unsloth'"])
+        problem = f"train.checkpointing: the {name} engine has no 'unsloth'"
+        raise RecipeError("recipe", [f"{problem}, and {why}" if why else problem])
     if problems := list(memory_problems(recipe, name, policy, streams=unsloth)):
         raise RecipeError("recipe", problems)
     chunked = _chunked(recipe, name)
@@ -275,9 +279,11 @@ def memory_problems(
     if not memory.stream_layers:
         return
     if not streams:
-        yield (
-            f'memory.stream_layers: the {engine} engine cannot stream weights; set engine = "unsloth", or leave it out'
+        why = recipe.lora.why_not_unsloth
+        mend = (
+            f"{why}: leave one of the two out" if why else 'set engine = "unsloth", or leave it out'
         )
+        yield f"memory.stream_layers: the {engine} engine cannot stream weights; {mend}"
         return
     if policy == "none":
         yield (

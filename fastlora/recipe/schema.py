@@ -56,13 +56,13 @@ class LoraSection(Section):
         return self
 
     @property
-    def trained_whole_by_unsloth(self) -> str | None:
-        """The first of target_modules that is an output layer or input embedding by the name that unsloth knows it by:
-        it trains these whole, and not with LoRA."""
-        if self.target_modules == "all-linear":
-            return None
-        named = (target.rpartition(".")[2] for target in self.target_modules)
-        return next((name for name in named if name in ("lm_head", "embed_tokens")), None)
+    def why_not_unsloth(self) -> str:
+        """Which of target_modules is an output layer or input embedding, by the names that unsloth knows these by; "":
+        none is."""
+        named = () if self.target_modules == "all-linear" else self.target_modules
+        ends = [target.rpartition(".")[2] for target in named]
+        found = next((end for end in ends if end in ("lm_head", "embed_tokens")), None)
+        return f"unsloth trains {found} whole, not with LoRA" if found else ""
 
 
 class SourceSection(Section):

@@ -127,7 +127,7 @@ class _Start:
 
 def _prepare(recipe: Recipe, notes: Notes, *, auto: bool, resumed: bool = False) -> _Start:
     """`auto` fills open keys. A run that is `resumed` has its micro-batches recorded, or not, as when it began."""
-    engine = choose_engine(recipe.engine, notes, recipe.lora.trained_whole_by_unsloth)
+    engine = choose_engine(recipe.engine, notes, recipe.lora.why_not_unsloth)
     engine.prepare()
     tokenizer = load_tokenizer(recipe.model)
     check_model(recipe, tokenizer, engine, notes)

@@ -95,6 +95,19 @@ def test_a_magnitude_of_nothing(tokens: int, four_bit: bool, bias: bool, backend
     assert abs(float(expected[3])) > 1e-2
 
 
+@pytest.mark.parametrize("bias", [0.0, 200.0])
+def test_a_large_bias_takes_nothing_from_the_magnitudes_gradient(bias: float) -> None:
+    """In 16 bits, of a fold: as of Qwen2.5's k, whose bias goes to hundreds."""
+    peft = layer(64, 48, 8, four_bit=True, bias=True)
+    nn.init.constant_(peft.base_layer.bias, bias)
+    magnitude = peft.lora_magnitude_vector["default"].weight
+    x, upstream = torch.randn(300, 64, device=DEVICE), torch.randn(300, 48, device=DEVICE)
+    (exact,) = torch.autograd.grad(peft(x), [magnitude], upstream)
+    y = ours(peft, x.bfloat16())
+    (found,) = torch.autograd.grad(y, [magnitude], upstream.bfloat16())
+    assert float((found - exact).norm()) < 1e-2 * float(exact.norm())
+
+
 def test_in_float64_it_is_pefts() -> None:
     """Ours sums in float32."""
     peft = layer(64, 48, 8, four_bit=False, bias=True).double()

@@ -275,6 +275,61 @@ def test_they_end_up_alone_between_two_repetitions(reentrant: bool, groups: list
     assert waiting(model) is None
 
 
+def forward_between(model: Any, x: torch.Tensor, grad: bool) -> torch.Tensor:
+    """As of a reference model that shares the layers."""
+    y = checkpoint(other_x, model, x, use_reentrant=False)
+    with torch.set_grad_enabled(grad):
+        reference = other_x(model, x + 1)
+    return y + reference  # type: ignore[no-any-return]
+
+
+def back_twice(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """The graph of the first is gone back through again when others have come and gone."""
+    y = checkpoint(other_x, model, x, use_reentrant=False)
+    y.sum().backward(retain_graph=True)
+    checkpoint(other_x, model, x + 1, use_reentrant=False).sum().backward()
+    return y  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, x: forward_between(model, x, grad=False),
+        lambda model, x: forward_between(model, x, grad=True),
+        back_twice,
+    ],
+)
+def test_a_forward_that_may_be_repeated_stays_as_it_was(call: Any, groups: list[int]) -> None:
+    plain, model = attention(), attention()
+    attach(model)
+    for _ in range(MISSES + 2):
+        x = torch.randn(3, 32, device=DEVICE)
+        seen = len(groups)
+        theirs = results(plain, x, lambda x: call(plain, x))
+        assert_equal(results(model, x, lambda x: call(model, x)), theirs)
+    assert seen
+    assert len(groups) == seen
+
+
+def test_other_hooks_on_what_is_saved_do_not_keep_them_together(groups: list[int]) -> None:
+    model = attention()
+    attach(model)
+    with torch.autograd.graph.save_on_cpu():
+        kept = [other_x(model, torch.randn(3, 32, device=DEVICE)) for _ in range(MISSES + 2)]
+    assert len(groups) == MISSES
+    assert kept
+
+
+def test_what_a_repetition_leaves_goes_with_it(groups: list[int]) -> None:
+    """Else it would hold all that was computed again, until the next call."""
+    model = attention()
+    attach(model)
+    x = torch.randn(3, 32, device=DEVICE, requires_grad=True)
+    checkpoint(lambda x: model.q_proj(x * 2), x, use_reentrant=False).sum().backward()
+    assert groups == [3, 3]
+    assert waiting(model) is None
+
+
 def test_groups_that_were_are_gone() -> None:
     model = attention()
     attach(model)

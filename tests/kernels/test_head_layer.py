@@ -366,6 +366,13 @@ def test_a_loss_that_is_served_no_longer_is_said(
     assert lines() == []
     hook.remove()
     assert attach_head(model) is None
+    hook = model.get_base_model().lm_head.register_forward_hook(lambda *_: None)
+    results(model)
+    assert len(lines()) == 1  # after a new report
+    hook.remove()
+    detach_head(model)
+    assert not any("fastlora" in name for name in vars(model.get_base_model()))
+    assert attach_head(model) is None
     model.get_base_model().lm_head.merge()
     results(model)
     assert [line.partition("lm_head: ")[2][:14] for line in lines()] == ["adapter merged"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,7 +10,10 @@ from fastlora_kernels import reference
 from fastlora_kernels.dispatch import choose_backend
 from fastlora_kernels.ops import lora_linear as lora_linear_module
 from fastlora_kernels.ops import skinny
+from fastlora_kernels.ops.dora_linear import dora_linear
+from fastlora_kernels.ops.embedding import lora_embedding
 from fastlora_kernels.ops.four_bit import FourBit
+from fastlora_kernels.ops.glu import glu, glu_lora_linear
 from fastlora_kernels.ops.lora_linear import Projection, lora_linear, lora_linears
 
 
@@ -111,6 +115,25 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("op", ["dora_linear", "glu", "glu_lora_linear", "embedding"])
+def test_nor_is_it_of_the_other_ops(op: str) -> None:
+    x, weight, _, a, b = inputs((4,), 8, 6, 2, False, torch.float32)
+    x, weight, a, b = (one.to(DEVICE) for one in (x, weight, a, b))
+    gate = torch.randn(4, 8, device=DEVICE, requires_grad=True)
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "dora_linear": lambda: dora_linear(
+            x, weight, None, a, b, torch.ones(6, device=DEVICE), 1.0
+        ),
+        "glu": lambda: glu(gate, x, "silu"),
+        "glu_lora_linear": lambda: glu_lora_linear(
+            gate, x, "silu", Projection(weight, None, a, b, 1.0), torch.float32
+        ),
+        "embedding": lambda: lora_embedding(torch.arange(4, device=DEVICE), weight, b.T, a.T, 1.0),
+    }
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        calls[op]().sum().backward(create_graph=True)
 
 
 def three(k: int, r: int, four_bit: bool, dtype: torch.dtype) -> list[Projection]:
@@ -235,6 +258,9 @@ def test_finite_differences_of_several() -> None:
         return lora_linears(x, [first, Projection(w2, None, a2, b2, 2.0)])
 
     assert torch.autograd.gradcheck(op, (x, a1, b1, beta, a2, b2))
+    g = torch.randn(2, 3, 5).double()
+    (dbeta,) = torch.autograd.grad(op(x, a1, b1, beta, a2, b2)[0], beta, g)
+    torch.testing.assert_close(dbeta, 0.5 * g.sum((0, 1)), rtol=1e-12, atol=1e-12)
 
 
 def test_outputs_may_be_written_to_and_gradients_may_be_strided() -> None:

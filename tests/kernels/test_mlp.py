@@ -215,7 +215,6 @@ class OfDisabled(Other):
         return DISABLED(self, x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 class Doubled:
     """As accelerate puts what offloads a layer around it: in the place of its forward."""
 
@@ -248,6 +247,26 @@ def test_what_is_put_on_a_layer_later_is_not_gone_past(put_on: Any, on: str) -> 
         attach(ours)
 
 
+def work(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Calling(transformers.models.llama.modeling_llama.LlamaMLP):  # type: ignore[misc]
+    """As unsloth's, whose forward only calls a function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return work(self, x)
+
+
+def test_a_function_that_a_forward_calls_and_that_is_another_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transformers.models.llama.modeling_llama, "LlamaMLP", Calling)
+    assert attach(model("Llama")).mlps == {"Calling": 1}
+    monkeypatch.setitem(globals(), "work", lambda self, x: 2 * self.down_proj(x[..., :48]))
+    assert attach(model("Llama")).mlps == {}
+
+
 def test_a_class_that_gets_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """By then there are models of it that are attached, and new ones."""
     first = model("Llama")
@@ -263,6 +282,7 @@ def test_a_class_that_gets_another_forward(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(results(peft)["loss"], expected["loss"])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_other_forms_are_left_alone() -> None:
     forms = {Other: 0, Decorated: 0, OfTwice: 0, OfDisabled: 0, Same: 1, AsUnslothWritesIt: 1}
     for cls, fused in forms.items():

@@ -137,6 +137,13 @@ def test_no_bit_changes(name: str, how: str, kernels: bool) -> None:
     assert_same(results(peft), plain)
 
 
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    peft = model("Llama", kernels=False)
+    recompute_layers(peft, MODES["layer"])
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        peft(input_ids=ids(2, 5), labels=ids(2, 5)).loss.backward(create_graph=True)
+
+
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("inside", [False, True])
 def test_under_autocast(kernels: bool, inside: bool) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from plans import LLAMA_8B, card, recipe
 
 import fastlora.engines.choose as module
+from fastlora.engines.base import resolve_checkpointing
 from fastlora.engines.choose import choose_engine
-from fastlora.errors import EngineError
+from fastlora.engines.peft import PeftEngine
+from fastlora.errors import EngineError, RecipeError
 from fastlora.plan.predict import predict
 from fastlora.plan.shape import shape_of
 from fastlora.recipe.schema import LoraSection
@@ -20,8 +24,8 @@ def chosen(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(module, "find_spec", lambda _: object() if unsloth else None)
     said: list[str] = []
-    whole = LoraSection(target_modules=targets).trained_whole_by_unsloth
-    return choose_engine(name, said.append, whole).name, said
+    why = LoraSection(target_modules=targets).why_not_unsloth
+    return choose_engine(name, said.append, why).name, said
 
 
 @pytest.mark.parametrize(
@@ -60,3 +64,20 @@ def test_the_plan_is_of_the_same(targets: list[str], engine: str) -> None:
     setup = predict(asked, shape_of(LLAMA_8B, "8b"), card(80.0)).setup
     assert setup.engine == engine
     assert any(note.startswith(f"engine: {engine}, ") for note in setup.notes)
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"engine": "unsloth"}, 'trains lm_head whole, not with LoRA; leave it out, or set engine = "peft"'),
+        ({"train": {"checkpointing": "unsloth"}}, "engine has no 'unsloth', and unsloth trains lm_head whole"),
+        ({"memory": {"stream_layers": 4}}, "unsloth trains lm_head whole, not with LoRA: leave one of the two out"),
+    ],
+)  # fmt: skip
+def test_keys_that_go_with_unsloth_alone(sections: dict[str, Any], problem: str) -> None:
+    asked = recipe(**{"engine": "auto", "lora": {"target_modules": ["lm_head"]}} | sections)
+    with pytest.raises(RecipeError, match=problem):
+        predict(asked, shape_of(LLAMA_8B, "8b"), card(80.0))
+    if "train" in sections:
+        with pytest.raises(EngineError, match="and unsloth trains lm_head whole"):
+            resolve_checkpointing(asked, PeftEngine())

@@ -39,10 +39,11 @@ SIBLINGS = (
 )
 MISSES = 3
 """So often may outputs be left behind, until the layers run alone for good: they are not what they seemed."""
+CHECKPOINT = "torch.utils.checkpoint"
 
 
 class _Waiting(NamedTuple):
-    x: torch.Tensor
+    x: weakref.ref[torch.Tensor]
     state: tuple[Any, ...]
     outputs: dict[int, tuple[tuple[Any, ...], torch.Tensor]]
     """By the id of a layer: what it was computed with, and its output."""
@@ -59,7 +60,7 @@ class Group:
         self._traced: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
         self._misses = 0
         self._alone = False
-        self._to_repeat = 0
+        self._to_repeat: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -68,19 +69,19 @@ class Group:
         self, layer: nn.Module, x: torch.Tensor, parts: Parts, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """The output of `layer`, whose parts these are, for x computed in `dtype`; None if it must run alone."""
-        saving = _top_saved_tensors_default_hooks(True) if torch.is_grad_enabled() else None
-        if self._run_alone(saving is not None):
-            ungrouped(layer, self.names)
-            return None
         if x.is_inference():  # which does not count its changes
             return None
+        saving = _top_saved_tensors_default_hooks(True) if torch.is_grad_enabled() else None
+        pack, unpack = saving or (None, None)
         # Each forward and each repetition under checkpointing has hooks of its own: neither takes what the other left.
-        waiting, state = self._waiting, _state(x, dtype, saving and saving[0])
-        if waiting is not None:
-            if waiting.x is x and waiting.state == state:
-                return self._take(waiting, layer, parts)
-            self._waiting = None
-            self._misses += 1
+        state = _state(x, dtype, pack)
+        if self._waiting is not None:
+            if self._waiting.x() is x and self._waiting.state == state:
+                return self._take(self._waiting, layer, parts)
+            self._miss()
+        if self._run_alone(unpack):
+            ungrouped(layer, self.names)
+            return None
         members: list[tuple[nn.Module, Parts]] = []
         for reference in self._layers:
             other = reference()
@@ -97,7 +98,10 @@ class Group:
             id(member): (_stamp(found), y) for (member, found), y in zip(members, ys, strict=True)
         }
         _, y = outputs.pop(id(layer))
-        self._waiting = _Waiting(x, state, outputs)
+        # What a repetition leaves would hold all of it, until the next call: it goes with x.
+        gone = weakref.WeakMethod(self._miss)
+        here = weakref.ref(x, lambda x: (miss := gone()) and miss(x))
+        self._waiting = _Waiting(here, state, outputs)
         return y
 
     def follow(self, layers: Sequence[nn.Module]) -> None:
@@ -120,27 +124,28 @@ class Group:
             self._traced = None
         return ys[place]
 
-    def _run_alone(self, may_be_repeated: bool) -> bool:
-        """Whether the layers run one by one for good.
+    def _run_alone(self, unpack: Any) -> bool:
+        """Whether the layers run one by one for good. `unpack`: the hook by which saved tensors come back, if any.
 
-        A forward whose saved tensors go through hooks may be repeated in backward, by checkpointing that is not
-        reentrant, and must save as many then. So that is not decided while one is left to be repeated.
+        Checkpointing that is not reentrant repeats a forward in backward, which must save as many tensors then. So that
+        is not decided while there is a graph that may be repeated: its saved tensors hold that hook.
         """
-        if may_be_repeated:
-            if _current_graph_task_id() >= 0:  # in backward
-                self._to_repeat = max(0, self._to_repeat - 1)
-                return self._alone
-            self._to_repeat += 1
-            if self._to_repeat > 1:
-                return self._alone
-        if self._misses >= MISSES:
-            self._alone, self._waiting = True, None
+        if not self._alone and self._misses >= MISSES and not self._to_repeat:
+            self._alone = True
+        in_backward = _current_graph_task_id() >= 0
+        if not self._alone and not in_backward and getattr(unpack, "__module__", "") == CHECKPOINT:
+            self._to_repeat.add(unpack)
         return self._alone
 
+    def _miss(self, x: Any = None) -> None:
+        """Outputs were left behind; `x`: the reference to a tensor that is gone."""
+        if self._waiting is not None and (x is None or x is self._waiting.x):
+            self._waiting = None
+            self._misses += 1
+
     def let_go(self) -> None:
-        """Of outputs that wait, and of what was to be repeated."""
+        """Of outputs that wait."""
         self._waiting = self._traced = None
-        self._to_repeat = 0
 
     def _take(self, waiting: _Waiting, layer: nn.Module, parts: Parts) -> torch.Tensor | None:
         stamp, y = waiting.outputs.pop(id(layer), (None, None))

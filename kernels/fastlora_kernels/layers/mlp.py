@@ -99,25 +99,27 @@ def _new(ours: type, theirs: type) -> Any:
 
 
 @functools.cache
-def _fused(cls: type, forward: Any) -> type | None:
-    """The subclass of `cls` that is ours, one for each class and forward of it; None if that is of another form."""
-    ours = FORMS.get(_form(worker(forward, as_given=True)))
-    return ours and type(_new(ours, cls))
+def _fused(ours: type, theirs: type) -> type:
+    """One for each class, for whoever compares classes."""
+    return type(_new(ours, theirs))
 
 
 def fuse_mlps(model: nn.Module) -> list[str]:
     """Fuse every MLP of a known form in `model`. Returns the name of each one's class."""
     found = []
+    forms: dict[type, type | None] = {}
     for module in model.modules():
         unfuse(module)  # its class may have another forward by now
         if "down_proj" not in module._modules or "forward" in vars(module):
             continue
         cls: Any = type(module)
-        fused = _fused(cls, cls.forward)
+        if cls not in forms:
+            forms[cls] = FORMS.get(_form(worker(cls.forward, as_given=True)))
+        ours = forms[cls]
         act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-        if fused is not None and activation_of(act) is not None:
-            module.__class__ = fused
-            found.append(type(module).__name__)
+        if ours is not None and activation_of(act) is not None:
+            module.__class__ = _fused(ours, cls)
+            found.append(cls.__name__)
     return found
 
 

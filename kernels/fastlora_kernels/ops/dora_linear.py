@@ -9,7 +9,7 @@ y = (x - D(x)) W^T + c z + b with z of D(x), which costs one product more each w
 DoRA, Liu et al. 2024 (arXiv:2402.09353); the norm is a constant in backward (section 4.3). Its rows are summed
 up without W + s B A in memory. On a 4-bit W above a number of tokens c and s B A are folded into it, which makes
 forward and dx a product each, and S is first made in backward; else the wide products are scaled once. Saved: x, S if
-made, and z, or c z + b, of which dm is made (a copy: what reads y may overwrite it). Shapes: T tokens, K inputs, N
+made, and z, or c z, of which dm is made (a copy: what reads y may overwrite it). Shapes: T tokens, K inputs, N
 outputs, R rank.
 """
 
@@ -148,7 +148,7 @@ class DoraLinear(torch.autograd.Function):
         drop = None if seeds is None else (p, seeds[0])
         y, *made = output(x, weight, bias_N, scaling, a_RK, b_NR, magnitude_N, drop)
         ctx.fixed, ctx.drop = (source(weight), scaling), drop
-        ctx.save_for_backward(x, bias_N, a_RK, b_NR, magnitude_N, *made)
+        ctx.save_for_backward(x, a_RK, b_NR, magnitude_N, *made)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -181,14 +181,12 @@ def output(
     c_N = magnitude_N / norm_N  # in float32, which the norm has
     down_TR = None
     if _folds(weight, x_TK):
-        bias_N = None if bias_N is None else bias_N.to(dtype)
-        # z = (y - b) / c, and dm = sum g z / norm. A small c would leave nothing of z, so it is not folded.
+        # dm = sum g z / norm, of which is kept c z. A small c would leave nothing of z, so it is not folded.
         small_N = _too_small(c_N)
         folded = dense(weight, dtype, fold, c_N.masked_fill(small_N, 1.0))
-        kept_TN = torch.nn.functional.linear(x_TK, folded, bias_N)
+        kept_TN = torch.mm(x_TK, folded.T)
         del folded
-        rest_N = torch.where(small_N, c_N, 1.0)
-        y_TN = scale_columns(kept_TN, rest_N, None if bias_N is None else bias_N * (1 - rest_N))
+        y_TN = scale_columns(kept_TN, torch.where(small_N, c_N, 1.0), bias_N)
     else:
         a, (b,) = in_one_dtype((a_RK, b_NR, None), dtype)
         down_TR = torch.mm(x_TK, a.T)
@@ -207,10 +205,10 @@ def gradients_of(
     saved: Sequence[Any],
     drop: Drop | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """dx, dA, dB and dm, where wanted. `fixed`: the weight and the scaling; `saved`: x, b, A, B, m and what `output`
+    """dx, dA, dB and dm, where wanted. `fixed`: the weight and the scaling; `saved`: x, A, B, m and what `output`
     gave; without S it is made again."""
     weight, scaling = fixed
-    x, bias_N, a_RK, b_NR, magnitude_N, down_TR, kept_TN, c_N, norm_N = saved
+    x, a_RK, b_NR, magnitude_N, down_TR, kept_TN, c_N, norm_N = saved
     g_TN = g.reshape(-1, b_NR.shape[0]).contiguous()
     weight, dtype, x_TK = frozen(weight), x.dtype, x.reshape(-1, x.shape[-1])
     if drop is not None:
@@ -241,8 +239,6 @@ def gradients_of(
     if wants_m:
         dots_N = column_dots(g_TN, kept_TN)
         if fold:
-            if bias_N is not None:
-                dots_N -= g_TN.sum(dim=0, dtype=torch.float32) * bias_N.float()
             dots_N /= torch.where(_too_small(c_N), norm_N, magnitude_N.float())
         else:
             dots_N /= norm_N

@@ -288,8 +288,8 @@ def _dora_fake(frozen, trained, how):
 
 
 def _dora_backward(gs, frozen, trained, how, wants):
-    (bias, *weight, kept_TN, c_N, norm_N), (x, *adapter), (layout, scaling) = frozen, trained, how
-    saved = (x, bias, *adapter, None, kept_TN, c_N, norm_N)
+    (_, *weight, kept_TN, c_N, norm_N), (x, *adapter), (layout, scaling) = frozen, trained, how
+    saved = (x, *adapter, None, kept_TN, c_N, norm_N)
     return dora.gradients_of(gs[0], wants, (put_together(weight, layout), scaling), saved)
 
 
