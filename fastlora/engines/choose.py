@@ -28,12 +28,9 @@ def choose_engine(name: str, announce: Announce, why_not_unsloth: str = "") -> E
     if name == "unsloth" and reason:
         fix = "pip install 'fastlora[cuda]'" if cuda else 'set engine = "peft"'
         raise EngineError(f"engine: unsloth cannot run here: {reason}; {fix}")
-    if reason:
-        announce(f"engine: peft ({reason})")
-        return PeftEngine()
-    if name == "auto" and why_not_unsloth:
-        announce(f"engine: peft ({why_not_unsloth})")
-        return PeftEngine()
     if name == "auto":
+        if reason := reason or why_not_unsloth:
+            announce(f"engine: peft ({reason})")
+            return PeftEngine()
         announce("engine: unsloth")
     return UnslothEngine()

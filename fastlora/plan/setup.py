@@ -95,24 +95,21 @@ def setup_of(
     Raises RecipeError: lora.target_modules names no layer of the model; the engine cannot keep or stream layers so.
     """
     model, lora, train = recipe.model, recipe.lora, recipe.train
-    notes, why = list(shape.notes), lora.why_not_unsloth
+    notes, not_unsloth = list(shape.notes), lora.why_not_unsloth
     name: EngineName = engine or (
-        recipe.engine if recipe.engine != "auto" else "peft" if why else "unsloth"
+        recipe.engine if recipe.engine != "auto" else "peft" if not_unsloth else "unsloth"
     )
     if recipe.engine == "auto" and engine is None:
         notes.append(
-            f"engine: peft, since {why}"
-            if why
+            f"engine: peft, since {not_unsloth}"
+            if not_unsloth
             else "engine: unsloth, which auto is where it is installed beside a GPU; --set engine=peft for the other"
         )
     unsloth = name == "unsloth"
-    if unsloth and why:
-        mend = 'leave it out, or set engine = "peft"'
-        raise RecipeError("recipe", [f"lora.target_modules: {why}; {mend}"])
     policy = policy_of(recipe, name)
     if policy == "unsloth" and name != "unsloth":
         problem = f"train.checkpointing: the {name} engine has no 'unsloth'"
-        raise RecipeError("recipe", [f"{problem}, and {why}" if why else problem])
+        raise RecipeError("recipe", [f"{problem}, and {not_unsloth}" if not_unsloth else problem])
     if problems := list(memory_problems(recipe, name, policy, streams=unsloth)):
         raise RecipeError("recipe", problems)
     chunked = _chunked(recipe, name)
@@ -173,7 +170,7 @@ def setup_of(
         notes.append(f"memory.keep_dequantized: it does nothing ({nothing or in_compiled})")
     if not bfloat16 and model.dtype == "auto":
         notes.append("model.dtype: float16, since this GPU has no bfloat16")
-    if problems := list(_target_problems(setup, shape)):
+    if problems := list(_target_problems(setup, shape, not_unsloth)):
         raise RecipeError("recipe", problems)
     if memory.embedding == "host":
         why = why_embedding_stays(shape, setup)
@@ -297,15 +294,15 @@ def memory_problems(
         )
 
 
-def _target_problems(setup: Setup, shape: Shape) -> list[str]:
+def _target_problems(setup: Setup, shape: Shape, why_not_unsloth: str) -> Iterator[str]:
     if setup.targets == "all-linear":
-        return []
+        return
     known = [one.name for one in (*shape.linears, shape.embedding, shape.head)]
-    return [
-        f"lora.target_modules: the model has no {target}; it has {', '.join(known)}"
-        for target in setup.targets
-        if target.rpartition(".")[2] not in known
-    ]
+    for target in setup.targets:
+        if target.rpartition(".")[2] not in known:
+            yield f"lora.target_modules: the model has no {target}; it has {', '.join(known)}"
+    if setup.engine == "unsloth" and why_not_unsloth:
+        yield f'lora.target_modules: {why_not_unsloth}; leave it out, or set engine = "peft"'
 
 
 def _not_measured(setup: Setup, shape: Shape) -> list[str]:

@@ -180,6 +180,31 @@ def attention(together: bool, at_k: Callable[[torch.Tensor], torch.Tensor] = tor
     return model
 
 
+def work(self: Any, x: torch.Tensor) -> torch.Tensor:
+    q = self.q_proj(x)
+    k = self.k_proj(x)
+    v = self.v_proj(x)
+    return q + k + v  # type: ignore[no-any-return]
+
+
+class Calling(Attention):
+    """As unsloth's, whose forward only calls a function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return work(self, x)
+
+
+def test_a_function_that_a_forward_calls_and_that_is_another_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(globals(), "Attention", Calling)
+    first = attention(together=True)
+    assert len(vars(first[0].q_proj)[GROUP]._in_order) == 3
+    monkeypatch.setitem(globals(), "work", lambda self, x: self.q_proj(x) + self.k_proj(x.add_(1)))
+    second = attention(together=True)
+    assert vars(second[0].q_proj)[GROUP]._in_order == []
+
+
 def test_checkpointing_inside_of_what_is_compiled() -> None:
     """No state of ours stands in its way, unless it is asked for."""
     model, x = attention(together=False), torch.randn(3, 8, device=DEVICE)

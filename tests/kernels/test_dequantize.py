@@ -67,7 +67,7 @@ def test_the_other_sizes_of_a_block(nested: bool, blocksize: int, backend: str) 
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("rank", [1, 16, 40, 256])
+@pytest.mark.parametrize("rank", [1, 16, 40, 130, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("backend", "hopper"),

@@ -81,3 +81,13 @@ def test_keys_that_go_with_unsloth_alone(sections: dict[str, Any], problem: str)
     if "train" in sections:
         with pytest.raises(EngineError, match="and unsloth trains lm_head whole"):
             resolve_checkpointing(asked, PeftEngine())
+
+
+def test_what_else_does_nothing_is_no_problem_of_the_targets() -> None:
+    asked = recipe(
+        engine="unsloth",
+        lora={"target_modules": ["q_proj"]},
+        memory={"dense_layers": 4, "cuda_graphs": False},
+    )
+    notes = predict(asked, shape_of(LLAMA_8B, "8b"), card(80.0)).setup.notes
+    assert any(note.startswith("memory.dense_layers: it does nothing") for note in notes)

@@ -218,18 +218,19 @@ def trace_together(model: nn.Module) -> None:
     For layers that are compiled each by itself, as unsloth's are: outputs that wait are state of the trace, which
     torch.compile refuses where checkpointing stands inside what it compiles.
     """
+    order_in = functools.cache(_order_in)  # for now: as for MLPs' forms (layers/mlp.py)
     for parent in model.modules():
+        cls: Any = type(parent)
         for names in SIBLINGS:
             there = tuple(name for name in names if name in parent._modules)
-            if "forward" not in vars(parent) and (order := _order_in(type(parent).forward, there)):
+            if "forward" not in vars(parent) and (order := order_in(cls, there)):
                 layers = [parent._modules[name] for name in order]
                 for group in {vars(layer).get(GROUP) for layer in layers} - {None}:
                     group.follow(layers)  # type: ignore[union-attr]
 
 
-@functools.cache  # a model has as many of them as it has layers
-def _order_in(forward: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    function = worker(forward)
+def _order_in(cls: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    function = worker(cls.forward)
     return () if function is None else in_order(function, names)
 
 

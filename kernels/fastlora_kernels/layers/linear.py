@@ -111,9 +111,9 @@ def served(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     compiling = torch.compiler.is_compiling()
     if compiling and not registered.serves(parts.weight, parts.dropout):
         return _uncompiled(layer, x)  # type: ignore[no-any-return]
-    if parts.magnitude is not None and dtype is torch.float64:
-        return unserved(layer, "DoRA in float64")  # its sums are in float32
     if parts.magnitude is not None:
+        if dtype is torch.float64:
+            return unserved(layer, "DoRA in float64")  # its sums are in float32
         given = (
             x.to(dtype), parts.weight, parts.base.bias, parts.down.weight, parts.up.weight,
             parts.magnitude, parts.scaling,

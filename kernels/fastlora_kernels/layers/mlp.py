@@ -93,29 +93,28 @@ FORMS = {
 }
 
 
-def _new(ours: type, theirs: type) -> Any:
-    fused: Any = type(theirs.__name__, (ours, theirs), {"__module__": theirs.__module__})
-    return fused.__new__(fused)
-
-
 @functools.cache
 def _fused(ours: type, theirs: type) -> type:
     """One for each class, for whoever compares classes."""
-    return type(_new(ours, theirs))
+    return type(theirs.__name__, (ours, theirs), {"__module__": theirs.__module__})
+
+
+def _new(ours: type, theirs: type) -> Any:
+    fused: Any = _fused(ours, theirs)
+    return fused.__new__(fused)
 
 
 def fuse_mlps(model: nn.Module) -> list[str]:
     """Fuse every MLP of a known form in `model`. Returns the name of each one's class."""
     found = []
-    forms: dict[type, type | None] = {}
+    # Not for good: a class may get another forward, or that call another function.
+    form_of = functools.cache(lambda cls: FORMS.get(_form(worker(cls.forward, as_given=True))))
     for module in model.modules():
-        unfuse(module)  # its class may have another forward by now
+        unfuse(module)
         if "down_proj" not in module._modules or "forward" in vars(module):
             continue
         cls: Any = type(module)
-        if cls not in forms:
-            forms[cls] = FORMS.get(_form(worker(cls.forward, as_given=True)))
-        ours = forms[cls]
+        ours = form_of(cls)
         act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
         if ours is not None and activation_of(act) is not None:
             module.__class__ = _fused(ours, cls)
