@@ -185,6 +185,8 @@ def test_several_err_no_more_than_torch(
     """err(ours, float64) <= 2 err(torch in the same dtype, float64) + eps: outputs and every gradient."""
     if dtype == torch.bfloat16 and backend == "interpret":
         pytest.skip("the interpreter has no bfloat16 products")
+    if one_pass and r > 64 and backend == "triton":
+        pytest.skip("more than shared memory holds; ranks up to 32 alone are read in one pass")
     monkeypatch.setattr(skinny, "one_pass", lambda *sizes: one_pass)
     projections = three(128, r, four_bit, dtype)
     x = torch.randn(*tokens, 128, device=DEVICE).to(dtype).requires_grad_()
