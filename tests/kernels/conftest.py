@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,3 +26,17 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         name = "interpret"
     monkeypatch.setenv("FASTLORA_KERNELS", name)
     return name
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Lines of our log since the last call of it."""
+
+    def lines() -> list[str]:
+        ours = [record for record in caplog.records if record.name == "fastlora_kernels"]
+        assert all(record.levelname == "WARNING" for record in ours)
+        found = [record.getMessage() for record in ours]
+        caplog.clear()
+        return found
+
+    return lines

@@ -50,20 +50,6 @@ def call(model: Any, **kwargs: Any) -> None:
     model(torch.arange(10, device=DEVICE).view(2, 5), **kwargs)
 
 
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """Lines of our log since the last call of it."""
-
-    def lines() -> list[str]:
-        ours = [record for record in caplog.records if record.name == "fastlora_kernels"]
-        assert all(record.levelname == "WARNING" for record in ours)
-        found = [record.getMessage() for record in ours]
-        caplog.clear()
-        return found
-
-    return lines
-
-
 def peft(kind: str, reason: str) -> str:
     return f"{kind}: PEFT's own forward runs from now on: {reason}; attach(model) reports what is served as it now is"
 

@@ -338,14 +338,12 @@ def test_a_wrapper_that_kept_our_forward_does_not_outlive_detach(calls: list[boo
 
 
 def test_a_loss_that_is_served_no_longer_is_said(
-    calls: list[bool], caplog: pytest.LogCaptureFixture
+    calls: list[bool], said: Callable[[], list[str]]
 ) -> None:
     """Once; not what the report said, and not of what does not train."""
 
     def lines() -> list[str]:
-        found = [one.getMessage() for one in caplog.records if one.name == "fastlora_kernels"]
-        caplog.clear()
-        return [line.partition(": ")[2] for line in found if line.startswith("loss: ")]
+        return [line.partition(": ")[2] for line in said() if line.startswith("loss: ")]
 
     model = model_of()
     assert attach_head(model) is None

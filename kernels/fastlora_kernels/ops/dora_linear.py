@@ -171,7 +171,7 @@ def output(
     magnitude_N: torch.Tensor,
     drop: Drop | None = None,
 ) -> tuple[Any, ...]:
-    """y, (..., N); S if it was made, what dm is made of, c and the norm."""
+    """y, (..., N); S if it was made, z or c z, c, and what sum g times the former is divided by for dm."""
     dtype, given_TK = x.dtype, x.reshape(-1, x.shape[-1])
     x_TK = given_TK if drop is None else dropout(given_TK, *drop)
     if isinstance(weight, torch.Tensor):
@@ -181,21 +181,23 @@ def output(
     c_N = magnitude_N / norm_N  # in float32, which the norm has
     down_TR = None
     if _folds(weight, x_TK):
-        # dm = sum g z / norm, of which is kept c z. A small c would leave nothing of z, so it is not folded.
-        small_N = _too_small(c_N)
+        # dm = sum g z / norm = sum g (c z) / m. Of z a small c, of a magnitude near 0, would leave nothing: not folded.
+        small_N = c_N.abs() < 2**-10
         folded = dense(weight, dtype, fold, c_N.masked_fill(small_N, 1.0))
         kept_TN = torch.mm(x_TK, folded.T)
         del folded
         y_TN = scale_columns(kept_TN, torch.where(small_N, c_N, 1.0), bias_N)
+        divisor_N = torch.where(small_N, norm_N, magnitude_N.float())
     else:
         a, (b,) = in_one_dtype((a_RK, b_NR, None), dtype)
         down_TR = torch.mm(x_TK, a.T)
         kept_TN = x_TK.new_empty(x_TK.shape[0], b.shape[0])
         add_up(kept_TN, None, (down_TR, b.T, scaling), (x_TK, dense(weight, dtype).T, 1.0))
         y_TN = scale_columns(kept_TN, c_N, bias_N)
+        divisor_N = norm_N
     if drop is not None:
         y_TN.addmm_(given_TK - x_TK, dense(weight, dtype).T)
-    return shaped(y_TN, x.shape[:-1]), down_TR, kept_TN, c_N, norm_N
+    return shaped(y_TN, x.shape[:-1]), down_TR, kept_TN, c_N, divisor_N
 
 
 def gradients_of(
@@ -208,18 +210,17 @@ def gradients_of(
     """dx, dA, dB and dm, where wanted. `fixed`: the weight and the scaling; `saved`: x, A, B, m and what `output`
     gave; without S it is made again."""
     weight, scaling = fixed
-    x, a_RK, b_NR, magnitude_N, down_TR, kept_TN, c_N, norm_N = saved
+    x, a_RK, b_NR, magnitude_N, down_TR, kept_TN, c_N, divisor_N = saved
     g_TN = g.reshape(-1, b_NR.shape[0]).contiguous()
     weight, dtype, x_TK = frozen(weight), x.dtype, x.reshape(-1, x.shape[-1])
     if drop is not None:
         x_TK = dropout(x_TK, *drop)
     a, (b,) = in_one_dtype((a_RK, b_NR, None), dtype)
     wants_x, wants_a, wants_b, wants_m = wants
-    fold = _folds(weight, x_TK)
     scale_N1 = (scaling * c_N)[:, None]
     up_TR = torch.mm(g_TN, (b * scale_N1).to(dtype))
     dx_TK = da = db = dm_N = None
-    if wants_x and fold:
+    if wants_x and _folds(weight, x_TK):
         folded = dense(weight, dtype, (a_RK, b_NR, scaling), c_N, cast=(a, b, scaling))
         dx_TK = torch.mm(g_TN, folded)
         del folded  # before W comes again
@@ -237,18 +238,8 @@ def gradients_of(
         down_TR = torch.mm(x_TK, a.T) if down_TR is None else down_TR
         db = (product(g_TN.T, down_TR) * scale_N1).to(b_NR.dtype)
     if wants_m:
-        dots_N = column_dots(g_TN, kept_TN)
-        if fold:
-            dots_N /= torch.where(_too_small(c_N), norm_N, magnitude_N.float())
-        else:
-            dots_N /= norm_N
-        dm_N = dots_N.to(magnitude_N.dtype)
+        dm_N = (column_dots(g_TN, kept_TN) / divisor_N).to(magnitude_N.dtype)
     return None if dx_TK is None else dx_TK.view(x.shape), da, db, dm_N
-
-
-def _too_small(c_N: torch.Tensor) -> torch.Tensor:
-    """Rows of a magnitude that is nearly 0."""
-    return c_N.abs() < 2**-10
 
 
 def _folds(weight: Weight, x_TK: torch.Tensor) -> bool:

@@ -282,14 +282,14 @@ def _dora_forward(frozen, trained, how):
 def _dora_fake(frozen, trained, how):
     x, _, b, magnitude = trained
     lead, n = x.shape[:-1], b.shape[0]
-    norm_N = x.new_empty(n, dtype=torch.float32)
+    divisor_N = x.new_empty(n, dtype=torch.float32)
     c_N = x.new_empty(n, dtype=torch.promote_types(magnitude.dtype, torch.float32))
-    return x.new_empty(*lead, n), x.new_empty(math.prod(lead), n), c_N, norm_N
+    return x.new_empty(*lead, n), x.new_empty(math.prod(lead), n), c_N, divisor_N
 
 
 def _dora_backward(gs, frozen, trained, how, wants):
-    (_, *weight, kept_TN, c_N, norm_N), (x, *adapter), (layout, scaling) = frozen, trained, how
-    saved = (x, *adapter, None, kept_TN, c_N, norm_N)
+    (_, *weight, kept_TN, c_N, divisor_N), (x, *adapter), (layout, scaling) = frozen, trained, how
+    saved = (x, *adapter, None, kept_TN, c_N, divisor_N)
     return dora.gradients_of(gs[0], wants, (put_together(weight, layout), scaling), saved)
 
 
