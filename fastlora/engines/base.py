@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fastlora.errors import EngineError
-from fastlora.recipe.schema import ModelSection, Recipe
+from fastlora.recipe.schema import ModelSection, Recipe, trained_whole_by_unsloth
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +177,7 @@ def target_problems(
         elif not any(module is head or module is embedding for module in named):
             continue
         elif engine and engine.name == "unsloth":
-            reason = f'unsloth trains {target} whole, not with LoRA; leave it out, or set engine = "peft"'
+            reason = f'{trained_whole_by_unsloth(target)}; leave it out, or set engine = "peft"'
         elif engine and engine.name == "liger" and any(module is head for module in named):
             reason = f"liger takes its loss from {target}'s weight, past an adapter; leave it out"
         else:

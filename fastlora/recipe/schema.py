@@ -22,6 +22,11 @@ MixUnit = Literal["tokens", "rows"]
 TEMPLATE_TYPES = (".jinja", ".j2")
 
 
+def trained_whole_by_unsloth(target: str) -> str:
+    """Said of an output layer or input embedding among lora.target_modules."""
+    return f"unsloth trains {target} whole, not with LoRA"
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -62,7 +67,7 @@ class LoraSection(Section):
         named = () if self.target_modules == "all-linear" else self.target_modules
         ends = [target.rpartition(".")[2] for target in named]
         found = next((end for end in ends if end in ("lm_head", "embed_tokens")), None)
-        return f"unsloth trains {found} whole, not with LoRA" if found else ""
+        return trained_whole_by_unsloth(found) if found else ""
 
 
 class SourceSection(Section):

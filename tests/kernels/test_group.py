@@ -252,11 +252,23 @@ def test_layers_that_never_share_end_up_alone(groups: list[int]) -> None:
     assert waiting(model) is None
 
 
+def in_the_end_alone(call: Any, groups: list[int]) -> Any:
+    """A model of which `call` gives what it gives of one that is not attached, until its layers run alone and then."""
+    plain, model = attention(), attention()
+    attach(model)
+    for _ in range(MISSES + 2):
+        x = torch.randn(3, 32, device=DEVICE)
+        seen = len(groups)
+        theirs = results(plain, x, lambda x: call(plain, x))
+        assert_equal(results(model, x, lambda x: call(model, x)), theirs)
+    assert seen
+    assert len(groups) == seen
+    return model
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_they_end_up_alone_between_two_repetitions(reentrant: bool, groups: list[int]) -> None:
     """A forward that is to be repeated saves what its repetition will, which is compared where it is not reentrant."""
-    plain, model = attention(), attention()
-    attach(model)
 
     def twice_checkpointed(model: Any, x: torch.Tensor) -> torch.Tensor:
         ys = [
@@ -265,14 +277,7 @@ def test_they_end_up_alone_between_two_repetitions(reentrant: bool, groups: list
         ]
         return torch.cat(ys, dim=-1)
 
-    for _ in range(MISSES + 2):
-        x = torch.randn(3, 32, device=DEVICE)
-        seen = len(groups)
-        theirs = results(plain, x, lambda x: twice_checkpointed(plain, x))
-        assert_equal(results(model, x, lambda x: twice_checkpointed(model, x)), theirs)
-    assert seen
-    assert len(groups) == seen
-    assert waiting(model) is None
+    assert waiting(in_the_end_alone(twice_checkpointed, groups)) is None
 
 
 def forward_between(model: Any, x: torch.Tensor, grad: bool) -> torch.Tensor:
@@ -300,15 +305,7 @@ def back_twice(model: Any, x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_forward_that_may_be_repeated_stays_as_it_was(call: Any, groups: list[int]) -> None:
-    plain, model = attention(), attention()
-    attach(model)
-    for _ in range(MISSES + 2):
-        x = torch.randn(3, 32, device=DEVICE)
-        seen = len(groups)
-        theirs = results(plain, x, lambda x: call(plain, x))
-        assert_equal(results(model, x, lambda x: call(model, x)), theirs)
-    assert seen
-    assert len(groups) == seen
+    in_the_end_alone(call, groups)
 
 
 def test_other_hooks_on_what_is_saved_do_not_keep_them_together(groups: list[int]) -> None:
